@@ -1,0 +1,27 @@
+# flashmoe_options: how our own code is compiled.
+find_package(Threads REQUIRED)
+add_library(flashmoe_options INTERFACE)
+
+set(cxx $<COMPILE_LANGUAGE:C,CXX>)
+target_compile_options(flashmoe_options INTERFACE $<${cxx}:-Wall;-Wextra>)
+if(FLASHMOE_WERROR)
+  target_compile_options(flashmoe_options INTERFACE $<${cxx}:-Werror>)
+endif()
+# Nobody reads errno or the floating-point flags after a loop: lets the compiler vectorise it.
+target_compile_options(flashmoe_options INTERFACE $<${cxx}:-fno-math-errno;-fno-trapping-math>)
+if(FLASHMOE_NATIVE)
+  # For every target alike: Eigen's alignment, and so its types, follow the instruction set.
+  target_compile_options(flashmoe_options INTERFACE $<${cxx}:-march=native>)
+endif()
+
+if(FLASHMOE_SANITIZE STREQUAL "thread")
+  set(sanitizer -fsanitize=thread)
+elseif(FLASHMOE_SANITIZE STREQUAL "address")
+  set(sanitizer -fsanitize=address,undefined -fno-sanitize-recover=all)
+elseif(FLASHMOE_SANITIZE)
+  message(FATAL_ERROR "FLASHMOE_SANITIZE=${FLASHMOE_SANITIZE}: accepted are thread and address")
+endif()
+if(FLASHMOE_SANITIZE)
+  target_compile_options(flashmoe_options INTERFACE ${sanitizer} -g1 -fno-omit-frame-pointer)
+  target_link_options(flashmoe_options INTERFACE ${sanitizer})
+endif()
