@@ -1,0 +1,317 @@
+"""The torch operators ``flashmoe::forward`` and ``flashmoe::backward``, and ``main_grad``.
+
+An operator takes tensors, a layer as the text of a :class:`~flashmoe.config.LayerConfig` and a
+group by name. What an operator does not produce in a call is returned with no elements, because a
+schema has no optional outputs. What a backward needs is held by the autograd node of its forward,
+so any number of forwards may be in flight and their backwards may run in any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _core, config
+from . import group as groups
+from .errors import UnsupportedError
+
+OPERANDS = (
+    "x",
+    "w_router",
+    "router_bias",
+    "selection_bias",
+    "topk_ids",
+    "topk_weights",
+    "w_gate",
+    "w_up",
+    "w_down",
+    "b_up",
+    "b_down",
+)
+OUTPUTS = ("y", "topk_ids", "topk_weights", "logits", "tokens_per_expert", "dropped", "z")
+SAVED = (*OPERANDS, "logits", "z")
+INCOMING = ("grad_y", "grad_weights", "grad_logits")
+DIFFERENTIABLE = tuple(name for name in OPERANDS if name not in ("selection_bias", "topk_ids"))
+WEIGHTS = ("w_gate", "w_up", "w_down")
+
+# fm_backward_flags
+_ACCUMULATE = {"w_gate": 1, "w_up": 2, "w_down": 4}
+
+_REQUIRED = {"x", "w_up", "w_down"}
+
+Tensors = dict[str, torch.Tensor | None]
+
+
+def _schema(names: tuple[str, ...], required: set[str], tail: str, num_outputs: int) -> str:
+    tensors = [f"Tensor{'' if name in required else '?'} {name}" for name in names]
+    return f"({', '.join(tensors)}, {tail}) -> ({', '.join(['Tensor'] * num_outputs)})"
+
+
+def _present(tensors: Tensors) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _empty_outputs(tensors: Tensors, layer: str, group: str, save_z: bool) -> Tensors:
+    """Outputs of a forward: None for what it does not produce."""
+    x, w_up, w_router = tensors["x"], tensors["w_up"], tensors["w_router"]
+    decoded = config.LayerConfig.decode(layer)
+    world = groups.world_of(group)
+    num_experts = decoded.num_experts or w_up.shape[0] * world
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    outputs: Tensors = dict.fromkeys(OUTPUTS)
+    outputs["y"] = x.new_empty(x.shape)
+    outputs["tokens_per_expert"] = x.new_empty(num_experts, dtype=torch.int64)
+    outputs["dropped"] = x.new_empty(1, dtype=torch.int64)
+    if w_router is not None:
+        chosen = (x.shape[0], decoded.top_k)
+        outputs["topk_ids"] = x.new_empty(chosen, dtype=torch.int64)
+        outputs["topk_weights"] = x.new_empty(chosen, dtype=wide)
+        outputs["logits"] = x.new_empty((x.shape[0], num_experts), dtype=wide)
+    if save_z:
+        if world > 1:
+            raise UnsupportedError(
+                f"save_z is True on a group of {world} ranks, where the rows of z depend on all "
+                "ranks' routing; accepted: False"
+            )
+        rows = config.z_rows(x.shape[0], decoded.top_k, w_up.shape[0])
+        width = w_up.shape[1] * (2 if decoded.gate_layout == "separate" else 1)
+        outputs["z"] = x.new_empty((rows, width))
+    return outputs
+
+
+def _empty_gradients(tensors: Tensors, needs: list[str]) -> Tensors:
+    """Gradients of the operands in ``needs``; those of the weights keep the weights' strides."""
+    gradients: Tensors = {}
+    for name in needs:
+        tensor = tensors[name]
+        keeps_strides = name in WEIGHTS
+        gradients[name] = (
+            torch.empty_like(tensor) if keeps_strides else tensor.new_empty(tensor.shape)
+        )
+    return gradients
+
+
+def _filled(tensors: Tensors, names: tuple[str, ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the order of ``names``, one without elements for each that is None."""
+    found = [tensors.get(name) for name in names]
+    return tuple(x.new_empty(0) if tensor is None else tensor for tensor in found)
+
+
+def _forward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    *operands, layer, group, save_z = args
+    tensors = dict(zip(OPERANDS, operands, strict=True))
+    return _filled(_empty_outputs(tensors, layer, group, save_z), OUTPUTS, tensors["x"])
+
+
+def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
+    *operands, layer, group, save_z = args
+    tensors = dict(zip(OPERANDS, operands, strict=True))
+    member = groups.lookup(group)
+    with groups.refusing(group):
+        outputs = _empty_outputs(tensors, layer, group, save_z)
+        handle = _core.layer(layer, member.world, tensors["x"], tensors["w_up"], tensors["w_down"])
+    _core.engine().forward(member.handle, handle, _present(tensors) | _present(outputs))
+    return _filled(outputs, OUTPUTS, tensors["x"])
+
+
+def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    *operands, _, _, needs = args
+    tensors = dict(zip(SAVED, operands, strict=False))
+    return _filled(_empty_gradients(tensors, needs.split(",")), DIFFERENTIABLE, tensors["x"])
+
+
+def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    *operands, layer, group, needs = args
+    tensors = dict(zip((*SAVED, *INCOMING), operands, strict=True))
+    with groups.refusing(group):
+        gradients = _empty_gradients(tensors, needs.split(","))
+    _launch_backward(tensors, gradients, layer, group)
+    return _filled(gradients, DIFFERENTIABLE, tensors["x"])
+
+
+def _launch_backward(
+    tensors: Tensors, gradients: Tensors, layer: str, group: str, flags: int = 0
+) -> None:
+    member = groups.lookup(group)
+    with groups.refusing(group):
+        handle = _core.layer(layer, member.world, tensors["x"], tensors["w_up"], tensors["w_down"])
+        operands = _present(tensors)
+        for name in INCOMING:
+            if name in operands:
+                operands[name] = operands[name].contiguous()
+        outputs = {f"grad_{name}": gradient for name, gradient in gradients.items()}
+    _core.engine().backward(member.handle, handle, operands | outputs, flags)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    """Keeps what the backward needs: operands, the routing and, if it was asked for, z."""
+    *operands, ctx.layer, ctx.group, save_z = inputs
+    tensors = dict(zip(OPERANDS, operands, strict=True))
+    outputs = dict(zip(OUTPUTS, output, strict=True))
+    tensors["logits"] = tensors["z"] = None
+    constant = ["topk_ids", "tokens_per_expert", "dropped", "z"]
+    if tensors["w_router"] is not None:
+        for name in ("topk_ids", "topk_weights", "logits"):
+            tensors[name] = outputs[name]
+    else:
+        constant += ["topk_weights", "logits"]
+    if save_z:
+        tensors["z"] = outputs["z"]
+    ctx.save_for_backward(*(tensors[name] for name in SAVED))
+    ctx.mark_non_differentiable(*(outputs[name] for name in constant))
+    ctx.set_materialize_grads(False)
+
+
+def _incoming(ctx: Any, grads: tuple[torch.Tensor | None, ...]) -> Tensors | None:
+    """Saved tensors and arriving gradients by name; None if no gradient arrives."""
+    by_output = dict(zip(OUTPUTS, grads, strict=True))
+    grad_y, grad_weights, grad_logits = (by_output[k] for k in ("y", "topk_weights", "logits"))
+    if grad_y is None and grad_weights is None and grad_logits is None:
+        return None
+    tensors = dict(zip(SAVED, ctx.saved_tensors, strict=True))
+    tensors["grad_y"] = torch.zeros_like(tensors["x"]) if grad_y is None else grad_y
+    tensors["grad_weights"] = grad_weights
+    tensors["grad_logits"] = grad_logits
+    return tensors
+
+
+def _needs(needs_input_grad: tuple[bool, ...]) -> list[str]:
+    wanted = [name for name, needed in zip(OPERANDS, needs_input_grad, strict=False) if needed]
+    return [name for name in wanted if name in DIFFERENTIABLE]
+
+
+def _backward_formula(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    tensors = _incoming(ctx, grads)
+    needs = _needs(ctx.needs_input_grad)
+    nothing = (None,) * (len(OPERANDS) + 3)
+    if tensors is None or not needs:
+        return nothing
+    operands = [tensors[name] for name in (*SAVED, *INCOMING)]
+    gradients = backward(*operands, ctx.layer, ctx.group, ",".join(needs))
+    by_name = dict(zip(DIFFERENTIABLE, gradients, strict=True))
+    return (*(by_name[name] if name in needs else None for name in OPERANDS), None, None, None)
+
+
+def _refuse_double_backward(*unused: Any) -> None:
+    raise UnsupportedError(
+        "double backward: flashmoe has no gradient of its backward; call backward without "
+        "create_graph=True, or detach what depends on the first gradient"
+    )
+
+
+def _save_nothing(*, ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _save_forward(*, ctx: Any, inputs: Any, output: Any) -> None:
+    _save(ctx, inputs, output)
+
+
+forward = torch.library.custom_op(
+    "flashmoe::forward",
+    _forward,
+    mutates_args=(),
+    schema=_schema(OPERANDS, _REQUIRED, "str layer, str group, bool save_z", len(OUTPUTS)),
+)
+forward.register_fake(_forward_fake)
+forward.register_autograd(_backward_formula, setup_context=_save_forward)
+
+backward = torch.library.custom_op(
+    "flashmoe::backward",
+    _backward,
+    mutates_args=(),
+    schema=_schema(
+        (*SAVED, *INCOMING),
+        _REQUIRED | {"topk_ids", "topk_weights", "grad_y"},
+        "str layer, str group, str needs",
+        len(DIFFERENTIABLE),
+    ),
+)
+backward.register_fake(_backward_fake)
+backward.register_autograd(_refuse_double_backward, setup_context=_save_nothing)
+
+
+class _MainGrad(torch.autograd.Function):
+    """The layer with weight gradients that go into ``main_grad`` of their parameters.
+
+    An operator sees tensors only, so the parameter objects travel here, on the autograd node;
+    ``main_grad`` is read from them in the backward and never saved. Eager mode only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, owners: dict[str, Any], *inputs: Any) -> tuple[torch.Tensor, ...]:
+        outputs = forward(*inputs)
+        _save(ctx, inputs, outputs)
+        ctx.owners = owners
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            _refuse_double_backward()
+        tensors = _incoming(ctx, grads)
+        needs = _needs(ctx.needs_input_grad[1:])
+        if tensors is None or not needs:
+            return (None,) * (len(OPERANDS) + 4)
+        owners = {name: owner for name, owner in ctx.owners.items() if name in needs}
+        with groups.refusing(ctx.group):
+            gradients = _empty_gradients(tensors, [name for name in needs if name not in owners])
+            into = {name: owner.main_grad(tensors[name]) for name, owner in owners.items()}
+        flags = sum(_ACCUMULATE[name] for name, owner in owners.items() if not owner.overwrites)
+        _launch_backward(tensors, gradients | into, ctx.layer, ctx.group, flags)
+        for name, owner in owners.items():
+            gradients[name] = owner.finish(tensors[name])
+        return (None, *(gradients.get(name) for name in OPERANDS), None, None, None)
+
+
+class MainGradOwner:
+    """A weight parameter with ``main_grad``: where its gradient is added up, and what is returned.
+
+    The protocol of Megatron's fused weight gradients: ``main_grad`` (or ``get_main_grad()``) is
+    added to, or overwritten when ``overwrite_main_grad`` is set. If the parameter has
+    ``grad_added_to_main_grad``, it is set to True and a dummy gradient is returned (zeros when
+    ``zero_out_wgrad`` is set, else memory of any content); otherwise no gradient is returned.
+    """
+
+    def __init__(self, name: str, parameter: torch.Tensor, transposed: bool) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.transposed = transposed
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the gradient replaces ``main_grad`` instead of being added to it."""
+        return bool(getattr(self.parameter, "overwrite_main_grad", False))
+
+    def main_grad(self, weight: torch.Tensor) -> torch.Tensor:
+        """The accumulator in the layout of ``weight``. Raises TypeError or ValueError."""
+        getter = getattr(self.parameter, "get_main_grad", None)
+        into = self.parameter.main_grad if getter is None else getter()
+        if not isinstance(into, torch.Tensor):
+            raise TypeError(f"{self.name}.main_grad is a {type(into).__name__}; accepted: a tensor")
+        into = into.to_local() if hasattr(into, "to_local") else into
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if into.dtype != wide:
+            raise TypeError(f"{self.name}.main_grad has dtype {into.dtype}; accepted: {wide}")
+        into = into.transpose(1, 2) if self.transposed and into.dim() == 3 else into
+        if into.shape != weight.shape:
+            raise ValueError(
+                f"{self.name}.main_grad has shape {tuple(into.shape)}; accepted: "
+                f"{tuple(weight.shape)}, the shape of {self.name}"
+            )
+        return into
+
+    def finish(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Marks the parameter; returns the gradient that autograd is given for it."""
+        if not hasattr(self.parameter, "grad_added_to_main_grad"):
+            return None
+        self.parameter.grad_added_to_main_grad = True
+        zero = getattr(self.parameter, "zero_out_wgrad", False)
+        return torch.zeros_like(weight) if zero else torch.empty_like(weight)
+
+
+@torch.compiler.disable
+def forward_with_main_grad(owners: dict[str, MainGradOwner], *inputs: Any) -> Any:
+    """``forward`` for weights with ``main_grad``; under torch.compile it runs as a graph break."""
+    return _MainGrad.apply(owners, *inputs)
