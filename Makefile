@@ -1,4 +1,4 @@
-# `make run` and `make test` set up all that they need (scripts/setup.py) and are quick a second time.
+# make run and make test set up all that they need (scripts/setup.py), and are quick a second time.
 ifndef PYTHON
 PYTHON := $(shell command -v python3)
 endif

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ LOGS = BUILD / "logs"
 BIN = Path(sys.executable).parent
 STEP_TIMEOUT_S = 40 * 60
 TAIL_LINES = 60
+TAIL_COLUMNS = 240
 # C++ cases with this in their name take long: not in a quick run, not under a sanitizer.
 SLOW_CPP = "Slow"
 SANITIZER_OPTIONS = {
@@ -84,6 +86,13 @@ class Context:
             raise StepError(f"exit {status}: {' '.join(map(str, command))}")
 
 
+def skip_reason(case: ElementTree.Element, skipped: ElementTree.Element) -> str:
+    """Why a case was skipped. CTest keeps what GoogleTest said in the output of the case."""
+    output = case.findtext("system-out", "")
+    said = re.search(r"Skipped\n(.+)", output)
+    return said.group(1) if said else skipped.get("message", "no reason given")
+
+
 def read_junit(path: Path, status: int) -> Outcome:
     """Cases of a JUnit file, as pytest and CTest write it; `status` is the exit code beside it."""
     if not path.exists():
@@ -97,7 +106,7 @@ def read_junit(path: Path, status: int) -> Outcome:
         if case.find("failure") is not None or case.find("error") is not None:
             outcome.failures.append(name)
         elif skipped is not None:
-            outcome.skips.append(f"{name}: {skipped.get('message', 'no reason given')}")
+            outcome.skips.append(f"{name}: {skip_reason(case, skipped)}")
         elif case.get("status", "run") != "run":  # CTest: disabled or not run
             outcome.failures.append(f"{name}: {case.get('status')}")
         else:
@@ -201,7 +210,7 @@ def run_step(step: Step, context: Context) -> Outcome:
             print(f"    failed: {name}")
         tail = context.log.read_text(errors="replace").splitlines() if context.log.exists() else []
         print(f"    the end of {context.log.relative_to(ROOT)}:")
-        print("\n".join(f"    | {line}" for line in tail[-TAIL_LINES:]))
+        print("\n".join(f"    | {line[:TAIL_COLUMNS]}" for line in tail[-TAIL_LINES:]))
     for skip in outcome.skips:
         print(f"    skipped: {skip}")
     return outcome
