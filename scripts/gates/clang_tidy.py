@@ -12,11 +12,8 @@ from .common import BUILD, ROOT, Finding, compile_commands, read, run, run_all, 
 
 
 def extra_arguments(cache: Path) -> list[str]:
-    """clang reads a build made for g++: unknown warnings are fine, and <omp.h> is g++'s."""
-    arguments = [
-        "--extra-arg=-Wno-unknown-warning-option",
-        "--extra-arg=-Wno-ignored-optimization-argument",
-    ]
+    """clang reads a build made for g++: g++ judges the warnings, and <omp.h> is its own."""
+    arguments = ["--extra-arg=-Wno-error"]
     omp = Path(run(["g++", "-print-file-name=include/omp.h"]).stdout.strip())
     if omp.is_absolute() and omp.exists():
         # The other headers of that folder are g++'s builtins: link this one alone.
