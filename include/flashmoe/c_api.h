@@ -1,0 +1,240 @@
+/* FlashMoE flat C ABI: one mixture-of-experts layer, forward and backward, over an expert-parallel
+ * (EP) group.
+ *
+ * Every struct starts with `struct_size`: set it to sizeof(the struct). Fields are only ever added
+ * at the end, so a caller built against an older header keeps working: a missing field reads as
+ * zero. Every function returns an fm_status; fm_last_error() then holds the text for the calling
+ * thread. Nothing here prints, exits or throws.
+ *
+ * Words: T tokens of this rank, H hidden size, I expert intermediate size, E experts in all,
+ * k experts per token, W ranks, E_loc = E / W experts held by a rank, G = 2 for a gated MLP,
+ * else 1.
+ */
+#ifndef FLASHMOE_C_API_H_
+#define FLASHMOE_C_API_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FM_API
+#else
+#define FM_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FM_ABI_VERSION 1
+
+typedef enum fm_status {
+  FM_OK = 0,
+  FM_INVALID_VALUE =
+      1,               /* a shape, stride, id or option that is not accepted (Python: ValueError) */
+  FM_INVALID_TYPE = 2, /* a dtype or device that is not accepted (Python: TypeError) */
+  FM_ROUTING = 3,      /* non-finite router logits or an id below -1 (Python: RoutingError) */
+  FM_MISMATCH = 4,     /* ranks disagree, or a peer refused its call (Python: RankMismatchError) */
+  FM_TIMEOUT = 5,      /* a bounded wait ran out (Python: WaitTimeoutError) */
+  FM_ABORTED = 6,      /* the group was aborted, here or by a peer (Python: GroupAbortedError) */
+  FM_OUT_OF_MEMORY = 7,
+  FM_UNSUPPORTED = 8, /* valid, but not by this engine or build (Python: UnsupportedError) */
+  FM_INTERNAL = 9
+} fm_status;
+
+typedef enum fm_dtype {
+  FM_F64 = 0,
+  FM_F32 = 1,
+  FM_BF16 = 2,
+  FM_F16 = 3,
+  FM_I32 = 4,
+  FM_I64 = 5
+} fm_dtype;
+
+typedef enum fm_activation {
+  FM_SILU = 0,
+  FM_GELU_ERF = 1,
+  FM_GELU_TANH = 2,
+  FM_RELU = 3,
+  FM_RELU2 = 4, /* relu(x)^2 */
+  FM_IDENTITY = 5
+} fm_activation;
+
+/* Order of the G*I rows of w_up. */
+typedef enum fm_gate_layout {
+  FM_GATE_CONCATENATED = 0, /* I gate rows, then I up rows */
+  FM_GATE_INTERLEAVED = 1,  /* gate row i at 2i, up row i at 2i + 1 */
+  FM_GATE_SEPARATE = 2      /* w_gate [E_loc, I, H] and w_up [E_loc, I, H] are two tensors */
+} fm_gate_layout;
+
+typedef enum fm_score {
+  FM_SCORE_SOFTMAX = 0,      /* softmax over all experts, then top-k */
+  FM_SCORE_TOPK_SOFTMAX = 1, /* top-k of the logits, then softmax over the chosen k */
+  FM_SCORE_SIGMOID = 2,
+  FM_SCORE_SQRT_SOFTPLUS = 3
+} fm_score;
+
+/* What the layer is. Plain data: copy it freely. */
+typedef struct fm_layer {
+  uint32_t struct_size;
+  int32_t dtype; /* fm_dtype of x, w_up, w_down and their biases */
+  int64_t hidden;
+  int64_t intermediate;
+  int64_t num_experts; /* E, over all ranks; a multiple of W */
+  int64_t top_k;
+  /* expert */
+  int32_t activation; /* fm_activation */
+  int32_t gated;      /* 1: act(gate) * up; 0: act(up) */
+  int32_t gate_layout;
+  int32_t weight_on_input; /* 1: the top-k weight multiplies x, not the expert's output (Llama 4) */
+  double act_alpha;        /* silu only: x * sigmoid(alpha * x); 1 for the plain form */
+  double act_limit;        /* > 0: gate = min(gate, limit), up = clamp(up, -limit, limit) */
+  double up_offset;        /* added to the (clamped) up value before the product: 1 for gpt-oss */
+  double capacity_factor;  /* 0: dropless; else ceil(c*T*k/E) slots of each (source rank, expert) */
+  /* router (unused when ids come from outside) */
+  int32_t score;       /* fm_score */
+  int32_t renormalize; /* divide the chosen weights by their sum + 1e-20 */
+  double scale;        /* multiplies the weights last */
+  int64_t num_groups;  /* 0 or 1: no group limit */
+  int64_t top_groups;  /* groups that stay eligible */
+  int64_t group_top;   /* a group's score is the sum of its best group_top selection scores */
+} fm_layer;
+
+/* A strided tensor in host memory. data NULL: absent. Strides in elements. */
+typedef struct fm_tensor {
+  void* data;
+  int32_t dtype;
+  int32_t ndim;
+  int64_t shape[3];
+  int64_t stride[3];
+} fm_tensor;
+
+/* Operands of one forward. Absent tensors have data NULL. Weights may have any strides in which one
+ * of the last two dimensions is contiguous: a transposed checkpoint is passed as a transposed view.
+ * Either (topk_ids, topk_weights) are inputs, or w_router is given and they are outputs. */
+typedef struct fm_forward_args {
+  uint32_t struct_size;
+  uint32_t flags;           /* 0 */
+  fm_tensor x;              /* [T, H] dtype, rows contiguous */
+  fm_tensor w_router;       /* [E, H] dtype or f32 (f64 for an f64 layer) */
+  fm_tensor router_bias;    /* [E] as w_router */
+  fm_tensor selection_bias; /* [E] f32 (f64): added to the scores for the choice only */
+  fm_tensor topk_ids;       /* [T, k] i32 or i64; -1 and >= E: no expert */
+  fm_tensor topk_weights;   /* [T, k] f32 or dtype (f64 for an f64 layer) */
+  fm_tensor w_gate;         /* [E_loc, I, H], FM_GATE_SEPARATE only */
+  fm_tensor w_up;           /* [E_loc, G*I, H] ([E_loc, I, H] when separate) */
+  fm_tensor w_down;         /* [E_loc, H, I] */
+  fm_tensor b_up;   /* [E_loc, G*I] in the row order of w_up (gate, then up when separate) */
+  fm_tensor b_down; /* [E_loc, H] */
+  fm_tensor y;      /* [T, H] out */
+  fm_tensor logits; /* [T, E] f32 (f64) out, optional, with w_router only */
+  fm_tensor tokens_per_expert; /* [E] i64 out, optional: slots this rank routed, drops included */
+  fm_tensor dropped;           /* [1] i64 out, optional: slots of this rank over capacity */
+  fm_tensor z; /* [z_rows, G*I] dtype out, optional: pre-activations for the backward */
+} fm_forward_args;
+
+/* Operands of one backward. Outputs that are absent are not computed. The gradients of the weights
+ * may be dtype or f32 (f64); with accumulate they are added to, else overwritten. */
+typedef struct fm_backward_args {
+  uint32_t struct_size;
+  uint32_t flags; /* fm_backward_flags */
+  fm_tensor x;
+  fm_tensor w_router;
+  fm_tensor router_bias;
+  fm_tensor selection_bias;
+  fm_tensor topk_ids;     /* as the forward used or returned them */
+  fm_tensor topk_weights; /* likewise */
+  fm_tensor w_gate;
+  fm_tensor w_up;
+  fm_tensor w_down;
+  fm_tensor b_up;
+  fm_tensor b_down;
+  fm_tensor logits;            /* [T, E], with w_router: what the forward returned */
+  fm_tensor z;                 /* what the forward returned, or absent: recomputed */
+  fm_tensor grad_y;            /* [T, H] dtype in, rows contiguous */
+  fm_tensor grad_weights;      /* [T, k] in, optional: gradient arriving at the returned weights */
+  fm_tensor grad_logits;       /* [T, E] in, optional: gradient arriving at the returned logits */
+  fm_tensor grad_x;            /* [T, H] out */
+  fm_tensor grad_topk_weights; /* [T, k] out, dtype of topk_weights, without w_router */
+  fm_tensor grad_w_router;     /* [E, H] out, dtype of w_router; this rank's tokens only */
+  fm_tensor grad_router_bias;  /* [E] out */
+  fm_tensor grad_w_gate;       /* out, shapes of the weights, any strides they may have */
+  fm_tensor grad_w_up;
+  fm_tensor grad_w_down;
+  fm_tensor grad_b_up;
+  fm_tensor grad_b_down;
+} fm_backward_args;
+
+typedef enum fm_backward_flags {
+  FM_ACCUMULATE_W_GATE = 1, /* grad_w_gate += instead of = */
+  FM_ACCUMULATE_W_UP = 2,
+  FM_ACCUMULATE_W_DOWN = 4
+} fm_backward_flags;
+
+/* What the last launch of a group did on this rank. Times are wall clock of this rank. */
+typedef struct fm_stats {
+  uint32_t struct_size;
+  uint32_t epoch;
+  int64_t rows;            /* rows (slots) this rank's experts computed */
+  int64_t rows_sent;       /* token rows sent to other ranks, deduplicated */
+  int64_t rows_sent_plain; /* what they would be without deduplication: one row a slot */
+  int64_t bytes_sent; /* payload bytes to other ranks in this launch: rows, partials, metadata */
+  int64_t bytes_sent_plain; /* the same without deduplication in both directions */
+  int64_t scratch_bytes;    /* total of the scratch region table */
+  int64_t allocated_bytes; /* what the workspace holds (never less; equal after the first launch) */
+  int64_t symmetric_bytes; /* total of the symmetric region table, 0 for W = 1 */
+  int64_t num_tasks;
+  int64_t num_threads;
+  double phase_seconds[8]; /* busy thread-seconds by fm_phase */
+  double phase_flops[8];
+  double seconds; /* wall time of the launch */
+} fm_stats;
+
+typedef enum fm_phase {
+  FM_PHASE_ROUTE = 0,
+  FM_PHASE_PLAN = 1,
+  FM_PHASE_PUSH = 2,
+  FM_PHASE_UP = 3,     /* backward: activation gradients */
+  FM_PHASE_DOWN = 4,   /* backward: input gradients */
+  FM_PHASE_WEIGHT = 5, /* backward only: weight gradients */
+  FM_PHASE_RETURN = 6,
+  FM_PHASE_COMBINE = 7
+} fm_phase;
+
+typedef struct fm_group_s* fm_group;
+
+/* One rank alone. Every fm_group may be used by one launch at a time; a second caller waits. */
+FM_API fm_status fm_group_create_self(fm_group* out);
+/* W ranks as threads of this process: out[0..world). */
+FM_API fm_status fm_group_create_local(int32_t world, fm_group* out);
+/* W processes of one machine over POSIX shared memory. `token` names the group: the same text on
+ * every rank, never used before. Collective; bounded by FLASHMOE_TIMEOUT_S. */
+FM_API fm_status fm_group_create_shm(const char* token, int32_t rank, int32_t world, fm_group* out);
+FM_API fm_status fm_group_destroy(fm_group group);
+FM_API fm_status fm_group_rank(fm_group group, int32_t* rank, int32_t* world);
+/* Ends every wait of every rank of the group; its launches fail with FM_ABORTED from then on. */
+FM_API fm_status fm_group_abort(fm_group group, const char* reason);
+/* Takes part in the launch that the peers are in, as a rank that refuses it: they fail with
+ * FM_MISMATCH and `reason`. For a caller that found an error before it could launch. */
+FM_API fm_status fm_group_refuse(fm_group group, const char* reason);
+/* key: "timeout_s" (0: no bound), "num_threads" (0: automatic), "epoch" (before the first launch,
+ * the same on all ranks), "jitter_us" (tests: random delay before each task) */
+FM_API fm_status fm_group_set(fm_group group, const char* key, double value);
+FM_API fm_status fm_group_stats(fm_group group, fm_stats* out);
+
+FM_API fm_status fm_forward(fm_group group, const fm_layer* layer, const fm_forward_args* args);
+FM_API fm_status fm_backward(fm_group group, const fm_layer* layer, const fm_backward_args* args);
+
+/* Rows a `z` tensor must have for a launch of `tokens` tokens: exact bound at W = 1. At W > 1 the
+ * rows depend on all ranks' routing: the bound is W * max tokens * min(k, E_loc) + padding. */
+FM_API fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64_t* rows);
+
+FM_API const char* fm_last_error(void);
+FM_API const char* fm_version(void);
+/* "cpu: oneDNN 2.6.3, AVX512_BF16 | cuda: none": what this build can do. */
+FM_API const char* fm_build_info(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* FLASHMOE_C_API_H_ */

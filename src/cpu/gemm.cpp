@@ -1,0 +1,99 @@
+#include "cpu/gemm.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/gemm_eigen.h"
+#if FLASHMOE_ONEDNN
+#include "cpu/gemm_onednn.h"
+#endif
+
+namespace flashmoe::cpu {
+namespace {
+
+// fp32 products by the best library of the build.
+void gemm_f32(int64_t m, int64_t n, int64_t k, MatrixView<float> a, MatrixView<float> b, float* c,
+              int64_t ldc, bool accumulate) {
+#if FLASHMOE_ONEDNN
+  gemm_onednn(DnnType::kF32, m, n, k, {a.data, a.row_stride, a.col_stride},
+              {b.data, b.row_stride, b.col_stride}, c, ldc, accumulate);
+#else
+  gemm_eigen<float>(m, n, k, a, b, c, ldc, accumulate);
+#endif
+}
+
+// 16-bit operands widened to fp32 piece by piece along k, in a fixed order.
+template <class T>
+void gemm_widened(int64_t m, int64_t n, int64_t k, MatrixView<T> a, MatrixView<T> b, float* c,
+                  int64_t ldc, bool accumulate) {
+  thread_local std::vector<float> wide;
+  for (int64_t k0 = 0; k0 < k; k0 += kWidenDepth) {
+    const int64_t depth = std::min(kWidenDepth, k - k0);
+    wide.resize(static_cast<size_t>(std::max<int64_t>((m + n) * depth, 1)));
+    float* wide_a = wide.data();
+    float* wide_b = wide.data() + m * depth;
+    widen<T>(m, depth, a.at(0, k0), wide_a);
+    widen<T>(n, depth, b.at(k0, 0).transposed(), wide_b);
+    gemm_f32(m, n, depth, {wide_a, depth, 1}, {wide_b, 1, depth}, c, ldc, accumulate || k0 > 0);
+  }
+}
+
+template <class T>
+void clear(int64_t m, int64_t n, T* c, int64_t ldc) {
+  for (int64_t i = 0; i < m; ++i) std::memset(c + i * ldc, 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+}  // namespace
+
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, MatrixView<T> a, MatrixView<T> b, Acc<T>* c, int64_t ldc,
+          bool accumulate) {
+  if (m == 0 || n == 0) return;
+  if (k == 0) {
+    if (!accumulate) clear(m, n, c, ldc);
+    return;
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    gemm_eigen<double>(m, n, k, a, b, c, ldc, accumulate);
+  } else if constexpr (std::is_same_v<T, float>) {
+    gemm_f32(m, n, k, a, b, c, ldc, accumulate);
+  } else {
+#if FLASHMOE_ONEDNN
+    if (std::is_same_v<T, bf16> && onednn_has_bf16()) {
+      gemm_onednn(DnnType::kBf16, m, n, k, {a.data, a.row_stride, a.col_stride},
+                  {b.data, b.row_stride, b.col_stride}, c, ldc, accumulate);
+      return;
+    }
+#endif
+    gemm_widened<T>(m, n, k, a, b, c, ldc, accumulate);
+  }
+}
+
+template void gemm<double>(int64_t, int64_t, int64_t, MatrixView<double>, MatrixView<double>,
+                           double*, int64_t, bool);
+template void gemm<float>(int64_t, int64_t, int64_t, MatrixView<float>, MatrixView<float>, float*,
+                          int64_t, bool);
+template void gemm<bf16>(int64_t, int64_t, int64_t, MatrixView<bf16>, MatrixView<bf16>, float*,
+                         int64_t, bool);
+template void gemm<fp16>(int64_t, int64_t, int64_t, MatrixView<fp16>, MatrixView<fp16>, float*,
+                         int64_t, bool);
+
+const char* gemm_library() {
+#if FLASHMOE_ONEDNN
+  return onednn_description();
+#else
+  return "Eigen";
+#endif
+}
+
+#if FLASHMOE_ONEDNN
+GemmThread::GemmThread() : previous_threads_(onednn_set_threads(1)) {}
+GemmThread::~GemmThread() { onednn_set_threads(previous_threads_); }
+#else
+GemmThread::GemmThread() = default;
+GemmThread::~GemmThread() = default;
+#endif
+
+}  // namespace flashmoe::cpu

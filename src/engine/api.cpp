@@ -1,0 +1,254 @@
+// The C ABI: nothing but translation. Exceptions become statuses and the calling thread's error
+// text.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+
+#include "base/env.h"
+#include "cpu/gemm.h"
+#include "cpu/launch.h"
+#include "engine/check.h"
+#include "fabric/group.h"
+
+#if !defined(FLASHMOE_VERSION)
+#define FLASHMOE_VERSION "0.1.0"
+#endif
+
+using flashmoe::Error;
+using flashmoe::fail;
+
+// One rank of a group with everything it owns.
+struct fm_group_s {
+  fm_group_s(std::unique_ptr<flashmoe::fabric::Fabric> fabric, int32_t rank, int32_t world,
+             const flashmoe::fabric::GroupOptions& options)
+      : group(std::move(fabric), rank, world, options) {}
+
+  flashmoe::fabric::Group group;
+  flashmoe::cpu::Workspace workspace;
+  flashmoe::cpu::ThreadPool pool;
+  fm_stats stats{};
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+// Runs `body` and turns what it throws into a status.
+template <class Body>
+fm_status guarded(Body&& body) {
+  try {
+    body();
+    return FM_OK;
+  } catch (const Error& error) {
+    last_error = error.what();
+    return error.status();
+  } catch (const std::bad_alloc&) {
+    last_error = "out of memory";
+    return FM_OUT_OF_MEMORY;
+  } catch (const std::exception& error) {
+    last_error = std::string("internal error: ") + error.what();
+    return FM_INTERNAL;
+  } catch (...) {
+    last_error = "internal error";
+    return FM_INTERNAL;
+  }
+}
+
+// A struct of the caller's version as one of ours: missing fields are zero.
+template <class Struct>
+Struct take_versioned(const Struct* given, const char* name) {
+  if (given == nullptr) fail(FM_INVALID_VALUE, name, " is null");
+  if (given->struct_size < sizeof(uint32_t) || given->struct_size > sizeof(Struct)) {
+    fail(FM_INVALID_VALUE, name, ".struct_size is ", given->struct_size, ", this library knows ",
+         sizeof(Struct), "; set it to sizeof(", name, ")");
+  }
+  Struct taken{};
+  std::memcpy(static_cast<void*>(&taken), given, given->struct_size);
+  return taken;
+}
+
+fm_group_s& take_group(fm_group group) {
+  if (group == nullptr) fail(FM_INVALID_VALUE, "group is null");
+  return *group;
+}
+
+flashmoe::fabric::GroupOptions default_options() {
+  return {.timeout_seconds = flashmoe::env_timeout_seconds()};
+}
+
+void check_world(int32_t world) {
+  if (world < 1 || world > flashmoe::plan::kMaxWorld) {
+    fail(FM_INVALID_VALUE, "world is ", world, ", expected 1..", flashmoe::plan::kMaxWorld);
+  }
+}
+
+// One launch: checks, then the walk. A call that is refused here is announced to the peers.
+template <class MakeCall>
+void launch(fm_group_s& g, MakeCall&& make_call) {
+  const std::lock_guard lock(g.group.launch_mutex());
+  flashmoe::cpu::Call call;
+  try {
+    call = make_call();
+  } catch (const Error& error) {
+    flashmoe::cpu::refuse_call(g.group, error.what());
+    throw;
+  }
+  flashmoe::cpu::run_call(call, g.group, g.workspace, g.pool, g.stats);
+}
+
+void set_option(flashmoe::fabric::Group& group, const std::string& key, double value) {
+  auto& options = group.options();
+  if (!(value >= 0) || !std::isfinite(value)) {
+    fail(FM_INVALID_VALUE, key, " is ", value, ", expected a number that is not negative");
+  }
+  if (key == "timeout_s") {
+    options.timeout_seconds = value;
+  } else if (key == "num_threads") {
+    options.num_threads = static_cast<int>(value);
+  } else if (key == "jitter_us") {
+    options.jitter_us = value;
+  } else if (key == "epoch") {
+    group.set_epoch(static_cast<flashmoe::plan::Epoch>(value));
+  } else {
+    fail(FM_INVALID_VALUE, "option '", key,
+         "' is unknown; known are timeout_s, num_threads, epoch, jitter_us");
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+fm_status fm_group_create_self(fm_group* out) { return fm_group_create_local(1, out); }
+
+fm_status fm_group_create_local(int32_t world, fm_group* out) {
+  return guarded([&] {
+    check_world(world);
+    const auto options = default_options();
+    auto fabrics = flashmoe::fabric::make_thread_fabrics(world);
+    for (int32_t rank = 0; rank < world; ++rank) {
+      auto& fabric = fabrics[static_cast<size_t>(rank)];
+      out[rank] = new fm_group_s(std::move(fabric), rank, world, options);
+    }
+  });
+}
+
+fm_status fm_group_create_shm(const char* token, int32_t rank, int32_t world, fm_group* out) {
+  return guarded([&] {
+    check_world(world);
+    if (rank < 0 || rank >= world) {
+      fail(FM_INVALID_VALUE, "rank is ", rank, ", expected 0..", world - 1);
+    }
+    const std::string name = token == nullptr ? "" : token;
+    if (name.empty() || name.size() > 200 || name.find('/') != std::string::npos) {
+      fail(FM_INVALID_VALUE, "token is '", name, "', expected 1..200 characters without '/'");
+    }
+    const auto options = default_options();
+    auto fabric = flashmoe::fabric::make_shm_fabric(name, rank, world, options.timeout_seconds);
+    auto made = std::make_unique<fm_group_s>(std::move(fabric), rank, world, options);
+    const flashmoe::fabric::Waiter waiter(&made->group.own_control(), rank,
+                                          options.timeout_seconds);
+    made->group.connect(waiter);
+    *out = made.release();
+  });
+}
+
+fm_status fm_group_destroy(fm_group group) {
+  delete group;
+  return FM_OK;
+}
+
+fm_status fm_group_rank(fm_group group, int32_t* rank, int32_t* world) {
+  return guarded([&] {
+    *rank = take_group(group).group.rank();
+    *world = take_group(group).group.world();
+  });
+}
+
+fm_status fm_group_abort(fm_group group, const char* reason) {
+  return guarded([&] {
+    auto& g = take_group(group).group;
+    g.abort(FM_ABORTED, "rank " + std::to_string(g.rank()) + ": " +
+                            (reason == nullptr ? "abort() was called" : reason));
+  });
+}
+
+fm_status fm_group_refuse(fm_group group, const char* reason) {
+  return guarded([&] {
+    auto& g = take_group(group);
+    const std::lock_guard lock(g.group.launch_mutex());
+    flashmoe::cpu::refuse_call(g.group, reason == nullptr ? "no reason given" : reason);
+  });
+}
+
+fm_status fm_group_set(fm_group group, const char* key, double value) {
+  return guarded([&] {
+    auto& g = take_group(group);
+    const std::lock_guard lock(g.group.launch_mutex());
+    set_option(g.group, key == nullptr ? "" : key, value);
+  });
+}
+
+fm_status fm_group_stats(fm_group group, fm_stats* out) {
+  return guarded([&] {
+    auto& g = take_group(group);
+    const uint32_t size = take_versioned(out, "fm_stats").struct_size;
+    const std::lock_guard lock(g.group.launch_mutex());
+    std::memcpy(static_cast<void*>(out), &g.stats, size);
+    out->struct_size = size;
+  });
+}
+
+fm_status fm_forward(fm_group group, const fm_layer* layer, const fm_forward_args* args) {
+  return guarded([&] {
+    auto& g = take_group(group);
+    launch(g, [&] {
+      return flashmoe::engine::make_forward_call(g.group, take_versioned(layer, "fm_layer"),
+                                                 take_versioned(args, "fm_forward_args"));
+    });
+  });
+}
+
+fm_status fm_backward(fm_group group, const fm_layer* layer, const fm_backward_args* args) {
+  return guarded([&] {
+    auto& g = take_group(group);
+    launch(g, [&] {
+      return flashmoe::engine::make_backward_call(g.group, take_versioned(layer, "fm_layer"),
+                                                  take_versioned(args, "fm_backward_args"));
+    });
+  });
+}
+
+fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64_t* rows) {
+  return guarded([&] {
+    const auto& g = take_group(group).group;
+    const fm_layer known = take_versioned(layer, "fm_layer");
+    flashmoe::engine::check_layer(known, g.world());
+    if (g.world() > 1) {
+      fail(FM_UNSUPPORTED, "z of a group of ", g.world(),
+           " ranks: its rows depend on all ranks' routing; let the backward recompute it");
+    }
+    flashmoe::plan::Problem problem;
+    problem.tokens = tokens;
+    problem.hidden = known.hidden;
+    problem.intermediate = known.intermediate;
+    problem.num_experts = known.num_experts;
+    problem.top_k = known.top_k;
+    *rows = flashmoe::cpu::max_rows_alone(problem);
+  });
+}
+
+const char* fm_last_error(void) { return last_error.c_str(); }
+
+const char* fm_version(void) { return FLASHMOE_VERSION; }
+
+const char* fm_build_info(void) {
+  static const std::string text = std::string("cpu: ") + flashmoe::cpu::gemm_library();
+  return text.c_str();
+}
+
+}  // extern "C"

@@ -1,0 +1,193 @@
+#include "fabric/group.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace flashmoe::fabric {
+namespace {
+
+// What every rank of a group must share: the layout of the control block and the library's version.
+std::string build_identity() {
+  return std::string(fm_version()) + " control " + std::to_string(sizeof(ControlBlock));
+}
+
+struct HeaderField {
+  const char* name;
+  double (*read)(const CallHeader&);
+};
+
+// One line a field; a new field of CallHeader that must agree is one line here.
+constexpr HeaderField kHeaderFields[] = {
+    {"operation (1 forward, 2 backward)",
+     [](const CallHeader& h) -> double {
+       return h.operation;
+     }},
+    {"dtype",
+     [](const CallHeader& h) {
+       return static_cast<double>(h.dtype);
+     }},
+    {"hidden size",
+     [](const CallHeader& h) {
+       return static_cast<double>(h.hidden);
+     }},
+    {"intermediate size",
+     [](const CallHeader& h) {
+       return static_cast<double>(h.intermediate);
+     }},
+    {"num_experts",
+     [](const CallHeader& h) {
+       return static_cast<double>(h.num_experts);
+     }},
+    {"top_k",
+     [](const CallHeader& h) {
+       return static_cast<double>(h.top_k);
+     }},
+    {"activation",
+     [](const CallHeader& h) {
+       return static_cast<double>(h.activation);
+     }},
+    {"gated",
+     [](const CallHeader& h) {
+       return static_cast<double>(h.gated);
+     }},
+    {"weight_on_input",
+     [](const CallHeader& h) {
+       return static_cast<double>(h.weight_on_input);
+     }},
+    {"activation alpha",
+     [](const CallHeader& h) {
+       return h.act_alpha;
+     }},
+    {"activation limit",
+     [](const CallHeader& h) {
+       return h.act_limit;
+     }},
+    {"activation up_offset",
+     [](const CallHeader& h) {
+       return h.up_offset;
+     }},
+    {"capacity_factor",
+     [](const CallHeader& h) {
+       return h.capacity_factor;
+     }},
+};
+
+}  // namespace
+
+void set_text(char (&target)[kTextBytes], const std::string& text) {
+  const size_t length = std::min(text.size(), static_cast<size_t>(kTextBytes - 1));
+  std::memcpy(target, text.data(), length);
+  target[length] = '\0';
+}
+
+Group::Group(std::unique_ptr<Fabric> fabric, int32_t rank, int32_t world, GroupOptions options)
+    : fabric_(std::move(fabric)), rank_(rank), world_(world), options_(options) {
+  std::strncpy(own_control().build, build_identity().c_str(), sizeof(own_control().build) - 1);
+}
+
+void Group::connect(const Waiter& waiter) {
+  if (world_ == 1 || generation_ != 0) return;
+  grow({.tokens = 0, .flag_words = 0, .bytes = 4096}, waiter);
+  check_build(waiter);
+}
+
+void Group::check_build(const Waiter& waiter) {
+  waiter.check_abort();
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    if (std::strcmp(control(peer).build, own_control().build) != 0) {
+      fail(FM_MISMATCH, "rank ", peer, " runs build '", control(peer).build, "', rank ", rank_,
+           " runs '", own_control().build, "': install the same flashmoe on all ranks");
+    }
+  }
+}
+
+void Group::set_epoch(plan::Epoch epoch) {
+  if (epoch_ != 0) fail(FM_INVALID_VALUE, "epoch: can only be set before the first launch");
+  epoch_ = epoch;
+  finish_epoch(epoch);
+}
+
+void Group::wait_for_credit(plan::Epoch epoch, const Waiter& waiter) const {
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    if (peer == rank_) continue;
+    waiter.until(own_control().done[peer],
+                 [epoch](uint32_t done) { return plan::has_credit(done, epoch); },
+                 plan::credit_epoch(epoch), {"the credit", "plan", peer, epoch});
+  }
+}
+
+void Group::write_header(plan::Epoch epoch, const CallHeader& header) {
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    control(peer).header[plan::bank_of(epoch)][rank_] = header;
+  }
+}
+
+void Group::publish_metadata(plan::Epoch epoch) {
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    control(peer).meta_ready[plan::bank_of(epoch)][rank_].store(epoch, std::memory_order_release);
+  }
+}
+
+void Group::wait_for_metadata(plan::Epoch epoch, const Waiter& waiter) const {
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    waiter.until_equal(own_control().meta_ready[plan::bank_of(epoch)][peer], epoch,
+                       {"the metadata", "plan", peer, epoch});
+  }
+}
+
+void Group::finish_epoch(plan::Epoch epoch) {
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    control(peer).done[rank_].store(epoch, std::memory_order_release);
+  }
+}
+
+void Group::grow(const plan::SymmetricCapacity& capacity, const Waiter& waiter) {
+  const uint32_t generation = ++generation_;
+  fabric_->allocate(capacity.bytes, generation);
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    control(peer).grow_ready[rank_].store(generation, std::memory_order_release);
+  }
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    waiter.until_equal(own_control().grow_ready[peer], generation,
+                       {"new memory", "grow", peer, epoch_});
+  }
+  fabric_->map_peers(capacity.bytes, generation);
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    control(peer).grow_mapped[rank_].store(generation, std::memory_order_release);
+  }
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    waiter.until_equal(own_control().grow_mapped[peer], generation,
+                       {"mapped memory", "grow", peer, epoch_});
+  }
+  fabric_->retire();
+  capacity_ = capacity;
+}
+
+void Group::abort(fm_status status, const std::string& reason) {
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    ControlBlock& block = control(peer);
+    auto none = static_cast<uint32_t>(AbortState::kNone);
+    const auto writing = static_cast<uint32_t>(AbortState::kWriting);
+    if (!block.abort.compare_exchange_strong(none, writing, std::memory_order_acq_rel)) continue;
+    block.abort_status = status;
+    set_text(block.abort_text, reason);
+    block.abort.store(static_cast<uint32_t>(AbortState::kSet), std::memory_order_release);
+  }
+}
+
+void check_headers(const Group& group, plan::Epoch epoch) {
+  const CallHeader& own = group.header_of(epoch, group.rank());
+  for (int32_t peer = 0; peer < group.world(); ++peer) {
+    const CallHeader& header = group.header_of(epoch, peer);
+    if (header.status == static_cast<uint32_t>(CallStatus::kRefused)) {
+      fail(FM_MISMATCH, "rank ", peer, " refused the call: ", header.text);
+    }
+    for (const HeaderField& field : kHeaderFields) {
+      if (field.read(header) == field.read(own)) continue;
+      fail(FM_MISMATCH, field.name, " differs between ranks: ", field.read(header), " on rank ",
+           peer, ", ", field.read(own), " on rank ", group.rank());
+    }
+  }
+}
+
+}  // namespace flashmoe::fabric

@@ -1,0 +1,86 @@
+// An EP group as one rank sees it: the fabric, the epoch, the symmetric memory and its capacity.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "fabric/fabric.h"
+#include "fabric/wait.h"
+#include "plan/layout.h"
+
+namespace flashmoe::fabric {
+
+enum class Operation : uint32_t { kForward = 1, kBackward = 2 };
+
+// Test and tuning knobs (fm_group_set).
+struct GroupOptions {
+  double timeout_seconds = 60;
+  int num_threads = 0;   // 0: automatic
+  double jitter_us = 0;  // tests: random delay before each task, up to this
+};
+
+class Group {
+ public:
+  Group(std::unique_ptr<Fabric> fabric, int32_t rank, int32_t world, GroupOptions options);
+
+  int32_t rank() const { return rank_; }
+  int32_t world() const { return world_; }
+  const Fabric& fabric() const { return *fabric_; }
+  const plan::SymmetricCapacity& capacity() const { return capacity_; }
+  GroupOptions& options() { return options_; }
+
+  // Makes the memory of the group; collective. Separate from the constructor because ranks that are
+  // threads do it later, each in its own first launch.
+  void connect(const Waiter& waiter);
+
+  // Serialises the launches of this rank.
+  std::mutex& launch_mutex() { return launch_mutex_; }
+
+  plan::Epoch epoch() const { return epoch_; }
+  plan::Epoch begin_epoch() { return epoch_ = plan::next_epoch(epoch_); }
+  void set_epoch(plan::Epoch epoch);
+
+  ControlBlock& own_control() const { return *fabric_->control(rank_); }
+  ControlBlock& control(int32_t rank) const { return *fabric_->control(rank); }
+
+  // Writes `header` into every rank's bank of this epoch, own included; the flags are raised apart,
+  // after the metadata (publish_metadata).
+  void write_header(plan::Epoch epoch, const CallHeader& header);
+  void wait_for_credit(plan::Epoch epoch, const Waiter& waiter) const;
+  void publish_metadata(plan::Epoch epoch);
+  void wait_for_metadata(plan::Epoch epoch, const Waiter& waiter) const;
+  const CallHeader& header_of(plan::Epoch epoch, int32_t rank) const {
+    return own_control().header[plan::bank_of(epoch)][rank];
+  }
+  // Tells all ranks that this one has left the launch.
+  void finish_epoch(plan::Epoch epoch);
+
+  // Collective: all ranks have agreed (by their headers) on the new capacity.
+  void grow(const plan::SymmetricCapacity& capacity, const Waiter& waiter);
+
+  // Stops every rank's waits. The first reason stands.
+  void abort(fm_status status, const std::string& reason);
+
+ private:
+  void check_build(const Waiter& waiter);
+
+  std::unique_ptr<Fabric> fabric_;
+  int32_t rank_;
+  int32_t world_;
+  GroupOptions options_;
+  std::mutex launch_mutex_;
+  plan::Epoch epoch_ = 0;
+  uint32_t generation_ = 0;
+  plan::SymmetricCapacity capacity_;
+};
+
+// Throws FM_MISMATCH naming the rank and the field when two headers of a launch disagree, or when a
+// peer refused.
+void check_headers(const Group& group, plan::Epoch epoch);
+
+void set_text(char (&target)[kTextBytes], const std::string& text);
+
+}  // namespace flashmoe::fabric

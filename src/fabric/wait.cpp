@@ -1,0 +1,57 @@
+#include "fabric/wait.h"
+
+#include <sched.h>
+
+#include <thread>
+
+#include "base/error.h"
+
+namespace flashmoe::fabric {
+namespace {
+
+constexpr int kSpinTurns = 64;
+constexpr int kYieldTurns = 256;
+constexpr std::chrono::microseconds kSleep{50};
+
+}  // namespace
+
+void Waiter::Backoff::pause() {
+  ++turns_;
+  if (turns_ < kSpinTurns) return;
+  if (turns_ < kYieldTurns) {
+    sched_yield();
+    return;
+  }
+  std::this_thread::sleep_for(kSleep);
+}
+
+double Waiter::Backoff::seconds() const {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+}
+
+void Waiter::check_abort() const {
+  const auto state = control_->abort.load(std::memory_order_acquire);
+  if (state == static_cast<uint32_t>(AbortState::kSet)) {
+    fail(FM_ABORTED, "the group was aborted: ", control_->abort_text,
+         "; make a new group to go on");
+  }
+}
+
+void Waiter::check(const Backoff& backoff, uint32_t expected, uint32_t seen,
+                   const WaitTag& tag) const {
+  if (stopped()) throw Stopped{};
+  check_abort();
+  if (timeout_seconds_ <= 0 || backoff.turns() % 16 != 0) return;
+  if (backoff.seconds() < timeout_seconds_) return;
+  std::ostringstream peer;
+  if (tag.peer >= 0) {
+    peer << "rank " << tag.peer;
+  } else {
+    peer << "a thread of this rank";
+  }
+  fail(FM_TIMEOUT, "rank ", rank_, " waited ", timeout_seconds_, " s in phase ", tag.phase, " for ",
+       tag.what, " of ", peer.str(), ": epoch ", tag.epoch, ", expected ", expected, ", seen ",
+       seen, ". Is that rank alive and in the same call? FLASHMOE_TIMEOUT_S sets the bound");
+}
+
+}  // namespace flashmoe::fabric
