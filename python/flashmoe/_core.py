@@ -62,7 +62,7 @@ def layer(config: str, world: int, x: Any, w_up: Any, w_down: Any) -> int:
     """
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise TypeError(f"x has dtype {dtype}; accepted: float64, float32, bfloat16, float16")
+        raise TypeError(f"x has dtype {dtype}; accepted: {', '.join(DTYPES)}")
     num_experts = LayerConfig.decode(config).num_experts or w_up.shape[0] * world
     return _layer(config, dtype, x.shape[1], w_down.shape[2], num_experts)
 

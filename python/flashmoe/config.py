@@ -12,7 +12,7 @@ from typing import Any
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 SCORES = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
 GATE_LAYOUTS = ("concatenated", "interleaved", "separate")
-DTYPES = ("float64", "float32", "bfloat16", "float16", "int32", "int64")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> None:

@@ -318,9 +318,14 @@ def _check_torch(operands: dict[str, Any]) -> None:
 
     if hasattr(operands["x"], "to_local"):
         raise TypeError("x is a DTensor; accepted: the local tensor of this rank (x.to_local())")
+    device = operands["x"].device
     for name, tensor in operands.items():
-        if tensor is not None and tensor.layout != torch.strided:
+        if tensor is None:
+            continue
+        if tensor.layout != torch.strided:
             raise TypeError(f"{name} has layout {tensor.layout}; accepted: torch.strided")
+        if tensor.device != device:
+            raise TypeError(f"{name} is on {tensor.device}; accepted: {device}, where x is")
 
 
 def _run(

@@ -76,7 +76,8 @@ def _empty_outputs(tensors: Tensors, layer: str, group: str, save_z: bool) -> Te
             )
         rows = config.z_rows(x.shape[0], decoded.top_k, w_up.shape[0])
         width = w_up.shape[1] * (2 if decoded.gate_layout == "separate" else 1)
-        outputs["z"] = x.new_empty((rows, width))
+        # Not all rows are used: an output must not show what was in the memory before.
+        outputs["z"] = x.new_zeros((rows, width))
     return outputs
 
 
@@ -141,6 +142,8 @@ def _launch_backward(
             if name in operands:
                 operands[name] = operands[name].contiguous()
         outputs = {f"grad_{name}": gradient for name, gradient in gradients.items()}
+        # Every rank takes part in the exchange of dX, so the engine always writes it.
+        outputs.setdefault("grad_x", torch.empty_like(operands["grad_y"]))
     _core.engine().backward(member.handle, handle, operands | outputs, flags)
 
 

@@ -33,7 +33,7 @@ constexpr std::array kDtypes{
 // Where the data pointer of a tensor without elements points: the C ABI reads NULL as "absent".
 alignas(64) std::array<char, 64> empty_storage{};
 
-// The text of fm_status, in the order of the enum: the exception class in Python.
+// The exception class in Python of each fm_status, in the order of the enum.
 constexpr std::array kErrorKinds{
     "RuntimeError",
     "ValueError",
@@ -86,13 +86,16 @@ fm_tensor to_tensor(std::string_view name, const ffi::Any& value) {
   }
   out.dtype = to_dtype(name, given.dtype);
   out.ndim = given.ndim;
+  const bool is_empty =
+      std::find(given.shape, given.shape + given.ndim, 0) != given.shape + given.ndim;
+  // Without elements, any strides are as good as packed ones.
+  const bool is_packed = given.strides == nullptr || is_empty;
   int64_t packed_stride = 1;
   for (int32_t dim = given.ndim - 1; dim >= 0; --dim) {
     out.shape[dim] = given.shape[dim];
-    out.stride[dim] = given.strides != nullptr ? given.strides[dim] : packed_stride;
-    packed_stride *= given.shape[dim];
+    out.stride[dim] = is_packed ? packed_stride : given.strides[dim];
+    packed_stride *= std::max<int64_t>(given.shape[dim], 1);
   }
-  const bool is_empty = packed_stride == 0;
   out.data = is_empty ? empty_storage.data() : static_cast<char*>(given.data) + given.byte_offset;
   return out;
 }
@@ -122,9 +125,10 @@ template <class Number>
 void read_number(std::string_view name, const ffi::Any& value, Number& out) {
   using Wide = std::conditional_t<std::is_floating_point_v<Number>, double, int64_t>;
   const auto given = value.try_cast<Wide>();
-  if (!given)
+  if (!given) {
     raise("TypeError", std::string(name) + " is " + value.GetTypeKey() + ", expected " +
                            (std::is_floating_point_v<Number> ? "a number" : "an integer"));
+  }
   out = static_cast<Number>(*given);
   if (static_cast<Wide>(out) != *given && *given == *given) {
     raise("ValueError", std::string(name) + " is " + std::to_string(*given) + ", out of range");

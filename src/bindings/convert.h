@@ -6,6 +6,8 @@
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/string.h>
 
+#include <string>
+
 #include "flashmoe/c_api.h"
 
 namespace flashmoe::bindings {

@@ -1,0 +1,263 @@
+"""Groups: ranks as threads, a torch process group, errors on every rank."""
+
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+
+import flashmoe
+import pytest
+import torch
+from conftest import assert_as_exact_as_plain, make_layer, plain_experts
+from flashmoe import group as groups
+from flashmoe.errors import (
+    GroupAbortedError,
+    RankMismatchError,
+    UnsupportedError,
+)
+
+
+def shard(layer, rank, num_ranks):
+    """The experts of one rank, as leaves of their own."""
+    share = layer.w_up.shape[0] // num_ranks
+    mine = slice(rank * share, (rank + 1) * share)
+    return {
+        name: tensor.detach()[mine].clone().requires_grad_()
+        for name, tensor in layer.tensors().items()
+        if name in ("w_up", "w_down", "b_up", "b_down")
+    }
+
+
+def tokens_of(layer, rank, num_ranks):
+    """A different number of tokens on every rank, none on the last of three."""
+    ends = {2: (0, 17, 24), 3: (0, 5, 24, 24)}[num_ranks]
+    return slice(ends[rank], ends[rank + 1])
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_as_threads_give_the_gradients_of_one(ranks, num_ranks):
+    layer = make_layer(tokens=24, bias=True)
+    ids = torch.randint(-1, 7, (24, 2), generator=torch.Generator().manual_seed(5))
+    weights = torch.rand(24, 2, generator=torch.Generator().manual_seed(6))
+    direction = torch.randn(24, 32, generator=torch.Generator().manual_seed(7))
+
+    def on_rank(rank, group):
+        mine = tokens_of(layer, rank, num_ranks)
+        x = layer.x.detach()[mine].clone().requires_grad_()
+        my_weights = weights[mine].clone().requires_grad_()
+        local = shard(layer, rank, num_ranks)
+        y = flashmoe.experts(x, ids[mine], my_weights, **local, group=group)
+        (y * direction[mine]).sum().backward()
+        by_token = {"y": y.detach(), "x": x.grad, "topk_weights": my_weights.grad}
+        return by_token, {name: tensor.grad for name, tensor in local.items()}
+
+    results = ranks(num_ranks).values(on_rank)
+    ours = {
+        name: torch.cat([part[name] for parts in results for part in parts if name in part])
+        for name in ("y", "x", "topk_weights", "w_up", "w_down", "b_up", "b_down")
+    }
+
+    def plain(dtype):
+        given, its_weights = layer.to(dtype), weights.detach().to(dtype).requires_grad_()
+        y = plain_experts(given, ids, its_weights)
+        (y * direction.to(dtype)).sum().backward()
+        return {"y": y.detach(), "topk_weights": its_weights.grad, **given.grads()}
+
+    same_dtype, exact = plain(torch.float32), plain(torch.float64)
+    for name in ours:
+        assert_as_exact_as_plain(name, ours[name], same_dtype[name], exact[name])
+
+
+def test_module_on_a_group(ranks):
+    x = torch.randn(2, 9, 16)
+
+    def on_rank(rank, group):
+        torch.manual_seed(0)
+        layer = flashmoe.MoE(16, 8, 4, 2, group=group)
+        assert layer.w_up.shape == (2, 16, 16)
+        assert copy.deepcopy(layer).group is group
+        y, routed = layer(x[rank], return_routing=True)
+        y.sum().backward()
+        return routed.tokens_per_expert, layer.w_router.grad is not None
+
+    for counts, has_gradient in ranks(2).values(on_rank):
+        assert counts.shape == (4,)
+        assert has_gradient
+
+
+def test_group_describes_itself(ranks):
+    first, second = ranks(2).groups
+    assert (first.rank, first.world) == (0, 2)
+    assert (second.rank, second.world) == (1, 2)
+    assert first.name != second.name
+    assert "rank=1, world=2" in repr(second)
+    first.set("timeout_s", 5)
+
+
+def test_stats_of_a_launch():
+    (group,) = flashmoe.local_group(1)
+    layer = make_layer(tokens=10)
+    with group:
+        flashmoe.moe(**layer.keywords(), group=group)
+        stats = group.stats()
+    assert stats["rows"] == 20
+    assert stats["rows_sent"] == 0
+    assert len(stats["phase_seconds"]) == 8
+    assert stats["seconds"] > 0
+
+
+ONE_BAD_RANK = {
+    "python": ({"activation": "swish"}, ValueError, "swish"),
+    "python_type": ({"w_up": None}, TypeError, "w_up is None"),
+    "engine": ({"b_up": torch.zeros(2, 3)}, ValueError, "b_up"),
+    "save_z": ({"save_z": True}, UnsupportedError, "save_z"),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "word"), ONE_BAD_RANK.values(), ids=ONE_BAD_RANK.keys()
+)
+def test_error_of_one_rank_reaches_all_at_once(ranks, changes, error, word):
+    layer = make_layer(tokens=6, hidden=16, intermediate=8, experts=4)
+
+    def on_rank(rank, group):
+        arguments = {**shard(layer, rank, 2), **(changes if rank == 1 else {})}
+        return flashmoe.moe(layer.x, layer.w_router, **arguments, top_k=2, group=group)[0]
+
+    started = ranks(2)
+    first, second = started.run(on_rank)
+    assert type(second) is error and word in str(second), second
+    assert isinstance(first, RankMismatchError) and word in str(first), first
+
+    changes = {}
+    for y in started.values(on_rank):
+        assert y.shape == layer.x.shape
+
+
+def test_ranks_that_disagree(ranks):
+    def on_rank(rank, group):
+        layer = make_layer(tokens=6, hidden=16 + 8 * rank, intermediate=8, experts=4)
+        return flashmoe.moe(layer.x, layer.w_router, **shard(layer, rank, 2), top_k=2, group=group)
+
+    for result in ranks(2).run(on_rank):
+        assert isinstance(result, RankMismatchError) and "hidden" in str(result), result
+
+
+def test_experts_not_divisible_over_the_ranks(ranks):
+    (first, _) = ranks(2).groups
+    with pytest.raises(ValueError, match="num_experts is 5 on a group of 2 ranks"):
+        flashmoe.MoE(16, 8, 5, 2, group=first)
+
+
+def test_abort_ends_the_wait_of_a_peer(ranks):
+    layer = make_layer(tokens=6, hidden=16, intermediate=8, experts=4)
+
+    def on_rank(rank, group):
+        if rank == 1:
+            group.abort("the test says so")
+            return None
+        return flashmoe.moe(layer.x, layer.w_router, **shard(layer, rank, 2), top_k=2, group=group)
+
+    waiting, _ = ranks(2).run(on_rank)
+    assert isinstance(waiting, GroupAbortedError) and "the test says so" in str(waiting), waiting
+
+
+PROCESS_GROUP = """
+    import sys, torch
+    import torch.distributed as dist
+    import flashmoe
+    from flashmoe import group as groups
+
+    rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for shape in ((4, 16), (4, 16, 16), (4, 16, 8))]
+    x = torch.randn(2, 5, 16)
+    w_router, *both = weights
+    local = [w[2 * rank : 2 * rank + 2].clone().requires_grad_() for w in both]
+    pg = dist.group.WORLD
+    y, _ = flashmoe.moe(x[rank], w_router, *local, top_k=2, group=pg)
+    y.sum().backward()
+    alone, _ = flashmoe.moe(x[rank], *weights, top_k=2)
+    torch.testing.assert_close(y, alone)
+    assert local[0].grad.abs().sum() > 0
+
+    # compiled: the operator takes the group by its name
+    layer = lambda x: flashmoe.moe(x, w_router, *local, top_k=2, group=pg)[0]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x[rank]), y)
+
+    # one group per process group; a single rank needs none
+    assert groups.lookup("pg:" + pg.group_name) is groups.lookup("pg:" + pg.group_name)
+    singles = [dist.new_group([other]) for other in range(2)]
+    assert groups.resolve(singles[rank]) == ("self", 1)
+
+    # an error that one rank finds before its launch
+    try:
+        flashmoe.moe(x[rank], w_router, *local, top_k=2, group=pg, save_z=bool(rank))
+    except flashmoe.errors.FlashMoEError as error:
+        print(type(error).__name__)
+
+    # a name that torch uses again belongs to a new group
+    old = groups.lookup("pg:" + pg.group_name)
+    dist.destroy_process_group()
+    store = dist.FileStore(sys.argv[2] + ".again", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    again, _ = flashmoe.moe(x[rank], w_router, *local, top_k=2, group=dist.group.WORLD)
+    assert torch.equal(again, y)
+    assert groups.lookup("pg:" + dist.group.WORLD.group_name) is not old
+    dist.destroy_process_group()
+    print("done")
+"""
+
+
+def test_torch_process_group(tmp_path):
+    environment = {**os.environ, "FLASHMOE_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PROCESS_GROUP), str(rank), tmp_path / "store"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    assert outputs[0][0].split() == ["RankMismatchError", "done"]
+    assert outputs[1][0].split() == ["UnsupportedError", "done"]
+
+
+def test_ranks_on_two_machines_are_refused(monkeypatch):
+    import torch.distributed as dist
+
+    class TwoMachines:
+        def rank(self):
+            return 0
+
+        def size(self):
+            return 2
+
+    def gather(everyone, mine, group):
+        everyone[:] = [mine, ("token", "another machine")]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(UnsupportedError, match="rank 1 is not on the machine of rank 0"):
+        groups._make_shm(TwoMachines())
+
+
+def test_forked_child_makes_its_own_group():
+    layer = make_layer(tokens=4)
+    with torch.no_grad():
+        expected = flashmoe.moe(**layer.keywords())[0]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(flashmoe.moe(**layer.keywords())[0], expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
