@@ -364,7 +364,11 @@ def _operand(name: str, tensor: Any, transposed: bool) -> Any:
 
 def _main_grad_owners(operands: dict[str, Any], transposed: bool) -> dict[str, Any]:
     """The expert weights whose gradient goes into ``main_grad``, by name."""
-    owners = {}
+    import torch
+
+    owners: dict[str, Any] = {}
+    if not torch.is_grad_enabled():
+        return owners
     for name in _EXPERT_WEIGHTS:
         weight = operands[name]
         if weight is None or not weight.requires_grad:

@@ -185,5 +185,7 @@ def test_compile_breaks_the_graph_and_adds_all_the_same():
         assert torch.equal(getattr(layer, name).main_grad, expected[name])
 
     torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(layer.x)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="forward_with_main_grad"):
         torch.compile(loss, backend="aot_eager", fullgraph=True)(layer.x)
