@@ -1,0 +1,240 @@
+"""`flashmoe check`: the case table against the reference.
+
+Every case runs twice, the second time on one thread a rank and (W > 1) with random delays; both
+runs must agree in every bit. The first is compared with the reference (`compare`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from . import compare, errors, local_group
+from .cases import CASES, select
+from .defects import spoil
+from .inputs import DTYPES, make_operands
+from .passes import call_layer, engine_pass, on_all_ranks, rank_call, reference_pass
+
+JITTER_US = 20  # longest random delay before a task in the second run
+
+
+@dataclass
+class Record:
+    """The outcome of one case: an object of `flashmoe check --json`."""
+
+    case: str
+    dtype: str
+    ranks: int
+    mode: str  # values, gradients or support
+    status: str = "passed"  # passed, failed or skipped
+    reason: str = ""  # first mismatch, or what a skipped case misses
+    error_ratio: float | None = None  # of the output that is nearest to its bar
+    bar: float | None = None
+    output: str = ""  # that output
+    bitwise: bool | None = None  # the second run gave the same bits
+    flips: int = 0  # tokens whose near-tied choice rounding decided otherwise than in fp64
+    seconds: float = 0.0
+    outputs: dict = field(default_factory=dict)  # name -> error, yardstick, ratio, bar
+
+    def fail(self, reason):
+        """Marks the case as failed; the first reason stays."""
+        self.status = "failed"
+        self.reason = self.reason or reason
+
+
+class GroupPool:
+    """Groups of ranks as threads, kept from case to case; one that failed is replaced."""
+
+    def __init__(self):
+        self.groups = {}
+
+    def get(self, ranks):
+        """The groups of `ranks` ranks, with automatic threads and no jitter."""
+        if ranks not in self.groups:
+            self.groups[ranks] = local_group(ranks)
+        return self.tuned(ranks, num_threads=0, jitter_us=0)
+
+    def tuned(self, ranks, **values):
+        """The same groups with options set."""
+        for group in self.groups[ranks]:
+            for key, value in values.items():
+                group.set(key, value)
+        return self.groups[ranks]
+
+    def drop(self, ranks):
+        """Closes the groups of `ranks` ranks."""
+        for group in self.groups.pop(ranks, []):
+            group.close()
+
+    def close(self):
+        """Closes all groups."""
+        for ranks in list(self.groups):
+            self.drop(ranks)
+
+
+def run_checks(pattern="*", *, gradients=False, ranks=None, dtype=None, device="cpu"):
+    """Yields a `Record` for every case that `pattern` names, as soon as it is done.
+
+    `gradients`: forward and backward instead of forward and refusals. `ranks`, `dtype`: instead of
+    the case's own. `device`: "cpu" or "cuda".
+    """
+    pool = GroupPool()
+    try:
+        for mode, case, one_dtype, num_ranks in planned(pattern, gradients, ranks, dtype):
+            record = Record(case.name, one_dtype, num_ranks, mode)
+            missing = missing_for(case, num_ranks, device)
+            if missing:
+                record.status, record.reason = "skipped", missing
+            else:
+                check_case(case, record, pool)
+            yield record
+    finally:
+        pool.close()
+
+
+def planned(pattern="*", gradients=False, ranks=None, dtype=None):
+    """(mode, case, dtype, ranks) of every check that `run_checks` makes."""
+    modes = ("gradients",) if gradients else ("values", "support")
+    return [(mode, *chosen) for mode in modes for chosen in select(pattern, mode, ranks, dtype)]
+
+
+def missing_for(case, ranks, device):
+    """What a case needs and does not have; "" if it can run."""
+    if device != "cpu":
+        return f"no {device} engine in this build"
+    if case.refused:
+        return "" if ranks in case.ranks else f"needs {' or '.join(map(str, case.ranks))} ranks"
+    if case.experts % ranks:
+        return f"needs a number of ranks that divides {case.experts} experts"
+    if case.ids == "one_rank" and ranks == 1:
+        return "needs more than one rank"
+    return ""
+
+
+def check_case(case, record, pool):
+    """Runs one case and fills its record."""
+    start = time.perf_counter()
+    try:
+        judge = {"isolated_nan": check_isolated_nan}.get(case.probe, check_compared)
+        judge = check_refused if case.refused else judge
+        judge(case, record, pool)
+    except Exception as error:  # whatever a case raises is its failure, not the run's
+        record.fail(f"{type(error).__name__}: {error}")
+        pool.drop(record.ranks)
+    record.seconds = time.perf_counter() - start
+
+
+def check_compared(case, record, pool):
+    """Values, and in gradients mode gradients, against the reference; twice the same bits."""
+    gradients = record.mode == "gradients"
+    dtype = DTYPES[record.dtype]
+    tallies = {}
+    record.bitwise = True
+    for step, tokens in enumerate(case.steps(record.ranks)):
+        operands = make_operands(case, tokens, record.dtype, seed=step)
+        first = engine_pass(case, operands, record.dtype, pool.get(record.ranks), gradients)
+        jitter_us = JITTER_US if record.ranks > 1 else 0
+        groups = pool.tuned(record.ranks, num_threads=1, jitter_us=jitter_us)
+        second = engine_pass(case, operands, record.dtype, groups, gradients)
+        compare_bits(record, first.outputs, second.outputs)
+        topk_ids = operands.topk_ids
+        if case.fused_router:
+            topk_ids = [routed.topk_ids for routed in first.routed]
+            check_routing(case, record, operands, first.routed, dtype)
+            if record.status == "failed":
+                return
+        oracle = reference_pass(case, operands, topk_ids, torch.float64, gradients, mirrored=True)
+        plain = reference_pass(case, operands, topk_ids, dtype, gradients)
+        compare.tally(tallies, case, topk_ids, first.outputs, oracle, plain)
+    conclude(record, tallies)
+
+
+def conclude(record, tallies):
+    """Fills the record from the tallies of its outputs."""
+    record.outputs = {name: one.record() for name, one in tallies.items()}
+    nearest = max(tallies.values(), key=lambda one: one.ratio / one.bar)
+    record.error_ratio, record.bar, record.output = nearest.ratio, nearest.bar, nearest.name
+    for name, one in tallies.items():
+        if not one.passed:
+            record.fail(f"{name}: {one.reason}")
+
+
+def compare_bits(record, first, second):
+    """Fails the record unless two runs agree in every bit."""
+    for name, parts in first.items():
+        for rank, part in enumerate(parts):
+            if not same_bits(part, second[name][rank]):
+                record.bitwise = False
+                record.fail(f"{name} of entry {rank} differs between two runs on the same inputs")
+
+
+def same_bits(one, other):
+    """Whether two float tensors are equal bit by bit (NaN too; 0 and -0 differ)."""
+    raw = {8: torch.int64, 4: torch.int32, 2: torch.int16}[one.element_size()]
+    return torch.equal(one.contiguous().view(raw), other.contiguous().view(raw))
+
+
+def check_routing(case, record, operands, routed, dtype):
+    """Ids against the oracle's selection, counts and drops against the ids."""
+    flips, problem = compare.id_problem(case, operands, [one.topk_ids for one in routed], dtype)
+    record.flips += flips
+    if problem:
+        record.fail(problem)
+    for rank, one in enumerate(routed):
+        problem = compare.count_problem(case, one)
+        if problem:
+            record.fail(f"rank {rank}: {problem}")
+
+
+def check_isolated_nan(case, record, pool):
+    """A token of NaN: its own output row is NaN, every other token's is bitwise unchanged."""
+    operands = make_operands(case, case.steps(record.ranks)[0], record.dtype)
+    groups = pool.get(record.ranks)
+    clean = engine_pass(case, operands, record.dtype, groups, False).outputs["y"]
+    token_idx = 5
+    poisoned = [x.clone() for x in operands.x]
+    poisoned[0][token_idx] = float("nan")
+    spoiled = replace(operands, x=poisoned)
+    y = engine_pass(case, spoiled, record.dtype, groups, False).outputs["y"]
+    if not y[0][token_idx].isnan().all():
+        record.fail(f"y: token {token_idx} of rank 0 is NaN in x and not in y")
+    y[0][token_idx] = clean[0][token_idx]
+    compare_bits(record, {"y beside a NaN token": clean}, {"y beside a NaN token": y})
+    record.bitwise = record.status == "passed"
+
+
+def check_refused(case, record, pool):
+    """A wrong call: every rank raises an expected error that names what is wrong, and the group
+    works afterwards."""
+    ranks, dtype = record.ranks, record.dtype
+    groups = pool.get(ranks)
+    operands = make_operands(case, case.steps(ranks)[0], dtype)
+    calls = [
+        spoil(case, rank_call(case, operands, dtype, rank, ranks, group), rank, ranks, group)
+        for rank, group in enumerate(groups)
+    ]
+    answers = on_all_ranks(lambda rank: call_layer(calls[rank]), ranks)
+    for rank, answer in enumerate(answers):
+        kinds = {kind.__name__ for kind in type(answer).__mro__}
+        if not kinds & set(case.refused):
+            shown = f"{type(answer).__name__}: {answer}" if isinstance(answer, Exception) else "y"
+            record.fail(f"rank {rank} gave {shown}, expected {' or '.join(case.refused)}")
+    text = " ".join(str(answer) for answer in answers if isinstance(answer, Exception))
+    for word in case.mentions:
+        if word not in text:
+            record.fail(f"the message does not name {word!r}: {text}")
+    check_group_works(record, groups)
+
+
+def check_group_works(record, groups):
+    """Fails the record unless a correct call succeeds on the groups."""
+    ranks = len(groups)
+    case = next(case for case in CASES if case.name == "ranks/many")
+    case = replace(case, experts=2 * ranks, top_k=2)
+    operands = make_operands(case, case.steps(ranks)[0], record.dtype)
+    try:
+        engine_pass(case, operands, record.dtype, groups, False)
+    except (errors.FlashMoEError, ValueError, TypeError) as error:
+        raise RuntimeError(f"after the refusal a correct call fails: {error}") from error

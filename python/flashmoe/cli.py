@@ -1,0 +1,262 @@
+"""The command `flashmoe`: run, check and bench. Errors of the user are one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv=None):
+    """Runs the command line; returns the exit code: 0 good, 1 a check failed, 2 a wrong call."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        print("flashmoe: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        print(f"flashmoe: {first_line(error)}", file=sys.stderr)
+        return 2
+
+
+def first_line(error):
+    """The error in one line; a missing package with how to get it."""
+    if isinstance(error, ModuleNotFoundError):
+        extra = {"torch": "torch", "rich": "cli", "matplotlib": "plot"}.get(error.name)
+        if extra:
+            return f"{error.name} is not installed: pip install 'flashmoe[{extra}]'"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def parser():
+    """The argument parser."""
+    top = argparse.ArgumentParser(
+        prog="flashmoe", description="A mixture-of-experts layer, forward and backward, over ranks."
+    )
+    commands = top.add_subparsers(title="commands", required=True, metavar="run | check | bench")
+    add_run(commands)
+    add_check(commands)
+    add_bench(commands)
+    return top
+
+
+def add_run(commands):
+    about = "run one layer of a named model over several ranks, and check it"
+    run = commands.add_parser("run", help=about, description=about)
+    run.set_defaults(command=command_run)
+    run.add_argument(
+        "--model",
+        default="qwen3-30b-a3b",
+        metavar="NAME",
+        help="qwen3-30b-a3b, mixtral-8x7b, deepseek-v3, gpt-oss-20b, ... (--list)",
+    )
+    run.add_argument("--list", action="store_true", help="list the models and stop")
+    run.add_argument("--ranks", type=positive, default=2, metavar="N", help="default: 2")
+    run.add_argument(
+        "--processes",
+        action="store_true",
+        help="a process a rank over shared memory, instead of a thread a rank",
+    )
+    run.add_argument(
+        "--tokens",
+        type=natural,
+        default=256,
+        metavar="T",
+        help="tokens of each rank (default: 256)",
+    )
+    run.add_argument("--dtype", default="bf16", choices=("fp64", "fp32", "bf16", "fp16"))
+    run.add_argument(
+        "--scale",
+        type=positive,
+        metavar="S",
+        help="divide the model's sizes by S (default: whatever takes seconds here)",
+    )
+    for size in ("hidden", "intermediate", "experts", "top-k"):
+        run.add_argument(
+            f"--{size}",
+            type=positive,
+            metavar="N",
+            help=f"explicit {size} size" if size != "top-k" else "experts per token",
+        )
+    run.add_argument("--seed", type=natural, default=0)
+    run.add_argument(
+        "--repeat",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="timed repeats, of which the median is shown (default: 3)",
+    )
+    add_common(run)
+
+
+def add_check(commands):
+    about = "check the case table against the reference"
+    check = commands.add_parser("check", help=about, description=about)
+    check.set_defaults(command=command_check)
+    check.add_argument("--gradients", action="store_true", help="forward and backward")
+    check.add_argument(
+        "--case",
+        default="*",
+        metavar="PATTERN",
+        help="cases by name or name:dtype:wRANKS, e.g. 'router/*' or '*:bf16:w2'",
+    )
+    check.add_argument("--ranks", type=positive, metavar="N", help="instead of the cases' own")
+    check.add_argument(
+        "--dtype", choices=("fp64", "fp32", "bf16", "fp16"), help="instead of the cases' own"
+    )
+    add_common(check)
+
+
+def add_bench(commands):
+    about = "time the layer against plain PyTorch"
+    bench = commands.add_parser("bench", help=about, description=about)
+    bench.set_defaults(command=command_bench)
+    bench.add_argument("--case", default="*", metavar="PATTERN", help="cases by name")
+    bench.add_argument("--dtype", choices=("fp32", "bf16"), help="instead of both")
+    bench.add_argument(
+        "--seconds",
+        type=float,
+        default=8.0,
+        metavar="S",
+        help="timed seconds for each line (default: 8)",
+    )
+    bench.add_argument("--write", action="store_true", help="append to benchmarks/results")
+    bench.add_argument("--plot", metavar="FILE", help="write a PNG")
+    add_common(bench)
+
+
+def add_common(command):
+    """Options of every command."""
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    command.add_argument("--json", action="store_true", help="JSON on stdout, one object a line")
+
+
+def positive(text):
+    """An int of at least 1."""
+    return at_least(1, text)
+
+
+def natural(text):
+    """An int of at least 0."""
+    return at_least(0, text)
+
+
+def at_least(lowest, text):
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or value < lowest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {lowest}")
+    return value
+
+
+def command_run(arguments):
+    """`flashmoe run`."""
+    from . import report
+    from .models import MODELS
+    from .run import run_moe
+
+    if arguments.list:
+        report.print_models(MODELS.values(), arguments.json)
+        return 0
+    if arguments.device != "cpu":
+        raise ValueError("device is cuda; accepted: cpu (no cuda engine in this build)")
+    outcome = run_moe(
+        arguments.ranks if arguments.processes else 1,
+        ranks=arguments.ranks,
+        model=arguments.model,
+        tokens=arguments.tokens,
+        dtype=arguments.dtype,
+        scale=arguments.scale,
+        hidden=arguments.hidden,
+        intermediate=arguments.intermediate,
+        experts=arguments.experts,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        repeats=arguments.repeat,
+        quiet=arguments.json,
+    )
+    if outcome is None:  # another rank of a torchrun reports
+        return 0
+    if arguments.json:
+        report.print_json(outcome.as_dict())
+    return 0 if outcome.passed else 1
+
+
+def command_check(arguments):
+    """`flashmoe check`."""
+    from . import report
+    from .check import planned, run_checks
+
+    chosen = planned(arguments.case, arguments.gradients, arguments.ranks, arguments.dtype)
+    if not chosen:
+        raise ValueError(f"no case matches {arguments.case!r}")
+    require_engine(arguments.device)
+    records = []
+    with progress(arguments.json, len(chosen), "cases") as advance:
+        for record in run_checks(
+            arguments.case,
+            gradients=arguments.gradients,
+            ranks=arguments.ranks,
+            dtype=arguments.dtype,
+            device=arguments.device,
+        ):
+            records.append(record)
+            advance(f"{record.case} {record.dtype}")
+            if arguments.json:
+                report.print_json(vars(record))
+    summary = report.check_summary(records)
+    if arguments.json:
+        report.print_json(summary)
+    else:
+        report.print_checks(records)
+    return 1 if summary["failed"] else 0
+
+
+def command_bench(arguments):
+    """`flashmoe bench`."""
+    from . import bench, report
+
+    count = bench.planned(arguments.case, arguments.dtype)
+    if not count:
+        raise ValueError(f"no speed case matches {arguments.case!r}")
+    require_engine(arguments.device)
+    if arguments.write:
+        bench.results_path()
+    records = []
+    with progress(arguments.json, count, "records") as advance:
+        for record in bench.run_bench(
+            arguments.case,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            budget_s=arguments.seconds,
+        ):
+            records.append(record)
+            advance(f"{record['case']} {record['dtype']}")
+            if arguments.json:
+                report.print_json(record)
+    if not arguments.json:
+        report.print_bench(records)
+    if arguments.write:
+        print(f"appended to {bench.write_records(records)}", file=sys.stderr)
+    if arguments.plot:
+        bench.plot_records(records, arguments.plot)
+    return 0
+
+
+def require_engine(device):
+    """Raises FlashMoEError where the CPU engine is wanted and not built."""
+    if device == "cpu":
+        from . import _core
+
+        _core.engine()
+
+
+def progress(quiet, total, unit):
+    """A progress bar, or nothing."""
+    from contextlib import nullcontext
+
+    from .report import progress_bar
+
+    return nullcontext(lambda text: None) if quiet else progress_bar(total, unit)

@@ -1,0 +1,375 @@
+"""`flashmoe run` and `flashmoe.run_moe`: one layer of a named model over several ranks, forward and
+backward, measured and checked against the reference."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from . import models
+from .cases import Case
+
+PHASES = ("route", "plan", "push", "up", "down", "weight", "return", "combine")  # fm_phase
+TRAFFIC = ("rows_sent", "rows_sent_plain", "bytes_sent", "bytes_sent_plain")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a run does; every process of it gets the same."""
+
+    model: str
+    case: Case
+    dtype: str
+    ranks: int
+    scale: int  # 0: explicit sizes
+    launch: str = "threads"  # threads, processes or torchrun
+    seed: int = 0
+    repeats: int = 3
+
+
+@dataclass
+class RankResult:
+    """What one rank hands to the report."""
+
+    outputs: dict  # name -> tensor, local experts only
+    routed: object  # RoutingResult
+    forward: list  # fm_stats of each repeat
+    backward: list
+    bitwise: bool  # all repeats gave the same bits
+
+
+@dataclass
+class Report:
+    """The outcome of a run: what `--json` prints."""
+
+    model: str
+    scale: int
+    remark: str
+    sizes: dict
+    dtype: str
+    ranks: int
+    launch: str
+    engine: str
+    tokens_per_expert: list[int]
+    dropped: int
+    traffic: dict  # forward, backward -> TRAFFIC fields, summed over ranks
+    times: dict  # forward, backward -> seconds, flops and per phase thread_seconds and flops
+    errors: dict  # output -> error, yardstick, ratio, bar
+    error_ratio: float
+    bitwise: bool
+    flips: int
+    passed: bool
+    reasons: list[str] = field(default_factory=list)
+
+    def as_dict(self):
+        """The report as plain data."""
+        return asdict(self)
+
+
+def run_moe(
+    n_processes=1,
+    *,
+    model="qwen3-30b-a3b",
+    ranks=None,
+    tokens=256,
+    dtype="bf16",
+    scale=None,
+    hidden=None,
+    intermediate=None,
+    experts=None,
+    top_k=None,
+    seed=0,
+    repeats=3,
+    quiet=False,
+):
+    """Builds inputs for one layer of `model`, runs it forward and backward over several ranks,
+    checks every output and gradient against the reference, prints a report and returns it.
+
+    n_processes: above 1, that many processes over shared memory, one rank each; else `ranks`
+    (default 1) ranks as threads of this process. Under torchrun its processes are the ranks.
+    tokens: of each rank. scale: divides the model's sizes; None chooses one for this machine.
+    hidden, intermediate, experts, top_k: explicit sizes. quiet: print nothing.
+    Raises ValueError for sizes that do not go together. The report is None on ranks other than 0 of
+    a torchrun.
+    """
+    launch = launch_kind(n_processes)
+    ranks = {
+        "torchrun": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": n_processes,
+        "threads": ranks or 1,
+    }[launch]
+    explicit = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k}
+    spec = make_spec(model, ranks, tokens, dtype, scale, explicit)
+    spec = replace(spec, launch=launch, seed=seed, repeats=repeats)
+    run = {"threads": run_threads, "processes": run_processes, "torchrun": run_torchrun}[launch]
+    with progress(quiet) as advance:
+        report = run(spec, advance)
+    if report is not None and not quiet:
+        from .report import print_run
+
+        print_run(report)
+    return report
+
+
+def launch_kind(n_processes):
+    """How the ranks are started."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+        return "torchrun"
+    return "processes" if n_processes > 1 else "threads"
+
+
+def make_spec(name, ranks, tokens, dtype, scale, explicit):
+    """The `Spec` of a run. Raises ValueError where sizes do not go together."""
+    for what, value in {"ranks": ranks, "tokens": tokens + 1}.items():
+        if value < 1:
+            raise ValueError(f"{what} must not be negative or zero ranks")
+    model = models.find(name)
+    sizes = {what: value for what, value in explicit.items() if value is not None}
+    if scale is None:
+        scale = (
+            1 if {"hidden", "intermediate"} <= sizes.keys() else fitting_scale(model, ranks, tokens)
+        )
+    model = replace(models.scaled(model, scale, ranks), **sizes)
+    check_sizes(model, ranks)
+    return Spec(name, model.case(tokens), dtype, ranks, scale)
+
+
+def check_sizes(model, ranks):
+    """Raises ValueError where the sizes of a model do not go together."""
+    for what in ("hidden", "intermediate", "experts", "top_k"):
+        if getattr(model, what) < 1:
+            raise ValueError(f"{what} is {getattr(model, what)}; accepted: 1 or more")
+    if model.experts % ranks:
+        raise ValueError(f"experts is {model.experts}; accepted: a multiple of {ranks} ranks")
+    if model.experts % model.routing.num_groups:
+        groups = model.routing.num_groups
+        raise ValueError(f"experts is {model.experts}; accepted: a multiple of {groups} groups")
+    if model.top_k > model.experts:
+        raise ValueError(f"top_k is {model.top_k}; accepted: at most {model.experts} experts")
+
+
+def fitting_scale(model, ranks, tokens):
+    """`models.fitting_scale` for this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return models.fitting_scale(model, ranks, tokens, cores or 1, memory)
+
+
+@contextmanager
+def progress(quiet):
+    """A progress bar on stderr; yields a function that names the next stage."""
+    if quiet:
+        yield lambda stage: None
+        return
+    from .report import stage_bar
+
+    with stage_bar(len(STAGES)) as advance:
+        yield advance
+
+
+STAGES = ("inputs", "layer", "fp64 reference", "plain PyTorch")
+
+
+def run_threads(spec, advance):
+    """Ranks as threads of this process."""
+    from . import local_group
+    from .inputs import make_operands
+    from .passes import on_all_ranks
+
+    advance(STAGES[0])
+    operands = make_operands(spec.case, spec.case.steps(spec.ranks)[0], spec.dtype, spec.seed)
+    groups = local_group(spec.ranks)
+    advance(STAGES[1])
+    try:
+        results = on_all_ranks(
+            lambda rank: run_one_rank(spec, operands, rank, groups[rank], groups[rank].stats),
+            spec.ranks,
+        )
+    finally:
+        for group in groups:
+            group.close()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return judge(spec, operands, results, advance)
+
+
+def run_one_rank(spec, operands, rank, group, stats):
+    """Forward and backward of one rank, `repeats` times after a warm-up."""
+    from .check import same_bits
+    from .passes import rank_call, run_rank
+
+    forward, backward = [], []
+    first, bitwise = None, True
+    for _ in range(spec.repeats + 1):
+        call = rank_call(spec.case, operands, spec.dtype, rank, spec.ranks, group)
+        outputs, routed = run_rank(call, True, lambda: forward.append(stats()))
+        if first is None:
+            first = outputs
+        bitwise &= all(same_bits(value, first[name]) for name, value in outputs.items())
+        backward.append(stats())
+    routed = type(routed)(*(part.detach() for part in routed))
+    return RankResult(first, routed, forward[1:], backward[1:], bitwise)
+
+
+def run_processes(spec, advance):
+    """One process a rank on this machine, over shared memory; the report is made here."""
+    import torch
+    import torch.multiprocessing as multiprocessing
+
+    advance(STAGES[0])
+    with tempfile.TemporaryDirectory(prefix="flashmoe-run-") as folder:
+        advance(STAGES[1])
+        multiprocessing.spawn(process_main, (spec, folder), nprocs=spec.ranks)
+        results = [
+            torch.load(Path(folder) / f"rank{rank}.pt", weights_only=False)
+            for rank in range(spec.ranks)
+        ]
+    return judge(spec, operands_of(spec), results, advance)
+
+
+def process_main(rank, spec, folder):
+    """A process that `run_processes` starts."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // spec.ranks))
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=spec.ranks)
+    try:
+        result = run_in_process_group(spec, rank)
+        torch.save(result, Path(folder) / f"rank{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run_in_process_group(spec, rank):
+    """One rank's part over the default torch process group."""
+    import torch.distributed as dist
+
+    from .group import lookup, resolve
+
+    process_group = dist.group.WORLD
+    name, _ = resolve(process_group)
+    return run_one_rank(spec, operands_of(spec), rank, process_group, lambda: lookup(name).stats())
+
+
+def run_torchrun(spec, advance):
+    """The processes that torchrun started; rank 0 makes the report."""
+    import torch.distributed as dist
+
+    started_here = not dist.is_initialized()
+    if started_here:
+        dist.init_process_group("gloo")
+    try:
+        rank = dist.get_rank()
+        advance(STAGES[1])
+        result = run_in_process_group(spec, rank)
+        results = [None] * spec.ranks if rank == 0 else None
+        dist.gather_object(result, results)
+        report = judge(spec, operands_of(spec), results, advance) if rank == 0 else None
+        dist.barrier()
+        return report
+    finally:
+        if started_here:
+            dist.destroy_process_group()
+
+
+def operands_of(spec):
+    """The seeded operands of a run."""
+    from .inputs import make_operands
+
+    return make_operands(spec.case, spec.case.steps(spec.ranks)[0], spec.dtype, spec.seed)
+
+
+def judge(spec, operands, results, advance):
+    """The `Report` from what all ranks returned."""
+    import torch
+
+    from . import _core, compare
+    from .inputs import DTYPES
+    from .passes import gather, reference_pass
+
+    case, dtype = spec.case, DTYPES[spec.dtype]
+    engine = gather(case, [one.outputs for one in results], [one.routed for one in results])
+    ids = [routed.topk_ids for routed in engine.routed]
+    advance(STAGES[2])
+    oracle = reference_pass(case, operands, ids, torch.float64, True, mirrored=True)
+    advance(STAGES[3])
+    plain = reference_pass(case, operands, ids, dtype, True)
+    tallies = {}
+    compare.tally(tallies, case, ids, engine.outputs, oracle, plain)
+    flips, problem = compare.id_problem(case, operands, ids, dtype)
+    reasons = [problem] if problem else []
+    reasons += [f"{name}: {one.reason}" for name, one in tallies.items() if not one.passed]
+    bitwise = all(one.bitwise for one in results)
+    if not bitwise:
+        reasons.append("two runs on the same inputs differ")
+    return Report(
+        model=spec.model,
+        scale=spec.scale,
+        remark=models.find(spec.model).remark,
+        sizes=sizes_of(case, spec.ranks),
+        dtype=spec.dtype,
+        ranks=spec.ranks,
+        launch=spec.launch,
+        engine=_core.build_info(),
+        tokens_per_expert=sum(one.tokens_per_expert for one in engine.routed).tolist(),
+        dropped=sum(int(one.dropped) for one in engine.routed),
+        traffic={
+            "forward": traffic_of([one.forward[-1] for one in results]),
+            "backward": traffic_of([one.backward[-1] for one in results]),
+        },
+        times={
+            "forward": times_of([one.forward for one in results]),
+            "backward": times_of([one.backward for one in results]),
+        },
+        errors={name: one.record() for name, one in tallies.items()},
+        error_ratio=max(one.ratio for one in tallies.values()),
+        bitwise=bitwise,
+        flips=flips,
+        passed=not reasons,
+        reasons=reasons,
+    )
+
+
+def sizes_of(case, ranks):
+    """The sizes that a report shows."""
+    return {
+        "tokens_per_rank": case.tokens[0],
+        "hidden": case.hidden,
+        "intermediate": case.intermediate,
+        "experts": case.experts,
+        "experts_per_rank": case.experts // ranks,
+        "top_k": case.top_k,
+    }
+
+
+def traffic_of(stats):
+    """Rows and bytes sent by all ranks in one launch."""
+    return {name: sum(int(one[name]) for one in stats) for name in TRAFFIC}
+
+
+def times_of(repeats):
+    """Times of one direction. `repeats[rank][repeat]` are fm_stats; the repeat of median wall time
+    (of the slowest rank) is shown."""
+    walls = [max(one["seconds"] for one in launch) for launch in zip(*repeats, strict=True)]
+    median = walls.index(statistics.median_low(walls))
+    launch = [one[median] for one in repeats]
+    phases = {}
+    for idx, name in enumerate(PHASES):
+        seconds = sum(one["phase_seconds"][idx] for one in launch)
+        if seconds > 0:
+            flops = sum(one["phase_flops"][idx] for one in launch)
+            phases[name] = {"thread_seconds": seconds, "flops": flops}
+    return {
+        "seconds": walls[median],
+        "flops": sum(phase["flops"] for phase in phases.values()),
+        "threads": sum(int(one["num_threads"]) for one in launch),
+        "phases": phases,
+    }
