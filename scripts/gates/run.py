@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gates import (
     clang_tidy,
+    cmake_package,
     formatting,
     function_length,
     headers,
@@ -36,6 +37,7 @@ GATES = [
     Gate("machine-paths", text_rules.machine_paths),
     Gate("version", text_rules.one_version),
     Gate("headers", headers.check),
+    Gate("cmake-package", cmake_package.check),
     Gate("python-types", python_api.types),
     Gate("import-time", python_api.import_time),
     Gate("clang-tidy", clang_tidy.check, slow=True),

@@ -56,9 +56,11 @@ def line_width() -> Finding:
 
 
 def one_version() -> Finding:
-    """The changelog has an entry for the version of CMakeLists.txt."""
+    """The Python package and the changelog name the version of CMakeLists.txt."""
     found = re.search(r"project\(flashmoe VERSION ([\d.]+)", read("CMakeLists.txt"))
     version = found.group(1) if found else "?"
-    if f"## [{version}]" in read("CHANGELOG.md"):
-        return Finding([], version)
-    return Finding([f"CHANGELOG.md: no entry for version {version} of CMakeLists.txt"])
+    places = {"CHANGELOG.md": f"## [{version}]"}
+    places["python/flashmoe/__init__.py"] = f'__version__ = "{version}"'
+    missing = {name: text for name, text in places.items() if text not in read(name)}
+    problems = [f"{name}: {text} is missing" for name, text in missing.items()]
+    return Finding(problems, version)
