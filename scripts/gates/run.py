@@ -22,6 +22,7 @@ from gates import (
     python_api,
     readme,
     text_rules,
+    wheel,
 )
 from gates.common import Finding, Gate, GateError
 
@@ -41,6 +42,7 @@ GATES = [
     Gate("python-types", python_api.types),
     Gate("import-time", python_api.import_time),
     Gate("clang-tidy", clang_tidy.check, slow=True),
+    Gate("wheel", wheel.check, slow=True),
     Gate("readme-commands", readme.check, slow=True),
 ]
 MAX_SHOWN = 40
