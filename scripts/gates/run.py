@@ -37,7 +37,7 @@ GATES = [
     Gate("environment", text_rules.environment_in_one_place),
     Gate("machine-paths", text_rules.machine_paths),
     Gate("version", text_rules.one_version),
-    Gate("headers", headers.check),
+    Gate("headers", headers.check, slow=True),
     Gate("cmake-package", cmake_package.check),
     Gate("python-types", python_api.types),
     Gate("import-time", python_api.import_time),
