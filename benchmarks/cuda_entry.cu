@@ -1,0 +1,94 @@
+// A C entry to the CUDA building blocks, for the benchmark and test scripts (ctypes): the layer's
+// own interface is include/flashmoe/c_api.h.
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "base/error.h"
+#include "cuda/launch/grouped_product.h"
+
+namespace {
+
+using namespace flashmoe;
+
+// Field by field as GroupedProductArguments; benchmarks/cuda_products.py has the same order.
+struct Call {
+  const void* tokens;
+  const void* weights;
+  void* out;
+  const int64_t* expert_begin;
+  const int64_t* expert_rows;
+  void* workspace;
+  void* stream;
+  int64_t num_rows;
+  int64_t num_experts;
+  int64_t depth;
+  int64_t columns;
+  int64_t timeout_ns;
+  int32_t element;
+  int32_t major;
+  int32_t epilogue;
+  int32_t gate_order;
+};
+
+cuda::launch::GroupedProductArguments arguments_of(const Call& call) {
+  return {.tokens = call.tokens,
+          .weights = call.weights,
+          .out = call.out,
+          .expert_begin = call.expert_begin,
+          .expert_rows = call.expert_rows,
+          .num_rows = call.num_rows,
+          .num_experts = call.num_experts,
+          .depth = call.depth,
+          .columns = call.columns,
+          .element = static_cast<cuda::config::Element>(call.element),
+          .major = static_cast<cuda::config::Major>(call.major),
+          .epilogue = static_cast<cuda::config::Epilogue>(call.epilogue),
+          .gate_order = static_cast<cuda::launch::GateOrder>(call.gate_order),
+          .workspace = static_cast<cuda::kernel::Workspace*>(call.workspace),
+          .timeout_ns = static_cast<uint64_t>(call.timeout_ns),
+          .stream = static_cast<cudaStream_t>(call.stream)};
+}
+
+void copy_text(const std::string& text, char* buffer, int64_t capacity) {
+  const std::size_t length = std::min<std::size_t>(text.size(), capacity - 1);
+  std::memcpy(buffer, text.data(), length);
+  buffer[length] = '\0';
+}
+
+}  // namespace
+
+extern "C" {
+
+// Launches; returns an fm_status, its text in `text`.
+__attribute__((visibility("default"))) int32_t fm_cuda_grouped_product(const Call* call, char* text,
+                                                                       int64_t capacity) {
+  try {
+    cuda::launch::launch_grouped_product(arguments_of(*call));
+    copy_text("", text, capacity);
+    return FM_OK;
+  } catch (const Error& error) {
+    copy_text(error.what(), text, capacity);
+    return error.status();
+  }
+}
+
+// What the configuration that a call would run looks like.
+__attribute__((visibility("default"))) void fm_cuda_grouped_product_config(const Call* call,
+                                                                           char* text,
+                                                                           int64_t capacity) {
+  copy_text(cuda::launch::describe_grouped_product(arguments_of(*call)), text, capacity);
+}
+
+// Bytes of a workspace, and where its wait report (four 32-bit words) begins.
+__attribute__((visibility("default"))) int64_t fm_cuda_workspace_bytes() {
+  return sizeof(cuda::kernel::Workspace);
+}
+__attribute__((visibility("default"))) int64_t fm_cuda_report_offset() {
+  return offsetof(cuda::kernel::Workspace, report);
+}
+__attribute__((visibility("default"))) const char* fm_cuda_wait_name(uint32_t tag) {
+  return cuda::sync::name_of(static_cast<cuda::sync::WaitTag>(tag));
+}
+
+}  // extern "C"

@@ -1,0 +1,317 @@
+"""The grouped product by itself against cuBLAS's batched product, on one GPU.
+
+    python benchmarks/cuda_grouped_product.py [--cases qwen3-30b,...] [--output FILE]
+
+Ours and torch._grouped_mm get ragged experts (random routing); torch.bmm, the reference, gets the
+same number of rows split evenly. Two figures each:
+
+- sustained: contenders in turn (A B C A B C ...) without a pause, medians. The card is then at its
+  power limit and lowers its clock; the SM clock is read beside it. `us` and `ratio` are these.
+- burst: medians of a few launches after a pause, contender by contender.
+
+Every timed product is first checked against fp64, with its output poisoned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "python"))
+
+from cuda_products import GroupedProduct, errors_against_fp64, group_offsets  # noqa: E402
+from flashmoe.bench import source_hash  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BURST_LAUNCHES = 9
+BURST_PAUSE_S = 0.15
+BURST_ROUNDS = 2
+BITWISE_LAUNCHES = 40
+REFERENCE = "torch.bmm"
+PEER = "torch._grouped_mm"
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: T tokens, H, I, E local experts. `slots`: routed rows of this GPU, T * k here."""
+
+    name: str
+    tokens: int
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("qwen3-30b", 8192, 2048, 768, 128, 8),
+        Case("mixtral", 8192, 4096, 14336, 8, 2),
+        Case("scout", 8192, 5120, 8192, 16, 1),
+        Case("olmoe", 8192, 2048, 1024, 64, 8),
+        Case("deepseek-v3-ep8", 8192, 7168, 2048, 32, 8),
+        Case("seed", 8192, 2048, 2048, 64, 2),
+        Case("gpt-oss-20b", 8192, 2880, 2880, 32, 4),
+        Case("qwen3-30b-t128", 128, 2048, 768, 128, 8),
+        Case("mixtral-t128", 128, 4096, 14336, 8, 2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which product of a case: the up product with or without its activation, or the down one."""
+
+    direction: str  # "up", "down"
+    epilogue: str  # "store", "swiglu"
+    major: str = "depth"
+
+    def sizes(self, case):
+        """(depth, weight columns) of the product."""
+        up = self.direction == "up"
+        return (case.hidden, 2 * case.intermediate) if up else (case.intermediate, case.hidden)
+
+
+VARIANTS = {
+    "up": Variant("up", "swiglu"),
+    "up-store": Variant("up", "store"),
+    "down": Variant("down", "store"),
+    "up-columns": Variant("up", "swiglu", "columns"),
+    "down-columns": Variant("down", "store", "columns"),
+}
+
+
+class ClockReader(threading.Thread):
+    """Reads the SM clock (MHz) and the power (W) while it runs."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        import pynvml
+
+        pynvml.nvmlInit()
+        self.nvml = pynvml
+        self.device = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        self.driver = pynvml.nvmlSystemGetDriverVersion()
+        self.samples = []
+        self.over = threading.Event()
+
+    def run(self):
+        while not self.over.wait(0.01):
+            clock = self.nvml.nvmlDeviceGetClockInfo(self.device, self.nvml.NVML_CLOCK_SM)
+            power = self.nvml.nvmlDeviceGetPowerUsage(self.device) / 1e3
+            self.samples.append((clock, power))
+
+    def stop(self):
+        """(median clock in MHz, median power in W) of the second half of the samples."""
+        self.over.set()
+        self.join()
+        late = self.samples[len(self.samples) // 2 :] or [(0, 0.0)]
+        return tuple(statistics.median(values) for values in zip(*late, strict=True))
+
+
+def make_operands(case, variant, dtype):
+    """Rows sorted by expert, weights in the variant's layout, and where experts begin."""
+    generator = torch.Generator("cuda").manual_seed(7)
+    depth, columns = variant.sizes(case)
+    logits = torch.randn(case.tokens, case.experts, device="cuda", generator=generator)
+    chosen = logits.topk(case.top_k, dim=1).indices
+    counts = torch.bincount(chosen.flatten(), minlength=case.experts).tolist()
+    begin, num_rows = group_offsets(counts)
+    tokens = torch.randn(num_rows, depth, device="cuda", generator=generator).to(dtype)
+    shape = (columns, depth) if variant.major == "depth" else (depth, columns)
+    weights = torch.empty(case.experts, *shape, dtype=dtype, device="cuda")
+    for expert in range(case.experts):
+        values = torch.randn(*shape, device="cuda", generator=generator)
+        weights[expert] = values / math.sqrt(depth)
+    return tokens, weights, begin, counts
+
+
+def make_contenders(product, variant):
+    """Name -> a function that launches once."""
+    tokens, weights, begin, counts = product.operands
+    as_matrix = weights.transpose(1, 2) if variant.major == "depth" else weights
+    balanced = tokens.view(weights.shape[0], -1, tokens.shape[1])
+    ends = (begin + counts).to(torch.int32)
+    return {
+        OURS: product,
+        REFERENCE: lambda: torch.bmm(balanced, as_matrix),
+        PEER: lambda: torch._grouped_mm(tokens, as_matrix, offs=ends),
+    }
+
+
+def timed(contender):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    contender()
+    end.record()
+    return start, end
+
+
+def microseconds(pairs):
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in pairs]
+
+
+def burst(contenders):
+    """Name -> median after a pause, over rounds in which every contender has its turn."""
+    times = {name: [] for name in contenders}
+    for _ in range(BURST_ROUNDS):
+        for name, contender in contenders.items():
+            torch.cuda.synchronize()
+            time.sleep(BURST_PAUSE_S)
+            contender()
+            contender()
+            times[name] += microseconds([timed(contender) for _ in range(BURST_LAUNCHES)])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def sustained(contenders, seconds):
+    """(name -> median, clock, power) with the contenders in turn and no pause; the first third is
+    warm-up."""
+    clocks = ClockReader()
+    clocks.start()
+    rounds = []
+    start = time.monotonic()
+    while time.monotonic() - start < seconds:
+        pairs = {name: timed(contender) for name, contender in contenders.items()}
+        rounds.append(pairs)
+        if len(rounds) % 4 == 0:
+            rounds[-3][OURS][1].synchronize()  # the queue stays short, and never empty
+    torch.cuda.synchronize()
+    clock, power = clocks.stop()
+    late = rounds[len(rounds) // 3 :]
+    medians = {
+        name: statistics.median(microseconds([pairs[name] for pairs in late]))
+        for name in contenders
+    }
+    return medians, clock, power, clocks.driver
+
+
+def quality(product, variant):
+    """error_ratio against torch's own product, and whether the bits repeat."""
+    tokens, weights, begin, counts = product.operands
+    product.out.fill_(math.nan)
+    first = product().clone()
+    product.check_waits()
+    options = dict(epilogue=variant.epilogue, major=variant.major)
+    ours, plain = errors_against_fp64(
+        first, tokens, weights, begin.tolist(), counts.tolist(), **options
+    )
+    bitwise = True
+    for _ in range(BITWISE_LAUNCHES - 1):
+        product.out.fill_(math.nan)
+        bitwise = bitwise and torch.equal(product(), first)
+    product.check_waits()
+    return {"error_ratio": round(ours / plain, 4), "bitwise": bitwise}
+
+
+def measure(case, name, dtype_name, seconds):
+    """The record of one product."""
+    variant, dtype = VARIANTS[name], DTYPES[dtype_name]
+    tokens, weights, begin, counts = make_operands(case, variant, dtype)
+    as_int64 = [torch.tensor(values, device="cuda") for values in (begin, counts)]
+    options = dict(major=variant.major, epilogue=variant.epilogue)
+    product = GroupedProduct(tokens, weights, *as_int64, **options)
+    checked = quality(product, variant)
+    contenders = make_contenders(product, variant)
+    for contender in contenders.values():
+        contender()
+    short = burst(contenders)
+    long, clock, power, driver = sustained(contenders, seconds)
+    product.check_waits()
+    depth, columns = variant.sizes(case)
+    flop = 2 * tokens.shape[0] * depth * columns
+    peak = clock * 1e6 * 4096 * torch.cuda.get_device_properties(0).multi_processor_count
+    rounded = {
+        key: {n: round(v, 1) for n, v in times.items()}
+        for key, times in (("burst", short), ("sustained", long))
+    }
+    return {
+        "case": case.name,
+        "direction": variant.direction,
+        "tokens": case.tokens,
+        "hidden": case.hidden,
+        "intermediate": case.intermediate,
+        "experts": case.experts,
+        "top_k": case.top_k,
+        "dtype": dtype_name,
+        "ranks": 1,
+        "device": "cuda",
+        "gpu": torch.cuda.get_device_name(),
+        "us": rounded["sustained"][OURS],
+        "reference": REFERENCE,
+        "reference_us": rounded["sustained"][REFERENCE],
+        "ratio": round(long[REFERENCE] / long[OURS], 4),
+        **checked,
+        "launches": 1,
+        "peers": {PEER: rounded["sustained"][PEER]},
+        "source": source_hash(),
+        "date": datetime.date.today().isoformat(),
+        "part": "grouped product",
+        "epilogue": variant.epilogue,
+        "major": variant.major,
+        "burst_us": rounded["burst"][OURS],
+        "burst_reference_us": rounded["burst"][REFERENCE],
+        "burst_ratio": round(short[REFERENCE] / short[OURS], 4),
+        "burst_peers": {PEER: rounded["burst"][PEER]},
+        "tflops": round(flop / long[OURS] / 1e6, 1),
+        "tensor_use": round(flop / long[OURS] * 1e6 / peak, 4) if peak else None,
+        "sm_clock_mhz": clock,
+        "power_w": round(power, 1),
+        "rows_per_expert": [min(counts), max(counts)],
+        "config": product.config(),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+    }
+
+
+def line_of(record):
+    peer = record["peers"][PEER]
+    return (
+        f"{record['case']:16} {record['direction']:4} {record['epilogue']:6} "
+        f"{record['major']:7} {record['dtype']} "
+        f"sustained {record['us']:7.1f} us {record['tflops']:5.0f} TFLOP/s "
+        f"{record['ratio']:6.1%} of bmm {record['reference_us']:7.1f}, "
+        f"peer {peer:7.1f} | burst {record['burst_us']:7.1f} {record['burst_ratio']:6.1%} "
+        f"peer {record['burst_peers'][PEER]:7.1f} | {record['sm_clock_mhz']:4.0f} MHz "
+        f"{record['power_w']:3.0f} W use {record['tensor_use']:5.1%} | "
+        f"error {record['error_ratio']:.3f} bits {'same' if record['bitwise'] else 'DIFFER'}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--variants", default="up,up-store,down", help=", ".join(VARIANTS))
+    parser.add_argument("--dtypes", default="bf16", help=", ".join(DTYPES))
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a sustained measurement")
+    parser.add_argument("--output", type=Path, help="append the records to this file")
+    options = parser.parse_args()
+    for case_name in options.cases.split(","):
+        for variant in options.variants.split(","):
+            for dtype in options.dtypes.split(","):
+                record = measure(CASES[case_name], variant, dtype, options.seconds)
+                print(line_of(record), flush=True)
+                if options.output:
+                    with options.output.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+                torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+// The instructions a kernel may use, under one name: the toolkit's own wrappers (<cuda/ptx>), and
+// beside this file what those lack. All inline assembly of the project is in this directory.
+#pragma once
+
+#include <cstdint>
+#include <cuda/ptx>
+
+#define FM_DEVICE __device__ __forceinline__
+#define FM_UNROLL _Pragma("unroll")
+
+namespace flashmoe::cuda::ptx {
+
+using namespace ::cuda::ptx;
+
+// Address of shared memory in its own 32-bit window, as the instructions of this directory take it.
+FM_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+}  // namespace flashmoe::cuda::ptx

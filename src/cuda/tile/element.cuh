@@ -1,0 +1,36 @@
+// The 16-bit types of the tensor cores, and how sums become them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/config/grouped_product.h"
+#include "cuda/ptx/ptx.cuh"
+
+namespace flashmoe::cuda::tile {
+
+template <config::Element kElement>
+struct ElementOf;
+
+template <>
+struct ElementOf<config::Element::kBf16> {
+  using Type = __nv_bfloat16;
+  FM_DEVICE static uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+};
+
+template <>
+struct ElementOf<config::Element::kFp16> {
+  using Type = __half;
+  FM_DEVICE static uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+};
+
+// Within 2 ulp of fp32. A gate of minus infinity gives NaN, as gate * sigmoid(gate) does.
+FM_DEVICE float silu(float gate) { return __fdividef(gate, 1.0f + __expf(-gate)); }
+
+}  // namespace flashmoe::cuda::tile

@@ -1,0 +1,117 @@
+// From the sums in registers to rows of `out`: chunks of 32 tokens by 64 columns through a ring of
+// staging buffers, each stored by one copy that drains under the next chunks and the next tile.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/matrix.cuh"
+#include "cuda/tile/element.cuh"
+#include "cuda/tile/schedule.h"
+#include "cuda/tile/window.h"
+
+namespace flashmoe::cuda::tile {
+
+// One math warpgroup's staging buffers. Whole warpgroup, converged.
+class Staging {
+ public:
+  FM_DEVICE Staging(uint8_t (&buffers)[config::kStoreBuffers][config::kStoreBytes],
+                    int warpgroup_idx)
+      : buffers_(buffers), barrier_idx_(kFirstBarrier + warpgroup_idx) {}
+
+  // Address of a buffer whose last store has been read out.
+  FM_DEVICE uint32_t acquire() {
+    if (is_storer()) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<config::kStoreBuffers - 1>());
+    sync();
+    return ptx::shared_address(buffers_[buffer_idx_]);
+  }
+
+  // Stores what the warpgroup has written: rows [row, row + num_rows) of `out`, 64 columns.
+  FM_DEVICE void store(const CUtensorMap& out, int32_t column, int32_t row, int32_t num_rows) {
+    ptx::fence_proxy_async(ptx::space_shared);
+    sync();
+    if (is_storer()) {
+      const int32_t at[4] = {column, kWindow - num_rows, row + num_rows, kWindow};
+      ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at,
+                                buffers_[buffer_idx_]);
+      ptx::cp_async_bulk_commit_group();
+    }
+    buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
+  }
+
+  // Before the kernel ends: all stores are in global memory.
+  FM_DEVICE void drain() {
+    if (is_storer()) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+  }
+
+  // Whether `vote` holds in every thread of the warpgroup.
+  FM_DEVICE bool all(bool vote) {
+    return ptx::barrier_sync_and(barrier_idx_, config::kWarpgroup, vote);
+  }
+
+ private:
+  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads
+  FM_DEVICE static bool is_storer() { return threadIdx.x % config::kWarpgroup == 0; }
+  FM_DEVICE void sync() { ptx::barrier_sync(barrier_idx_, config::kWarpgroup); }
+
+  uint8_t (&buffers_)[config::kStoreBuffers][config::kStoreBytes];
+  int barrier_idx_;
+  int buffer_idx_ = 0;
+};
+
+// 16 tokens by this warp's 16 columns of a chunk. sums: eight of a thread, tokens on N; the
+// transposed store turns them into rows of tokens. Swizzled as the map of `out` expects.
+FM_DEVICE void write_chunk_part(uint32_t chunk, int first_token, const uint32_t (&packed)[4]) {
+  const int warp_idx = threadIdx.x % config::kWarpgroup / 32;
+  const int lane = threadIdx.x % 32;
+  const int token = first_token + (lane >> 4) * 8 + (lane & 7);
+  const int unit = warp_idx * 2 + ((lane >> 3) & 1);  // of 8 columns
+  ptx::stmatrix_x4_trans(chunk + token * 128 + ((unit ^ (token & 7)) << 4), packed);
+}
+
+// Rounds the sums of 32 tokens (of fewer at the end of the widest tile) into a chunk.
+// value(i): the i-th result of this thread.
+template <class Config, class Value>
+FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, const Value& value) {
+  using Element = ElementOf<Config::value.element>;
+  FM_UNROLL
+  for (int part = 0; part < config::kStoreTokens / 16; ++part) {
+    const int first = (chunk_idx * config::kStoreTokens / 16 + part) * 8;
+    if (first >= Config::value.max_tokens / 2) break;
+    uint32_t packed[4];
+    FM_UNROLL
+    for (int pair = 0; pair < 4; ++pair) {
+      packed[pair] = Element::pack(value(first + 2 * pair), value(first + 2 * pair + 1));
+    }
+    write_chunk_part(chunk, part * 16, packed);
+  }
+}
+
+// Stores a tile. weight_tile_idx: this CTA's. Rows past the tile's are clipped by the map.
+template <class Config>
+FM_DEVICE void store_tile(const float* sums, Staging& staging, const CUtensorMap& out,
+                          const Tile& tile, int32_t weight_tile_idx) {
+  constexpr config::GroupedProduct kConfig = Config::value;
+  constexpr int kChunks = (kConfig.max_tokens + config::kStoreTokens - 1) / config::kStoreTokens;
+  const float* second = sums + kConfig.max_tokens / 2;
+  const int32_t column = weight_tile_idx * kConfig.out_columns();
+  FM_UNROLL
+  for (int chunk_idx = 0; chunk_idx < kChunks; ++chunk_idx) {
+    const int32_t first = chunk_idx * config::kStoreTokens;
+    if (first >= tile.num_rows) break;
+    const int32_t row = tile.row_begin + first;
+    const int32_t num_rows = min(config::kStoreTokens, tile.num_rows - first);
+    if constexpr (kConfig.gated()) {
+      fill_chunk<Config>(staging.acquire(), chunk_idx,
+                         [&](int i) { return silu(sums[i]) * second[i]; });
+      staging.store(out, column, row, num_rows);
+    } else {
+      fill_chunk<Config>(staging.acquire(), chunk_idx, [&](int i) { return sums[i]; });
+      staging.store(out, column, row, num_rows);
+      fill_chunk<Config>(staging.acquire(), chunk_idx, [&](int i) { return second[i]; });
+      staging.store(out, column + config::kHalfRows, row, num_rows);
+    }
+  }
+}
+
+}  // namespace flashmoe::cuda::tile

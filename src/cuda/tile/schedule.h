@@ -1,0 +1,55 @@
+// Ticket -> tile of a grouped product, on host and device.
+//
+// A cluster pair takes one tile at a time: `tokens` rows of one expert (plan/blocks.h splits them)
+// and two neighbouring weight tiles, one for each CTA. Order: expert, then weight pair, then block,
+// so that the pairs at work share weight tiles through L2.
+//
+// In 32 bits, where plan/ counts in 64: a 64-bit division is a call, and ptxas serialises the
+// matrix products of a kernel that has one.
+#pragma once
+
+#include <cstdint>
+
+#include "plan/math.h"
+
+namespace flashmoe::cuda::tile {
+
+inline constexpr int32_t kTokenStep = 16;  // granularity of a block's rows, plan's row_align
+
+// One task, as the ticket warp sends it to the other roles: 16 bytes.
+struct alignas(16) Tile {
+  int32_t row_begin;
+  int32_t num_rows;  // 0: no more tiles
+  int32_t local_expert_idx;
+  int32_t weight_pair_idx;
+
+  FM_HD constexpr bool is_end() const { return num_rows == 0; }
+  FM_HD constexpr int32_t num_steps() const { return (num_rows + kTokenStep - 1) / kTokenStep; }
+};
+
+// How the blocks and weight pairs of every expert are counted.
+struct TileGrid {
+  int32_t max_rows;          // of a block
+  int32_t num_weight_pairs;  // of an expert
+
+  FM_HD constexpr int32_t num_blocks(int32_t expert_rows) const {
+    return (expert_rows + max_rows - 1) / max_rows;
+  }
+  FM_HD constexpr int32_t num_tiles(int32_t expert_rows) const {
+    return num_blocks(expert_rows) * num_weight_pairs;
+  }
+  // tile_idx: of the expert, in [0, num_tiles(expert_rows)).
+  FM_HD constexpr Tile tile_at(int32_t tile_idx, int32_t local_expert_idx, int32_t expert_begin,
+                               int32_t expert_rows) const {
+    const int32_t blocks = num_blocks(expert_rows);
+    const int32_t weight_pair_idx = tile_idx / blocks;
+    const int32_t block_idx = tile_idx - weight_pair_idx * blocks;
+    const int32_t even = (expert_rows + blocks - 1) / blocks;
+    const int32_t height = (even + kTokenStep - 1) / kTokenStep * kTokenStep;
+    const int32_t first = block_idx * height;
+    const int32_t left = expert_rows - first;
+    return {expert_begin + first, left < height ? left : height, local_expert_idx, weight_pair_idx};
+  }
+};
+
+}  // namespace flashmoe::cuda::tile
