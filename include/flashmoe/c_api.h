@@ -133,8 +133,9 @@ typedef struct fm_forward_args {
   fm_tensor z; /* [z_rows, G*I] dtype out, optional: pre-activations for the backward */
 } fm_forward_args;
 
-/* Operands of one backward. Outputs that are absent are not computed. The gradients of the weights
- * may be dtype or f32 (f64); with accumulate they are added to, else overwritten. */
+/* Operands of one backward. grad_x is always written; other outputs that are absent are not
+ * computed. The gradients of the weights may be dtype or f32 (f64); with accumulate they are added
+ * to, else overwritten. */
 typedef struct fm_backward_args {
   uint32_t struct_size;
   uint32_t flags; /* fm_backward_flags */

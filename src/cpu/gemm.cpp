@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/gemm_eigen.h"
+#include "plan/math.h"
 #if FLASHMOE_ONEDNN
 #include "cpu/gemm_onednn.h"
 #endif
@@ -13,12 +14,21 @@
 namespace flashmoe::cpu {
 namespace {
 
+// Longest run of products that fp32 sums up in a row. oneDNN adds along all of k in order; in
+// pieces the error is that of MKL's blocked sums, for 1 to 4 % of the time (docs/perf-notes.md).
+constexpr int64_t kSumDepth = 128;
+
 // fp32 products by the best library of the build.
 void gemm_f32(int64_t m, int64_t n, int64_t k, MatrixView<float> a, MatrixView<float> b, float* c,
               int64_t ldc, bool accumulate) {
 #if FLASHMOE_ONEDNN
-  gemm_onednn(DnnType::kF32, m, n, k, {a.data, a.row_stride, a.col_stride},
-              {b.data, b.row_stride, b.col_stride}, c, ldc, accumulate);
+  const int64_t depth = plan::align_up(plan::ceil_div(k, plan::ceil_div(k, kSumDepth)), 16);
+  for (int64_t k0 = 0; k0 < k; k0 += depth) {
+    const auto left = a.at(0, k0), right = b.at(k0, 0);
+    gemm_onednn(DnnType::kF32, m, n, std::min(depth, k - k0),
+                {left.data, left.row_stride, left.col_stride},
+                {right.data, right.row_stride, right.col_stride}, c, ldc, accumulate || k0 > 0);
+  }
 #else
   gemm_eigen<float>(m, n, k, a, b, c, ldc, accumulate);
 #endif

@@ -224,6 +224,21 @@ void tell_peers(fabric::Group& group, plan::Epoch epoch, bool published, const E
   group.finish_epoch(epoch);
 }
 
+// A rank that can not grow leaves its peers in the middle of the growth: the group ends.
+void grow_or_abort(fabric::Group& group, const plan::SymmetricCapacity& capacity,
+                   const fabric::Waiter& waiter) {
+  try {
+    group.grow(capacity, waiter);
+  } catch (const Error& error) {
+    if (error.status() != FM_ABORTED) group.abort(error.status(), error.what());
+    throw;
+  } catch (const std::bad_alloc&) {
+    const Error error(FM_OUT_OF_MEMORY, "no memory for the group's symmetric memory");
+    group.abort(error.status(), error.what());
+    throw error;
+  }
+}
+
 // One try; false when the symmetric memory had to grow and the call must be launched again.
 template <class T>
 bool try_launch(const Call& call, fabric::Group& group, Workspace& workspace, ThreadPool& pool,
@@ -234,6 +249,8 @@ bool try_launch(const Call& call, fabric::Group& group, Workspace& workspace, Th
   group.connect(waiter);
   Launch<T> launch(call, group, workspace, choose_threads(group, group.options()), waiter);
   try {
+    launch.route_base = workspace.route.reserve(launch.route.total);
+    launch.widen_router_weight();
     Walk<T> walk(launch);
     walk.run(pool);
     group.finish_epoch(launch.epoch);
@@ -242,7 +259,7 @@ bool try_launch(const Call& call, fabric::Group& group, Workspace& workspace, Th
   } catch (const NeedMemory& need) {
     group.finish_epoch(launch.epoch);
     const fabric::Waiter fresh(&group.own_control(), group.rank(), group.options().timeout_seconds);
-    group.grow(need.capacity, fresh);
+    grow_or_abort(group, need.capacity, fresh);
     return false;
   } catch (const Error& error) {
     tell_peers(group, launch.epoch, launch.published, error);
@@ -256,6 +273,22 @@ bool try_launch(const Call& call, fabric::Group& group, Workspace& workspace, Th
 }
 
 }  // namespace
+
+template <class T>
+void Launch<T>::widen_router_weight() const {
+  const auto& weight = call.operands.w_router;
+  if (route[plan::RouteScratch::kRouterWeight].bytes == 0) return;
+  for (int64_t e = 0; e < problem.num_experts; ++e) {
+    const int64_t at = e * problem.hidden;
+    if (call.backward) {
+      auto* to = route_at<A>(plan::RouteScratch::kRouterWeight) + at;
+      convert(row_of<const T>(weight, e), to, problem.hidden);
+    } else {
+      auto* to = route_at<double>(plan::RouteScratch::kRouterWeight) + at;
+      convert(row_of<const A>(weight, e), to, problem.hidden);
+    }
+  }
+}
 
 template <class T>
 Launch<T>::Launch(const Call& call_in, fabric::Group& group_in, Workspace& workspace_in,
@@ -276,6 +309,8 @@ Launch<T>::Launch(const Call& call_in, fabric::Group& group_in, Workspace& works
   symmetric_shape = {.world = problem.world,
                      .token_cap = group.capacity().tokens,
                      .flag_words = group.capacity().flag_words,
+                     .bank_experts = group.capacity().bank_experts,
+                     .bank_slots = group.capacity().bank_slots,
                      .hidden = problem.hidden,
                      .top_k = problem.top_k,
                      .local_experts = problem.local_experts(),
@@ -284,17 +319,21 @@ Launch<T>::Launch(const Call& call_in, fabric::Group& group_in, Workspace& works
                      .acc_bytes = sizeof(A),
                      .backward = call.backward};
   if (problem.world > 1) symmetric = plan::symmetric_table(symmetric_shape);
-  const bool widen =
-      call.backward && call.fused_router() && call.operands.w_router.dtype != DtypeOf<A>::value;
   route =
       plan::route_table(problem, {.fused_router = call.fused_router(),
                                   .backward = call.backward,
-                                  .widen_router_weight = widen,
+                                  .router_weight_bytes = widened_router_bytes(call),
                                   .acc_bytes = sizeof(A),
                                   .num_threads = threads,
                                   .panel_bytes = panel_bytes(call, tiles, sizeof(T), sizeof(A))});
-  route_base = workspace.route.reserve(route.total);
   space.route_tiles = plan::num_chunks(problem.tokens);
+}
+
+int32_t widened_router_bytes(const Call& call) {
+  if (!call.fused_router()) return 0;
+  const bool wide = call.operands.w_router.dtype == FM_F32;
+  if (call.backward) return wide || call.layer.dtype == FM_F64 ? 0 : sizeof(float);
+  return wide ? sizeof(double) : 0;
 }
 
 int64_t panel_bytes(const Call& call, const TileConfig& tiles, int64_t element_bytes,
@@ -308,10 +347,11 @@ int64_t panel_bytes(const Call& call, const TileConfig& tiles, int64_t element_b
                          tiles.weight_hidden * tiles.weight_other * acc_bytes;
   const int64_t bias = (p.hidden + p.up_rows()) * acc_bytes;
   const int64_t chunk = (plan::kTileTokens + 1) * p.hidden * acc_bytes;
+  const int64_t logits = plan::kTileTokens * (p.hidden + p.num_experts) * 8;
   const int64_t router = (3 * p.num_experts + p.top_k) * acc_bytes;
   const int64_t router_gradient = (tiles.router_experts + plan::kTileTokens) * p.hidden * acc_bytes;
   constexpr int64_t kRounding = 8 * 64;  // a cache line for each array taken
-  return std::max({up, down, weight, bias, chunk + router, router_gradient}) + kRounding;
+  return std::max({up, down, weight, bias, chunk + router, logits, router_gradient}) + kRounding;
 }
 
 int64_t max_rows_alone(const plan::Problem& problem) {

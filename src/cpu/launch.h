@@ -98,6 +98,9 @@ struct Launch {
     return rows_at<std::atomic<uint32_t>>(plan::RowScratch::kUpDone);
   }
 
+  // Fills RouteScratch::kRouterWeight where the launch has it.
+  void widen_router_weight() const;
+
   // Hidden columns of a column block.
   int64_t column_begin(int64_t column_block) const { return column_block * tiles.column_width; }
   int64_t column_count(int64_t column_block) const {
@@ -116,6 +119,10 @@ struct Launch {
     return base + (source * symmetric_shape.token_cap + token_idx) * problem.hidden;
   }
 };
+
+// Element size of the launch's widened copy of w_router, 0 for none. Forward: fp32 weights as fp64,
+// in which the logits are summed; backward: 16-bit weights as fp32.
+int32_t widened_router_bytes(const Call& call);
 
 // Bytes of the private panel of a thread: the most that any stage carves out of it.
 int64_t panel_bytes(const Call& call, const TileConfig& tiles, int64_t element_bytes,

@@ -18,12 +18,14 @@ bool is_defined(const A* logits, int64_t num_experts) {
   return any;
 }
 
+// One scalar exp an element: a vector one differs from it in the last bit, and at the tail of a row
+// equal logits would get unequal scores. exp(-inf) is exactly 0.
 template <class A>
 void softmax(const A* logits, int64_t count, A* out) {
-  const ArrayView<A> in(logits, count);
-  MutableArray<A> result(out, count);
-  result = (in - in.maxCoeff()).exp();
-  result /= result.sum();
+  const A top = ArrayView<A>(logits, count).maxCoeff();
+  A sum = A(0);
+  for (int64_t i = 0; i < count; ++i) sum += out[i] = std::exp(logits[i] - top);
+  MutableArray<A>(out, count) /= sum;
 }
 
 template <class A>

@@ -15,6 +15,7 @@ class Arena {
   std::byte* reserve(int64_t bytes) {
     if (bytes > bytes_) {
       memory_.reset();
+      bytes_ = 0;  // stands if the next line throws
       memory_.reset(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), kAlign)));
       bytes_ = bytes;
     }

@@ -119,8 +119,10 @@ void check_router(const fm_layer& layer) {
                layer.score, "an fm_score");
   check_number("scale", std::isfinite(layer.scale), layer.scale, "a finite number");
   const int64_t groups = std::max<int64_t>(layer.num_groups, 1);
-  check_number("num_groups", layer.num_experts % groups == 0, static_cast<double>(groups),
-               "a divisor of num_experts");
+  if (layer.num_experts % groups != 0) {
+    fail(FM_INVALID_VALUE, "num_groups is ", groups, ", expected a divisor of the ",
+         layer.num_experts, " experts");
+  }
   if (groups == 1) return;
   check_number("top_groups", layer.top_groups >= 1 && layer.top_groups <= groups,
                static_cast<double>(layer.top_groups), "1..num_groups");
@@ -360,15 +362,16 @@ void check_layer(const fm_layer& layer, int32_t world) {
     fail(FM_INVALID_VALUE, "num_experts is ", layer.num_experts, ", expected a multiple of the ",
          world, " ranks of the group");
   }
-  check_number("top_k", layer.top_k >= 1 && layer.top_k <= layer.num_experts, number(layer.top_k),
-               "1..num_experts");
+  if (layer.top_k < 1 || layer.top_k > layer.num_experts) {
+    fail(FM_INVALID_VALUE, "top_k is ", layer.top_k, ", expected 1..", layer.num_experts,
+         ", the number of experts");
+  }
   check_number("activation", layer.activation >= FM_SILU && layer.activation <= FM_IDENTITY,
                layer.activation, "an fm_activation");
   check_number("gate_layout",
                layer.gate_layout >= FM_GATE_CONCATENATED && layer.gate_layout <= FM_GATE_SEPARATE,
                layer.gate_layout, "an fm_gate_layout");
-  check_number("act_limit", layer.act_limit >= 0 && (layer.gated != 0 || layer.act_limit == 0),
-               layer.act_limit, "0 (none) or, for a gated activation, a positive limit");
+  check_number("act_limit", layer.act_limit >= 0, layer.act_limit, "0 (none) or a positive limit");
   check_number("act_alpha", std::isfinite(layer.act_alpha), layer.act_alpha, "a finite number");
   check_number("up_offset", std::isfinite(layer.up_offset), layer.up_offset, "a finite number");
   check_number("capacity_factor",

@@ -87,7 +87,7 @@ Group::Group(std::unique_ptr<Fabric> fabric, int32_t rank, int32_t world, GroupO
 
 void Group::connect(const Waiter& waiter) {
   if (world_ == 1 || generation_ != 0) return;
-  grow({.tokens = 0, .flag_words = 0, .bytes = 4096}, waiter);
+  grow({.bytes = 4096}, waiter);
   check_build(waiter);
 }
 

@@ -21,13 +21,16 @@ Memory allocate_zeroed(int64_t bytes) {
   return memory;
 }
 
-// What the ranks share: a control block and the address of the data part of each.
+// What the ranks share: a control block and the data part of each, and its address. A rank that has
+// left its last launch may be destroyed while a slower peer still raises flags in its memory: the
+// hub keeps all of it until the last rank goes.
 struct Hub {
-  explicit Hub(int32_t world) : controls(world), data(world) {
+  explicit Hub(int32_t world) : controls(world), owned(world), data(world) {
     for (auto& control : controls) control = std::make_unique<ControlBlock>();
     for (auto& base : data) base.store(nullptr);
   }
   std::vector<std::unique_ptr<ControlBlock>> controls;
+  std::vector<Memory> owned;  // each element is touched by its rank alone
   std::vector<std::atomic<std::byte*>> data;
 };
 
@@ -46,12 +49,12 @@ class ThreadFabric final : public Fabric {
     hub_->data[rank_].store(grown_.get(), std::memory_order_release);
   }
   void map_peers(int64_t, uint32_t) override {}
-  void retire() override { owned_ = std::move(grown_); }
+  void retire() override { hub_->owned[rank_] = std::move(grown_); }
 
  private:
   std::shared_ptr<Hub> hub_;
   int32_t rank_;
-  Memory owned_, grown_;
+  Memory grown_;  // until all peers use it
 };
 
 }  // namespace

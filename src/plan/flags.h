@@ -12,7 +12,8 @@
 // launches old, in a word that no launch in between has touched.
 //
 // Wrap: 0 is never an epoch (fresh memory is zero). After 2^32 - 1 comes 2, so that parity, and
-// with it the bank, still alternates.
+// with it the bank, still alternates; a fresh group starts at 2 as well, so that previous_epoch()
+// is the inverse.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,9 @@ using Epoch = uint32_t;
 
 inline constexpr int kNumBanks = 2;
 
-FM_HD constexpr Epoch next_epoch(Epoch epoch) { return epoch == 0xffffffffu ? 2u : epoch + 1u; }
+FM_HD constexpr Epoch next_epoch(Epoch epoch) {
+  return epoch == 0xffffffffu || epoch == 0 ? 2u : epoch + 1u;
+}
 
 FM_HD constexpr Epoch previous_epoch(Epoch epoch) { return epoch == 2u ? 0xffffffffu : epoch - 1u; }
 

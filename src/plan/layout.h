@@ -51,8 +51,8 @@ struct SlotRecord {
 enum class Symmetric : int {
   kPushFlags,    // u32 [W source][chunk]: rows of the chunk are in kRecvX (and kRecvGrad)
   kReturnFlags,  // u32 [W owner][column block][chunk]: partials are in kPartial (and kSlotGrad)
-  kCounts,       // i32 [2 banks][W source][E_loc]
-  kSlots,        // SlotRecord [2 banks][W source][token_cap * k], grouped by expert
+  kCounts,       // i32 [2 banks][W source][bank_experts], E_loc of them in use
+  kSlots,        // SlotRecord [2 banks][W source][bank_slots], grouped by expert
   kRecvX,        // T [W source][token_cap][H]
   kRecvGrad,     // T [W source][token_cap][H], backward
   kPartial,      // T [W owner][token_cap][H]
@@ -62,15 +62,19 @@ enum class Symmetric : int {
 
 // What the memory was made for: equal on all ranks, changed only by a collective growth.
 struct SymmetricCapacity {
-  int64_t tokens = 0;      // most tokens of a rank
-  int64_t flag_words = 0;  // words of kPushFlags + kReturnFlags together
-  int64_t bytes = 0;       // total
+  int64_t tokens = 0;        // most tokens of a rank
+  int64_t flag_words = 0;    // words of kPushFlags + kReturnFlags together
+  int64_t bank_experts = 0;  // most experts of a rank
+  int64_t bank_slots = 0;    // most slots of a rank
+  int64_t bytes = 0;         // total
 };
 
 struct SymmetricShape {
   int32_t world = 1;
   int64_t token_cap = 0;
   int64_t flag_words = 0;
+  int64_t bank_experts = 0;
+  int64_t bank_slots = 0;
   int64_t hidden = 0;
   int64_t top_k = 0;
   int64_t local_experts = 0;
@@ -90,18 +94,21 @@ FM_HD constexpr int64_t needed_flag_words(int32_t world, int64_t token_cap, int6
   return push_flag_words(world, token_cap) * (1 + column_blocks);
 }
 
-// Flags come first and never share a word with data, whatever the layer: a reader compares a flag
-// with its epoch, and stale data could look like one.
+// Flags and metadata banks lie where the capacity, and not the layer, puts them. A reader compares
+// a flag with its epoch, and stale data could look like one; and a peer that is one launch ahead,
+// with another layer, writes its bank while this rank still uses the rows and partials of its own
+// launch.
 FM_HD constexpr SymmetricTable symmetric_table(const SymmetricShape& s) {
   SymmetricTable table;
   const int64_t push_words = push_flag_words(s.world, s.token_cap);
   const int64_t rows = s.world * s.token_cap * s.hidden * s.element_bytes;
   const int64_t slots = s.token_cap * s.top_k;
-  const int64_t bank_slots = kNumBanks * s.world * slots;
+  const int64_t banks = kNumBanks * s.world;
   table.add(Symmetric::kPushFlags, "push flags", push_words * 4);
   table.add(Symmetric::kReturnFlags, "return flags", (s.flag_words - push_words) * 4);
-  table.add(Symmetric::kCounts, "counts", kNumBanks * s.world * s.local_experts * 4);
-  table.add(Symmetric::kSlots, "slots", bank_slots * static_cast<int64_t>(sizeof(SlotRecord)));
+  table.add(Symmetric::kCounts, "counts", banks * s.bank_experts * 4);
+  table.add(Symmetric::kSlots, "slots",
+            banks * s.bank_slots * static_cast<int64_t>(sizeof(SlotRecord)));
   table.add(Symmetric::kRecvX, "received x", rows);
   table.add(Symmetric::kRecvGrad, "received grad y", s.backward ? rows : 0);
   table.add(Symmetric::kPartial, "partials", rows);
@@ -119,6 +126,15 @@ FM_HD constexpr int64_t return_flag_index(const SymmetricShape& s, int32_t owner
   return (owner * s.column_blocks + column_block) * num_chunks(s.token_cap) + chunk;
 }
 
+// Index of the first count and of the first slot record in a source's bank of an epoch.
+FM_HD constexpr int64_t counts_index(const SymmetricShape& s, Epoch epoch, int32_t source) {
+  return (int64_t{bank_of(epoch)} * s.world + source) * s.bank_experts;
+}
+
+FM_HD constexpr int64_t slots_index(const SymmetricShape& s, Epoch epoch, int32_t source) {
+  return (int64_t{bank_of(epoch)} * s.world + source) * s.bank_slots;
+}
+
 // ---------------------------------------------------------------------------------------------
 // Local scratch known before the plan
 
@@ -131,7 +147,7 @@ enum class RouteScratch : int {
   kTotals,        // i32 [E]
   kLogits,        // acc [T][E], fused router
   kGradLogits,    // acc [T][E], fused router, backward
-  kRouterWeight,  // acc [E][H], fused router: w_router widened once a launch
+  kRouterWeight,  // [E][H], fused router: w_router widened once a launch (RouteShape)
   kPanels,        // acc [threads][panel]: private to a thread
   kCount
 };
@@ -139,7 +155,7 @@ enum class RouteScratch : int {
 struct RouteShape {
   bool fused_router = false;
   bool backward = false;
-  bool widen_router_weight = false;
+  int32_t router_weight_bytes = 0;  // of an element of w_router widened; 0: used as it is
   int32_t acc_bytes = 0;
   int64_t num_threads = 1;
   int64_t panel_bytes = 0;  // of one thread
@@ -150,7 +166,7 @@ using RouteTable = RegionTable<RouteScratch, static_cast<int>(RouteScratch::kCou
 FM_HD constexpr RouteTable route_table(const Problem& p, const RouteShape& s) {
   RouteTable table;
   const int64_t logits = p.tokens * p.num_experts * s.acc_bytes;
-  const int64_t router_weight = p.num_experts * p.hidden * s.acc_bytes;
+  const int64_t router_weight = p.num_experts * p.hidden * s.router_weight_bytes;
   table.add(RouteScratch::kIds, "ids", p.slots() * 4);
   table.add(RouteScratch::kWeights, "weights", p.slots() * s.acc_bytes);
   table.add(RouteScratch::kSlotRanks, "slot ranks", p.slots() * 4);
@@ -159,8 +175,7 @@ FM_HD constexpr RouteTable route_table(const Problem& p, const RouteShape& s) {
   table.add(RouteScratch::kTotals, "totals", p.num_experts * 4);
   table.add(RouteScratch::kLogits, "logits", s.fused_router ? logits : 0);
   table.add(RouteScratch::kGradLogits, "grad logits", s.fused_router && s.backward ? logits : 0);
-  table.add(RouteScratch::kRouterWeight, "router weight",
-            s.widen_router_weight ? router_weight : 0);
+  table.add(RouteScratch::kRouterWeight, "router weight", router_weight);
   table.add(RouteScratch::kPanels, "panels", s.num_threads * align_up(s.panel_bytes, kRegionAlign));
   return table;
 }

@@ -78,15 +78,13 @@ class Placement {
 template <class T>
 int32_t* bank_counts(const Launch<T>& launch, int32_t rank, int32_t source) {
   auto* counts = launch.template symmetric_at<int32_t>(rank, plan::Symmetric::kCounts);
-  const int64_t bank = plan::bank_of(launch.epoch) * launch.problem.world + source;
-  return counts + bank * launch.problem.local_experts();
+  return counts + plan::counts_index(launch.symmetric_shape, launch.epoch, source);
 }
 
 template <class T>
 plan::SlotRecord* bank_slots(const Launch<T>& launch, int32_t rank, int32_t source) {
   auto* slots = launch.template symmetric_at<plan::SlotRecord>(rank, plan::Symmetric::kSlots);
-  const int64_t bank = plan::bank_of(launch.epoch) * launch.problem.world + source;
-  return slots + bank * launch.symmetric_shape.token_cap * launch.problem.top_k;
+  return slots + plan::slots_index(launch.symmetric_shape, launch.epoch, source);
 }
 
 // Writes this rank's counts and slot list into the banks of all peers.
@@ -125,7 +123,8 @@ template <class T>
 bool fits_memory(const Launch<T>& launch) {
   const auto& capacity = launch.group.capacity();
   const auto& s = launch.symmetric_shape;
-  return launch.problem.tokens <= capacity.tokens &&
+  return launch.problem.tokens <= capacity.tokens && s.local_experts <= capacity.bank_experts &&
+         capacity.tokens * s.top_k <= capacity.bank_slots &&
          plan::needed_flag_words(s.world, capacity.tokens, s.column_blocks) <=
              capacity.flag_words &&
          launch.symmetric.total <= capacity.bytes;
@@ -166,8 +165,12 @@ plan::SymmetricCapacity agreed_capacity(const Launch<T>& launch) {
   capacity.flag_words =
       std::max(capacity.flag_words,
                plan::needed_flag_words(shape.world, capacity.tokens, shape.column_blocks));
+  capacity.bank_experts = std::max(capacity.bank_experts, shape.local_experts);
+  capacity.bank_slots = std::max(capacity.bank_slots, capacity.tokens * shape.top_k);
   shape.token_cap = capacity.tokens;
   shape.flag_words = capacity.flag_words;
+  shape.bank_experts = capacity.bank_experts;
+  shape.bank_slots = capacity.bank_slots;
   capacity.bytes = std::max(capacity.bytes, plan::symmetric_table(shape).total);
   return capacity;
 }
@@ -362,24 +365,19 @@ void count_traffic(Launch<T>& launch, const std::vector<int32_t>& counts) {
   }
 }
 
-// w_router in the accumulation type, for the gradient of x.
+// The rows of z that no tile writes hold zeros.
 template <class T>
-void widen_router_weight(const Launch<T>& launch) {
-  const auto& region = launch.route[plan::RouteScratch::kRouterWeight];
-  if (region.bytes == 0) return;
-  const auto& p = launch.problem;
-  auto* to = launch.template route_at<Acc<T>>(plan::RouteScratch::kRouterWeight);
-  for (int64_t e = 0; e < p.num_experts; ++e) {
-    convert(row_of<const T>(launch.call.operands.w_router, e), to + e * p.hidden, p.hidden);
-  }
-}
-
-template <class T>
-void check_saved_rows(const Launch<T>& launch) {
+void clear_unused_z(const Launch<T>& launch) {
   const fm_tensor& z = launch.call.operands.z;
-  if (!present(z) || z.shape[0] >= launch.num_rows) return;
-  fail(FM_INVALID_VALUE, "z has ", z.shape[0], " rows, this launch needs ", launch.num_rows,
-       "; fm_z_rows() gives the bound");
+  if (!present(z)) return;
+  if (z.shape[0] < launch.num_rows) {
+    fail(FM_INVALID_VALUE, "z has ", z.shape[0], " rows, this launch needs ", launch.num_rows,
+         "; fm_z_rows() gives the bound");
+  }
+  if (launch.call.backward) return;
+  for (int64_t row = launch.num_rows; row < z.shape[0]; ++row) {
+    std::fill_n(row_of<T>(z, row), launch.problem.up_rows(), T(0));
+  }
 }
 
 }  // namespace
@@ -391,12 +389,11 @@ void make_plan(Launch<T>& launch) {
                             {"route tiles", "plan", -1, launch.epoch});
   const Placement<T> placement(launch);
   placement.report();
-  widen_router_weight(launch);
   if (p.world > 1) exchange_metadata(launch, placement);
   size_sources(launch);
   const std::vector<int32_t> counts = gather_counts(launch, placement);
   place_experts(launch, counts);
-  check_saved_rows(launch);
+  clear_unused_z(launch);
   count_traffic(launch, counts);
   RowWriter<T> writer(launch);
   writer.write_own(placement);

@@ -15,33 +15,42 @@ struct TileRange {
         count(plan::min_of(plan::kTileTokens, launch.problem.tokens - begin)) {}
 };
 
-// logits[count][E] of the tile. The products run in the accumulation type unless x and w_router
-// share a 16-bit dtype, whose products are exact in fp32 anyway.
+// logits[count][E] = x w_router^T in fp64, for fp32 router weights.
+template <class T>
+void wide_logits(const Launch<T>& launch, const TileRange<T>& range, Acc<T>* logits, void* panel) {
+  const auto& p = launch.problem;
+  const double* weight = launch.template route_at<double>(plan::RouteScratch::kRouterWeight);
+  Panel memory(panel);
+  double* x = memory.take<double>(plan::kTileTokens * p.hidden);
+  double* sums = memory.take<double>(plan::kTileTokens * p.num_experts);
+  for (int64_t t = 0; t < range.count; ++t) {
+    convert(row_of<const T>(launch.call.operands.x, range.begin + t), x + t * p.hidden, p.hidden);
+  }
+  gemm<double>(range.count, p.num_experts, p.hidden, {x, p.hidden, 1}, {weight, 1, p.hidden}, sums,
+               p.num_experts, false);
+  convert(sums, logits, range.count * p.num_experts);
+}
+
+// logits[count][E] of the tile. Products of two 16-bit tensors are exact in fp32 and summed there;
+// fp32 router weights, whose logits decide the routing, are summed in fp64.
 template <class T>
 void compute_logits(const Launch<T>& launch, const TileRange<T>& range, Acc<T>* logits,
                     void* panel) {
-  using A = Acc<T>;
   const auto& p = launch.problem;
   const auto& ops = launch.call.operands;
   const int64_t experts = p.num_experts;
-  if (ops.w_router.dtype == ops.x.dtype) {
+  if (launch.route[plan::RouteScratch::kRouterWeight].bytes > 0) {
+    wide_logits(launch, range, logits, panel);
+  } else {
     gemm<T>(range.count, experts, p.hidden,
             {row_of<const T>(ops.x, range.begin), ops.x.stride[0], 1},
             {static_cast<const T*>(ops.w_router.data), 1, ops.w_router.stride[0]}, logits, experts,
-            false);
-  } else {
-    A* wide = Panel(panel).take<A>(plan::kTileTokens * p.hidden);
-    for (int64_t t = 0; t < range.count; ++t) {
-      convert(row_of<const T>(ops.x, range.begin + t), wide + t * p.hidden, p.hidden);
-    }
-    gemm<A>(range.count, experts, p.hidden, {wide, p.hidden, 1},
-            {static_cast<const A*>(ops.w_router.data), 1, ops.w_router.stride[0]}, logits, experts,
             false);
   }
   if (!present(ops.router_bias)) return;
   for (int64_t t = 0; t < range.count; ++t) {
     for (int64_t e = 0; e < experts; ++e) {
-      logits[t * experts + e] += static_cast<A>(read_real(ops.router_bias, e));
+      logits[t * experts + e] += static_cast<Acc<T>>(read_real(ops.router_bias, e));
     }
   }
 }

@@ -166,8 +166,8 @@ Acc<T> bias_share(const UpTile<T>& t, const T* grad_y_row) {
 
 // Turns z into dZ in place, writes weight * A, and the tile's piece of the weights' gradient.
 template <class T>
-void differentiate_rows(const UpTile<T>& t, const T* grad_y_rows, Acc<T>* z, Acc<T>* grad_hidden,
-                        Acc<T>* value) {
+void differentiate_rows(const UpTile<T>& t, const T* grad_y_rows, Acc<T>* z,
+                        const Acc<T>* grad_hidden, Acc<T>* value) {
   using A = Acc<T>;
   const auto& launch = t.launch;
   const bool on_input = launch.call.layer.weight_on_input != 0;
@@ -176,20 +176,19 @@ void differentiate_rows(const UpTile<T>& t, const T* grad_y_rows, Acc<T>* z, Acc
   T* hidden = hidden_rows(t);
   for (int64_t r = 0; r < t.block.num_rows; ++r) {
     const int64_t row = t.block.row_begin + r;
-    const A weight = on_input ? A(1) : weights[row];
     A* z_row = z + r * t.panel_width();
-    MutableArray<A> grad(grad_hidden + r * t.count, t.count);
-    activate<A>(launch.call.activation, t.pre_activation(z_row), value, t.count);
+    const A* grad = grad_hidden + r * t.count;
+    activate_backward<A>(launch.call.activation, t.pre_activation(z_row), grad, value, z_row,
+                         t.grad_up_of(z_row), t.count);
+    MutableArray<A> activated(value, t.count);
     if (!on_input) {
       parts[row * launch.weight_parts + t.tile] =
-          (ArrayView<A>(value, t.count) * grad).sum() +
+          (activated * ArrayView<A>(grad, t.count)).sum() +
           bias_share(t, grad_y_rows + r * launch.problem.hidden);
+      activated *= weights[row];
+      MutableArray<A>(z_row, t.panel_width()) *= weights[row];
     }
-    grad *= weight;
-    activate_backward<A>(launch.call.activation, t.pre_activation(z_row), grad.data(), value, z_row,
-                         t.grad_up_of(z_row), t.count);
-    MutableArray<T>(hidden + r * launch.problem.intermediate, t.count) =
-        (ArrayView<A>(value, t.count) * weight).template cast<T>();
+    convert(value, hidden + r * launch.problem.intermediate, t.count);
   }
 }
 
