@@ -48,7 +48,7 @@ Prepared prepare(DnnType type, int64_t m, int64_t n, int64_t k, const DnnMatrix&
   const auto dtype = type == DnnType::kF32 ? memory::data_type::f32 : memory::data_type::bf16;
   const memory::desc a_desc({m, k}, dtype, strides_of(m, k, a));
   const memory::desc b_desc({k, n}, dtype, strides_of(k, n, b));
-  const memory::desc c_desc({m, n}, memory::data_type::f32, memory::dims{ldc, 1});
+  const memory::desc c_desc({m, n}, memory::data_type::f32, memory::dims{m == 1 ? n : ldc, 1});
   dnnl::primitive_attr attributes;
   if (accumulate) {
     dnnl::post_ops sum;

@@ -278,14 +278,17 @@ template <class T>
 void Launch<T>::widen_router_weight() const {
   const auto& weight = call.operands.w_router;
   if (route[plan::RouteScratch::kRouterWeight].bytes == 0) return;
+  const bool narrow = weight.dtype == DtypeOf<T>::value;
   for (int64_t e = 0; e < problem.num_experts; ++e) {
     const int64_t at = e * problem.hidden;
+    auto* wide = route_at<double>(plan::RouteScratch::kRouterWeight) + at;
     if (call.backward) {
       auto* to = route_at<A>(plan::RouteScratch::kRouterWeight) + at;
       convert(row_of<const T>(weight, e), to, problem.hidden);
+    } else if (narrow) {
+      convert(row_of<const T>(weight, e), wide, problem.hidden);
     } else {
-      auto* to = route_at<double>(plan::RouteScratch::kRouterWeight) + at;
-      convert(row_of<const A>(weight, e), to, problem.hidden);
+      convert(row_of<const A>(weight, e), wide, problem.hidden);
     }
   }
 }
@@ -331,9 +334,10 @@ Launch<T>::Launch(const Call& call_in, fabric::Group& group_in, Workspace& works
 
 int32_t widened_router_bytes(const Call& call) {
   if (!call.fused_router()) return 0;
-  const bool wide = call.operands.w_router.dtype == FM_F32;
-  if (call.backward) return wide || call.layer.dtype == FM_F64 ? 0 : sizeof(float);
-  return wide ? sizeof(double) : 0;
+  const int32_t dtype = call.operands.w_router.dtype;
+  if (dtype == FM_F64) return 0;
+  if (!call.backward) return sizeof(double);
+  return dtype == FM_F32 ? 0 : sizeof(float);
 }
 
 int64_t panel_bytes(const Call& call, const TileConfig& tiles, int64_t element_bytes,
@@ -345,7 +349,7 @@ int64_t panel_bytes(const Call& call, const TileConfig& tiles, int64_t element_b
   const int64_t down = m * tiles.column_width * acc_bytes;
   const int64_t weight = tiles.weight_depth * tiles.weight_hidden * element_bytes +
                          tiles.weight_hidden * tiles.weight_other * acc_bytes;
-  const int64_t bias = (p.hidden + p.up_rows()) * acc_bytes;
+  const int64_t bias = (p.hidden + p.up_rows()) * 8;
   const int64_t chunk = (plan::kTileTokens + 1) * p.hidden * acc_bytes;
   const int64_t logits = plan::kTileTokens * (p.hidden + p.num_experts) * 8;
   const int64_t router = (3 * p.num_experts + p.top_k) * acc_bytes;

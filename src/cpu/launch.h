@@ -120,8 +120,8 @@ struct Launch {
   }
 };
 
-// Element size of the launch's widened copy of w_router, 0 for none. Forward: fp32 weights as fp64,
-// in which the logits are summed; backward: 16-bit weights as fp32.
+// Element size of the launch's widened copy of w_router, 0 for none. Forward: as fp64, in which the
+// logits are summed; backward: 16-bit weights as fp32.
 int32_t widened_router_bytes(const Call& call);
 
 // Bytes of the private panel of a thread: the most that any stage carves out of it.

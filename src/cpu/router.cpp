@@ -168,15 +168,14 @@ void route_token_backward(const RouterSpec& spec, const A* logits, const int32_t
   score_all(spec, logits, scores);
   raw_weights(spec, scores, ids, raw);
   const A scale = static_cast<A>(spec.scale);
-  A shared = A(0);
-  A inverse = A(1);
+  A mean = A(0);  // subtracted first: with k = 1 the difference is exactly 0
+  A sum = A(1);
   if (spec.renormalize) {
-    inverse = A(1) / (sum_of(raw, spec.top_k) + static_cast<A>(kRenormalizeEps));
-    for (int64_t j = 0; j < spec.top_k; ++j) shared += grad_weights[j] * raw[j];
-    shared *= inverse * inverse;
+    sum = sum_of(raw, spec.top_k) + static_cast<A>(kRenormalizeEps);
+    for (int64_t j = 0; j < spec.top_k; ++j) mean += grad_weights[j] * (raw[j] / sum);
   }
   for (int64_t j = 0; j < spec.top_k; ++j) {
-    grad_raw[j] = scale * (grad_weights[j] * inverse - shared);
+    grad_raw[j] = scale * (grad_weights[j] - mean) / sum;
   }
   score_backward(spec, logits, scores, raw, ids, grad_raw, grad_logits);
 }

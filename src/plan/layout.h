@@ -103,7 +103,7 @@ FM_HD constexpr SymmetricTable symmetric_table(const SymmetricShape& s) {
   const int64_t push_words = push_flag_words(s.world, s.token_cap);
   const int64_t rows = s.world * s.token_cap * s.hidden * s.element_bytes;
   const int64_t slots = s.token_cap * s.top_k;
-  const int64_t banks = kNumBanks * s.world;
+  const int64_t banks = int64_t{kNumBanks} * s.world;
   table.add(Symmetric::kPushFlags, "push flags", push_words * 4);
   table.add(Symmetric::kReturnFlags, "return flags", (s.flag_words - push_words) * 4);
   table.add(Symmetric::kCounts, "counts", banks * s.bank_experts * 4);

@@ -208,8 +208,10 @@ void router_tile(Launch<T>& launch, int64_t index, void* panel) {
             {wide, p.hidden, 1}, sums, p.hidden, true);
   }
   for (int64_t e = 0; e < count; ++e) {
-    A bias = A(0);
-    for (int64_t t = 0; t < p.tokens; ++t) bias += grad_logits[t * p.num_experts + e];
+    double bias = 0;
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      bias += static_cast<double>(grad_logits[t * p.num_experts + e]);
+    }
     if (present(ops.grad_router_bias)) write_real(ops.grad_router_bias, first + e, 0, bias);
     if (!present(ops.grad_w_router)) continue;
     for (int64_t h = 0; h < p.hidden; ++h) {

@@ -15,7 +15,7 @@ struct TileRange {
         count(plan::min_of(plan::kTileTokens, launch.problem.tokens - begin)) {}
 };
 
-// logits[count][E] = x w_router^T in fp64, for fp32 router weights.
+// logits[count][E] = x w_router^T, summed in fp64 and rounded once.
 template <class T>
 void wide_logits(const Launch<T>& launch, const TileRange<T>& range, Acc<T>* logits, void* panel) {
   const auto& p = launch.problem;
@@ -31,8 +31,8 @@ void wide_logits(const Launch<T>& launch, const TileRange<T>& range, Acc<T>* log
   convert(sums, logits, range.count * p.num_experts);
 }
 
-// logits[count][E] of the tile. Products of two 16-bit tensors are exact in fp32 and summed there;
-// fp32 router weights, whose logits decide the routing, are summed in fp64.
+// logits[count][E] of the tile. They decide the routing, and their product is a small part of the
+// layer: their sums are fp64 for every dtype.
 template <class T>
 void compute_logits(const Launch<T>& launch, const TileRange<T>& range, Acc<T>* logits,
                     void* panel) {

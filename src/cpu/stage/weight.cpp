@@ -175,7 +175,8 @@ void gradient_tile(const Launch<T>& launch, const GradientTile<T>& t, void* pane
   }
 }
 
-// Bias gradients of one expert: sums over its rows, in row order.
+// Bias gradients of one expert: sums over its rows, in row order, in fp64: a long fp32 sum would be
+// less exact than the blocked sums of a plain layer.
 template <class T>
 void bias_gradients(const Launch<T>& launch, const Expert& expert, void* panel) {
   using A = Acc<T>;
@@ -187,17 +188,20 @@ void bias_gradients(const Launch<T>& launch, const Expert& expert, void* panel) 
   const auto* weight = launch.template rows_at<A>(plan::RowScratch::kRowWeight);
   const T* grad_z = launch.template rows_at<T>(plan::RowScratch::kGradZ);
   Panel memory(panel);
-  MutableArray<A> down(memory.take<A>(p.hidden), p.hidden);
-  MutableArray<A> up(memory.take<A>(p.up_rows()), p.up_rows());
+  MutableArray<double> down(memory.take<double>(p.hidden), p.hidden);
+  MutableArray<double> up(memory.take<double>(p.up_rows()), p.up_rows());
   down.setZero();
   up.setZero();
   for (int64_t r = expert.row_begin; r < expert.row_begin + expert.padded_rows; ++r) {
     if (token[r] < 0) continue;
     const T* grad_y = launch.token_row(ops.grad_y, plan::Symmetric::kRecvGrad, source[r], token[r]);
-    down += (on_input ? A(1) : weight[r]) * ArrayView<T>(grad_y, p.hidden).template cast<A>();
-    up += ArrayView<T>(grad_z + r * p.up_rows(), p.up_rows()).template cast<A>();
+    down += (on_input ? 1.0 : static_cast<double>(weight[r])) *
+            ArrayView<T>(grad_y, p.hidden).template cast<A>().template cast<double>();
+    up += ArrayView<T>(grad_z + r * p.up_rows(), p.up_rows())
+              .template cast<A>()
+              .template cast<double>();
   }
-  const auto write = [&](const fm_tensor& grad, const MutableArray<A>& sums) {
+  const auto write = [&](const fm_tensor& grad, const MutableArray<double>& sums) {
     if (!present(grad)) return;
     for (int64_t i = 0; i < sums.size(); ++i) write_real(grad, expert.idx, i, sums[i]);
   };

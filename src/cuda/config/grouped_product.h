@@ -23,8 +23,9 @@ enum class Major : int32_t {
 };
 
 enum class Epilogue : int32_t {
-  kStore,   // out = sum
-  kSwiglu,  // out = silu(gate) * up; gate and up rows of one out column are in one thread
+  kStore,     // out = sum
+  kActivate,  // out = act(sum)
+  kGated,     // out = act(gate) * up; gate and up sums of one out column are in one thread
 };
 
 inline constexpr int32_t kElementBytes = 2;
@@ -49,7 +50,7 @@ struct GroupedProduct {
   int32_t load_registers = 40;
   int32_t math_registers = 232;
 
-  FM_HD constexpr bool gated() const { return epilogue == Epilogue::kSwiglu; }
+  FM_HD constexpr bool gated() const { return epilogue == Epilogue::kGated; }
   // Columns of `out` that a CTA's tile makes.
   FM_HD constexpr int32_t out_columns() const { return gated() ? kHalfRows : kWeightRows; }
   FM_HD constexpr int32_t max_steps() const { return max_tokens / tile::kTokenStep; }
@@ -88,7 +89,8 @@ constexpr const char* name_of(Element element) {
 }
 constexpr const char* name_of(Major major) { return major == Major::kDepth ? "depth" : "columns"; }
 constexpr const char* name_of(Epilogue epilogue) {
-  return epilogue == Epilogue::kStore ? "store" : "swiglu";
+  if (epilogue == Epilogue::kStore) return "store";
+  return epilogue == Epilogue::kActivate ? "activate" : "gated";
 }
 
 // "bf16 depth store: 128 x 192 ping-pong, pairs, 5 stages of 40960 bytes, registers 40 + 2 x 232"

@@ -1,21 +1,31 @@
 #include "cuda/kernel/grouped_product.cuh"
 
 namespace flashmoe::cuda::kernel {
+namespace {
 
 using config::Element;
 using config::Epilogue;
-using config::GroupedProductOf;
 using config::Major;
 
-KernelEntry grouped_product_bf16(Major major, Epilogue epilogue) {
-  if (major == Major::kDepth) {
-    return epilogue == Epilogue::kStore
-               ? entry_of<GroupedProductOf<Element::kBf16, Major::kDepth, Epilogue::kStore>>()
-               : entry_of<GroupedProductOf<Element::kBf16, Major::kDepth, Epilogue::kSwiglu>>();
+template <Major kMajor>
+KernelEntry entry_for(Epilogue epilogue) {
+  constexpr Element kElement = Element::kBf16;
+  switch (epilogue) {
+    case Epilogue::kStore:
+      return entry_of<config::GroupedProductOf<kElement, kMajor, Epilogue::kStore>>();
+    case Epilogue::kActivate:
+      return entry_of<config::GroupedProductOf<kElement, kMajor, Epilogue::kActivate>>();
+    case Epilogue::kGated:
+      break;
   }
-  return epilogue == Epilogue::kStore
-             ? entry_of<GroupedProductOf<Element::kBf16, Major::kColumns, Epilogue::kStore>>()
-             : entry_of<GroupedProductOf<Element::kBf16, Major::kColumns, Epilogue::kSwiglu>>();
+  return entry_of<config::GroupedProductOf<kElement, kMajor, Epilogue::kGated>>();
+}
+
+}  // namespace
+
+KernelEntry grouped_product_bf16(Major major, Epilogue epilogue) {
+  return major == Major::kDepth ? entry_for<Major::kDepth>(epilogue)
+                                : entry_for<Major::kColumns>(epilogue);
 }
 
 }  // namespace flashmoe::cuda::kernel

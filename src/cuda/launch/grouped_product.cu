@@ -25,7 +25,7 @@ kernel::KernelEntry kernel_for(const GroupedProductArguments& arguments) {
 // columns are contiguous. A box is what a CTA takes of a k-block: 128 rows, or 64 gate rows and
 // their 64 up rows.
 TensorView weights_view(const GroupedProductArguments& arguments) {
-  const bool gated = arguments.epilogue == config::Epilogue::kSwiglu;
+  const bool gated = arguments.epilogue == config::Epilogue::kGated;
   const bool interleaved = gated && arguments.gate_order == GateOrder::kInterleaved;
   const uint64_t gates = gated ? 2 : 1;
   const uint64_t depth = arguments.depth;
@@ -56,6 +56,16 @@ TensorView weights_view(const GroupedProductArguments& arguments) {
   return view;
 }
 
+kernel::BiasView bias_view(const GroupedProductArguments& arguments) {
+  const bool gated = arguments.epilogue == config::Epilogue::kGated;
+  const bool interleaved = gated && arguments.gate_order == GateOrder::kInterleaved;
+  const int64_t half = gated ? arguments.columns : int64_t{kHalfRows};
+  return {.data = arguments.bias,
+          .per_expert = (gated ? 2 : 1) * arguments.columns,
+          .column_stride = interleaved ? 2 : 1,
+          .half_offset = static_cast<int32_t>(interleaved ? 1 : half)};
+}
+
 kernel::GroupedProductParams make_params(const GroupedProductArguments& arguments,
                                          const config::GroupedProduct& config) {
   kernel::GroupedProductParams params{};
@@ -70,6 +80,8 @@ kernel::GroupedProductParams make_params(const GroupedProductArguments& argument
                arguments.element, "tokens");
   }
   const int64_t pair_columns = config.out_columns() * config::kClusterSize;
+  params.bias = bias_view(arguments);
+  params.activation = arguments.activation;
   params.expert_begin = arguments.expert_begin;
   params.expert_rows = arguments.expert_rows;
   params.workspace = arguments.workspace;
@@ -157,12 +169,16 @@ std::string reason_to_refuse(const GroupedProductArguments& arguments) {
   if (arguments.num_experts < 1 || arguments.num_experts > 65536) {
     return text_of("num_experts is ", arguments.num_experts, "; accepted: 1 to 65536");
   }
+  if (arguments.activation.kind < FM_SILU || arguments.activation.kind > FM_IDENTITY) {
+    return text_of("activation.kind is ", static_cast<int>(arguments.activation.kind),
+                   "; accepted: the values of fm_activation");
+  }
   const void* operands[] = {arguments.tokens, arguments.weights, arguments.out};
   if (!std::all_of(std::begin(operands), std::end(operands), is_aligned)) {
     return "tokens, weights and out must start at multiples of 16 bytes";
   }
   if (arguments.major == config::Major::kColumns &&
-      arguments.epilogue == config::Epilogue::kSwiglu &&
+      arguments.epilogue == config::Epilogue::kGated &&
       arguments.gate_order == GateOrder::kInterleaved) {
     return "interleaved gate and up columns of transposed weights are not supported yet";
   }

@@ -16,7 +16,7 @@ enum class GateOrder : int32_t {
   kInterleaved,   // gate row i at 2 i, up row i at 2 i + 1
 };
 
-// out[row, column] = act(sum_k tokens[row, k] * weights[expert of row, column, k]) for the rows
+// out[row, column] = act(bias + sum_k tokens[row, k] * weights[expert of row, column, k]) for rows
 // [expert_begin[e], expert_begin[e] + expert_rows[e]) of every expert e; no other row is written.
 // All pointers are device memory; sizes are elements.
 struct GroupedProductArguments {
@@ -25,16 +25,18 @@ struct GroupedProductArguments {
   void* out = nullptr;            // [num_rows, columns]
   const int64_t* expert_begin = nullptr;  // [num_experts], ascending
   const int64_t* expert_rows = nullptr;   // [num_experts]
+  const void* bias = nullptr;             // [num_experts, G * columns], or none
   int64_t num_rows = 0;
   int64_t num_experts = 0;
   int64_t depth = 0;
   int64_t columns = 0;
   config::Element element = config::Element::kBf16;
   config::Major major = config::Major::kDepth;
-  config::Epilogue epilogue = config::Epilogue::kStore;  // kSwiglu: G = 2, else 1
-  GateOrder gate_order = GateOrder::kConcatenated;
-  kernel::Workspace* workspace = nullptr;  // zeroed when made; one launch at a time
-  uint64_t timeout_ns = ~uint64_t{0};      // of every wait in the kernel
+  config::Epilogue epilogue = config::Epilogue::kStore;  // kGated: G = 2, else 1
+  GateOrder gate_order = GateOrder::kConcatenated;       // of gated weights and their bias
+  kernel::Activation activation;                         // unused by kStore
+  kernel::Workspace* workspace = nullptr;                // zeroed when made; one launch at a time
+  uint64_t timeout_ns = ~uint64_t{0};                    // of every wait in the kernel
   cudaStream_t stream = nullptr;
 };
 

@@ -30,7 +30,4 @@ struct ElementOf<config::Element::kFp16> {
   }
 };
 
-// Within 2 ulp of fp32. A gate of minus infinity gives NaN, as gate * sigmoid(gate) does.
-FM_DEVICE float silu(float gate) { return __fdividef(gate, 1.0f + __expf(-gate)); }
-
 }  // namespace flashmoe::cuda::tile

@@ -70,9 +70,8 @@ FM_DEVICE void write_chunk_part(uint32_t chunk, int first_token, const uint32_t 
 }
 
 // Rounds the sums of 32 tokens (of fewer at the end of the widest tile) into a chunk.
-// value(i): the i-th result of this thread.
-template <class Config, class Value>
-FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, const Value& value) {
+template <class Config>
+FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, const float* sums) {
   using Element = ElementOf<Config::value.element>;
   FM_UNROLL
   for (int part = 0; part < config::kStoreTokens / 16; ++part) {
@@ -81,7 +80,7 @@ FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, const Value& value) {
     uint32_t packed[4];
     FM_UNROLL
     for (int pair = 0; pair < 4; ++pair) {
-      packed[pair] = Element::pack(value(first + 2 * pair), value(first + 2 * pair + 1));
+      packed[pair] = Element::pack(sums[first + 2 * pair], sums[first + 2 * pair + 1]);
     }
     write_chunk_part(chunk, part * 16, packed);
   }
@@ -93,7 +92,6 @@ FM_DEVICE void store_tile(const float* sums, Staging& staging, const CUtensorMap
                           const Tile& tile, int32_t weight_tile_idx) {
   constexpr config::GroupedProduct kConfig = Config::value;
   constexpr int kChunks = (kConfig.max_tokens + config::kStoreTokens - 1) / config::kStoreTokens;
-  const float* second = sums + kConfig.max_tokens / 2;
   const int32_t column = weight_tile_idx * kConfig.out_columns();
   FM_UNROLL
   for (int chunk_idx = 0; chunk_idx < kChunks; ++chunk_idx) {
@@ -101,14 +99,10 @@ FM_DEVICE void store_tile(const float* sums, Staging& staging, const CUtensorMap
     if (first >= tile.num_rows) break;
     const int32_t row = tile.row_begin + first;
     const int32_t num_rows = min(config::kStoreTokens, tile.num_rows - first);
-    if constexpr (kConfig.gated()) {
-      fill_chunk<Config>(staging.acquire(), chunk_idx,
-                         [&](int i) { return silu(sums[i]) * second[i]; });
-      staging.store(out, column, row, num_rows);
-    } else {
-      fill_chunk<Config>(staging.acquire(), chunk_idx, [&](int i) { return sums[i]; });
-      staging.store(out, column, row, num_rows);
-      fill_chunk<Config>(staging.acquire(), chunk_idx, [&](int i) { return second[i]; });
+    fill_chunk<Config>(staging.acquire(), chunk_idx, sums);
+    staging.store(out, column, row, num_rows);
+    if constexpr (!kConfig.gated()) {
+      fill_chunk<Config>(staging.acquire(), chunk_idx, sums + kConfig.max_tokens / 2);
       staging.store(out, column + config::kHalfRows, row, num_rows);
     }
   }
