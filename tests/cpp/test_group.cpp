@@ -1,0 +1,489 @@
+// The protocol between ranks, attacked: growth, epochs across the wrap, failures, shared memory.
+#include <dirent.h>
+
+#include <atomic>
+#include <chrono>
+
+#include "layer_case.h"
+
+namespace flashmoe::test {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// A wait ends this soon after an abort; a sanitized program on a loaded machine needs longer.
+constexpr double kPromptly = kSanitized ? 5.0 : 0.1;
+
+void expect_all_ok(const std::vector<Outcome>& results) {
+  for (const Outcome& result : results) expect_ok(result);
+}
+
+fm_layer small_layer(int64_t experts, int64_t top_k, int64_t hidden = 8) {
+  return plain_layer(FM_F32, hidden, 8, experts, top_k);
+}
+
+// The launches of this case on `group` give the bits that a fresh group gives. What those bits have
+// to be is test_layer.cpp's matter.
+void expect_calm_bits(LayerCase& c, const Ranks& group, bool backward = false) {
+  c.poison_outputs();
+  expect_all_ok(c.forward(group));
+  if (backward) expect_all_ok(c.backward(group));
+  EXPECT_EQ(c.output_bytes(), calm_bytes(c, backward));
+}
+
+void run_checked(Rng& rng, const Ranks& group, const fm_layer& layer,
+                 const std::vector<int64_t>& tokens, bool backward) {
+  LayerCase c(rng, layer, {.world = group.world(), .tokens = tokens});
+  expect_calm_bits(c, group, backward);
+}
+
+std::vector<int64_t> random_tokens(Rng& rng, int32_t world, int64_t most) {
+  std::vector<int64_t> tokens;
+  for (int32_t rank = 0; rank < world; ++rank) {
+    tokens.push_back(most == 0 || rng.chance(0.2) ? 0 : rng.between(1, most));
+  }
+  return tokens;
+}
+
+// --- growth and state -----------------------------------------------------------------------
+
+TEST(Growth, TokensGrowAndShrinkAndSizesChange) {
+  for (const int32_t world : {2, 3}) {
+    const Ranks group(world);
+    Rng rng(static_cast<uint64_t>(world));
+    for (const int64_t most : {0, 3, 65, 1, 200, 2, 64, 0, 129}) {
+      for (const int64_t hidden : {8, 40, 3}) {
+        run_checked(rng, group, small_layer(2 * world, 2, hidden), random_tokens(rng, world, most),
+                    most % 2 == 1);
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+// Layers that differ in all that places the metadata, one after the other without a pause: a rank
+// may be one launch ahead of its peers.
+TEST(Growth, LayersOfDifferentSizesTakeTurns) {
+  const int32_t world = 3;
+  const Ranks group(world);
+  group.set("jitter_us", 100);
+  group.set("num_threads", 2);
+  Rng rng(8);
+  std::vector<LayerCase> cases;
+  for (const auto& [experts, top_k, hidden] :
+       {std::tuple{3, 1, 8}, {24, 6, 24}, {6, 2, 3}, {48, 1, 16}}) {
+    cases.emplace_back(rng, small_layer(experts, top_k, hidden),
+                       CaseOptions{.world = world, .tokens = {70, 0, 5}});
+  }
+  std::vector<std::vector<uint8_t>> expected;
+  for (auto& c : cases) expected.push_back(calm_bytes(c, true));
+  for (int round = 0; round < rounds(30); ++round) {
+    for (auto& c : cases) c.poison_outputs();
+    std::atomic<int> failures{0};
+    on_ranks(world, [&](int32_t r) {  // every rank runs through all of them on its own
+      for (auto& c : cases) {
+        const auto forward = c.ranks[static_cast<size_t>(r)].forward_args();
+        const auto backward = c.ranks[static_cast<size_t>(r)].backward_args(false);
+        failures += fm_forward(group[r], &c.layer, &forward) != FM_OK;
+        failures += fm_backward(group[r], &c.layer, &backward) != FM_OK;
+      }
+    });
+    ASSERT_EQ(failures.load(), 0) << fm_last_error();
+    for (size_t i = 0; i < cases.size(); ++i) {
+      ASSERT_TRUE(cases[i].output_bytes() == expected[i]) << "layer " << i << ", round " << round;
+    }
+  }
+}
+
+// A rank that has nothing to wait for leaves first and is destroyed while its peers still run.
+TEST(Growth, ARankMayBeDestroyedAsSoonAsItHasFinished) {
+  Rng rng(3);
+  constexpr int32_t world = 3;
+  LayerCase c(rng, small_layer(3, 1), {.world = world, .tokens = {150, 0, 150}});
+  for (auto& rank : c.ranks) {
+    Buffer& ids = rank.named("topk_ids");
+    ids.each([&](int64_t t, int64_t j, int64_t) { ids.set(t % 2 == 0 ? 0 : 2, t, j); });
+  }
+  const auto expected = calm_bytes(c, false);
+  for (int round = 0; round < rounds(100); ++round) {
+    c.poison_outputs();
+    fm_group groups[world];
+    expect_ok(outcome(fm_group_create_local(world, groups)));
+    on_ranks(world, [&](int32_t r) {
+      expect_ok(outcome(fm_group_set(groups[r], "jitter_us", 100)));
+      expect_ok(outcome(fm_group_set(groups[r], "num_threads", 2)));
+      const auto args = c.ranks[static_cast<size_t>(r)].forward_args();
+      expect_ok(outcome(fm_forward(groups[r], &c.layer, &args)));
+      fm_group_destroy(groups[r]);
+    });
+    ASSERT_TRUE(c.output_bytes() == expected) << "round " << round;
+  }
+}
+
+// Thousands of launches across the wrap of the epoch, with new routing and token counts each time.
+// Every rank goes at its own pace; every result is checked.
+TEST(Epochs, EveryLaunchAcrossTheWrapIsRight) {
+  const int32_t world = kSanitized ? 3 : 4;
+  const int kLaunches = kSanitized ? 160 : 3000;
+  const Ranks group(world);
+  group.set("epoch", 4294967296.0 - kLaunches / 2);
+  group.set("num_threads", 1);
+  Rng rng(1);
+  // A pool of cases, made and checked once; the run then mixes them in a random order.
+  std::vector<LayerCase> pool;
+  const fm_layer layer = small_layer(world, 2, 4);
+  Yardstick yardstick(epsilon_of(FM_F32));
+  for (int i = 0; i < 12; ++i) {
+    pool.emplace_back(
+        rng, layer,
+        CaseOptions{.world = world, .tokens = random_tokens(rng, world, 70), .sentinels = 0.1});
+    pool.back().poison_outputs();
+    const Ranks own(world);
+    expect_all_ok(pool.back().forward(own));
+    add_to(yardstick, pool.back(), false);
+  }
+  yardstick.check();
+  ASSERT_FALSE(HasFailure());
+  std::vector<size_t> order;
+  for (int i = 0; i < kLaunches; ++i) {
+    order.push_back(static_cast<size_t>(rng.between(0, static_cast<int64_t>(pool.size()) - 1)));
+  }
+  std::atomic<int> wrong{0};
+  std::vector<Outcome> failed(static_cast<size_t>(world));
+  on_ranks(world, [&](int32_t r) {
+    for (const size_t i : order) {
+      RankOperands mine = pool[i].ranks[static_cast<size_t>(r)];
+      mine.out["y"].poison();
+      const auto args = mine.forward_args();
+      const Outcome result = outcome(fm_forward(group[r], &layer, &args));
+      if (result.status != FM_OK) {
+        failed[static_cast<size_t>(r)] = result;
+        return;
+      }
+      const auto& right = pool[i].ranks[static_cast<size_t>(r)].out.at("y").bytes();
+      if (mine.out["y"].bytes() != right) ++wrong;
+    }
+  });
+  expect_all_ok(failed);
+  EXPECT_EQ(wrong.load(), 0);
+  EXPECT_LT(group.stats(0).epoch, static_cast<uint32_t>(kLaunches)) << "the epoch has wrapped";
+}
+
+TEST(Epochs, CanOnlyBeSetBeforeTheFirstLaunch) {
+  Rng rng(1);
+  const Ranks group(1);
+  run_checked(rng, group, small_layer(2, 1), {3}, false);
+  expect_error(outcome(fm_group_set(group[0], "epoch", 7)), FM_INVALID_VALUE,
+               {"epoch", "before the first launch"});
+}
+
+// --- failures -------------------------------------------------------------------------------
+
+// Runs `call` on rank 0 alone and returns how it ended.
+Outcome forward_alone(LayerCase& c, fm_group group, int32_t rank = 0) {
+  const auto args = c.ranks[static_cast<size_t>(rank)].forward_args();
+  return outcome(fm_forward(group, &c.layer, &args));
+}
+
+TEST(Failure, AnAbsentRankEndsInATimeoutThatNamesIt) {
+  Rng rng(1);
+  LayerCase c(rng, small_layer(2, 1), {.world = 2, .tokens = {5, 5}});
+  const Ranks group(2);
+  expect_all_ok(c.forward(group));
+  group.set("timeout_s", 0.05);
+  expect_error(
+      forward_alone(c, group[0]), FM_TIMEOUT,
+      {"rank 0 waited 0.05 s", "plan", "metadata", "rank 1", "epoch", "FLASHMOE_TIMEOUT_S"});
+  expect_error(forward_alone(c, group[1], 1), FM_ABORTED, {"aborted", "rank 0 waited"});
+}
+
+TEST(Failure, AnAbortEndsAWaitAtOnce) {
+  Rng rng(1);
+  for (const bool first_launch : {true, false}) {
+    LayerCase c(rng, small_layer(2, 1), {.world = 2, .tokens = {5, 5}});
+    const Ranks group(2);
+    if (!first_launch) expect_all_ok(c.forward(group));
+    Outcome waited;
+    std::thread waiting([&] { waited = forward_alone(c, group[0]); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    const auto start = Clock::now();
+    expect_ok(outcome(fm_group_abort(group[1], "the test said so")));
+    waiting.join();
+    EXPECT_LT(seconds_since(start), kPromptly);
+    expect_error(waited, FM_ABORTED, {"rank 1", "the test said so", "make a new group"});
+    expect_error(forward_alone(c, group[1], 1), FM_ABORTED, {"the test said so"});
+    const Ranks fresh(2);  // the process goes on with a new group
+    for (int i = 0; i < 20; ++i) expect_calm_bits(c, fresh);
+  }
+}
+
+TEST(Failure, AnErrorOnOneRankIsToldToAllAndTheGroupLivesOn) {
+  Rng rng(1);
+  LayerCase c(rng, small_layer(3, 1), {.world = 3, .tokens = {5, 6, 7}});
+  const Ranks group(3);
+  for (int round = 0; round < 5; ++round) {
+    c.ranks[1].named("topk_ids").set(-5, 3, 0);
+    const auto results = c.forward(group);
+    expect_error(results[1], FM_ROUTING, {"topk_ids[3, 0]", "rank 1", "-5", "0..2"});
+    for (const int32_t peer : {0, 2}) {
+      expect_error(results[static_cast<size_t>(peer)], FM_MISMATCH,
+                   {"rank 1 refused the call", "-5"});
+    }
+    c.ranks[1].named("topk_ids").set(2, 3, 0);
+    expect_calm_bits(c, group);
+    if (HasFailure()) return;
+  }
+}
+
+TEST(Failure, ARefusalReachesThePeers) {
+  Rng rng(1);
+  LayerCase c(rng, small_layer(2, 1), {.world = 2, .tokens = {5, 5}});
+  const Ranks group(2);
+  for (int round = 0; round < 20; ++round) {
+    on_ranks(2, [&](int32_t r) {
+      if (r == 1) {
+        expect_ok(outcome(fm_group_refuse(group[1], "not today")));
+      } else {
+        expect_error(forward_alone(c, group[0]), FM_MISMATCH, {"rank 1 refused", "not today"});
+      }
+    });
+  }
+  expect_all_ok(c.forward(group));
+}
+
+// A rank that refuses several launches in a row waits for its slower peer's credit.
+TEST(Failure, RefusalsDoNotOverrunASlowPeer) {
+  Rng rng(1);
+  for (const double epoch : {0.0, 4294967290.0}) {
+    LayerCase c(rng, small_layer(2, 1), {.world = 2, .tokens = {5, 5}});
+    const Ranks group(2);
+    if (epoch > 0) group.set("epoch", epoch);
+    constexpr int kCalls = 12;
+    on_ranks(2, [&](int32_t r) {
+      for (int call = 0; call < kCalls; ++call) {
+        const std::string reason = "call " + std::to_string(call);
+        if (r == 1) {
+          expect_ok(outcome(fm_group_refuse(group[1], reason.c_str())));
+        } else {
+          std::this_thread::sleep_for(std::chrono::milliseconds(2));
+          expect_error(forward_alone(c, group[0]), FM_MISMATCH, {reason.c_str()});
+        }
+      }
+    });
+    expect_calm_bits(c, group);
+  }
+}
+
+// One rank changes one field of its call: every rank fails and names the field and both values.
+TEST(Failure, CallsThatDifferNameTheField) {
+  struct Change {
+    const char* field;
+    std::function<void(fm_layer&)> apply;
+  };
+  const std::vector<Change> changes{
+      {"hidden size",
+       [](fm_layer& l) {
+         l.hidden = 16;
+       }},
+      {"intermediate size",
+       [](fm_layer& l) {
+         l.intermediate = 24;
+       }},
+      {"num_experts",
+       [](fm_layer& l) {
+         l.num_experts = 6;
+       }},
+      {"top_k",
+       [](fm_layer& l) {
+         l.top_k = 1;
+       }},
+      {"dtype",
+       [](fm_layer& l) {
+         l.dtype = FM_BF16;
+       }},
+      {"activation",
+       [](fm_layer& l) {
+         l.activation = FM_RELU;
+       }},
+      {"gated",
+       [](fm_layer& l) {
+         l.gated = 0;
+       }},
+      {"weight_on_input",
+       [](fm_layer& l) {
+         l.weight_on_input = 1;
+       }},
+      {"alpha",
+       [](fm_layer& l) {
+         l.act_alpha = 1.5;
+       }},
+      {"limit",
+       [](fm_layer& l) {
+         l.act_limit = 1.5;
+       }},
+      {"up_offset",
+       [](fm_layer& l) {
+         l.up_offset = 1.0;
+       }},
+      {"capacity_factor",
+       [](fm_layer& l) {
+         l.capacity_factor = 1.0;
+       }},
+  };
+  const Ranks group(2);
+  Rng rng(1);
+  const CaseOptions options{.world = 2, .tokens = {5, 70}};
+  LayerCase usual(rng, small_layer(4, 2), options);
+  for (const Change& change : changes) {
+    fm_layer changed = usual.layer;
+    change.apply(changed);
+    LayerCase other(rng, changed, options);
+    std::vector<Outcome> results(2);
+    on_ranks(2, [&](int32_t r) {
+      results[static_cast<size_t>(r)] = forward_alone(r == 0 ? usual : other, group[r], r);
+    });
+    for (const Outcome& result : results) {
+      expect_error(result, FM_MISMATCH,
+                   {change.field, "differs between ranks", "rank 0", "rank 1"});
+    }
+    expect_all_ok(usual.forward(group));
+    if (HasFailure()) return;
+  }
+}
+
+TEST(Failure, DifferentOperationsAreToldApart) {
+  Rng rng(1);
+  LayerCase c(rng, small_layer(2, 1), {.world = 2, .tokens = {5, 5}});
+  const Ranks group(2);
+  std::vector<Outcome> results(2);
+  on_ranks(2, [&](int32_t r) {
+    const auto forward = c.ranks[0].forward_args();
+    const auto backward = c.ranks[1].backward_args(false);
+    results[static_cast<size_t>(r)] = outcome(r == 0 ? fm_forward(group[0], &c.layer, &forward)
+                                                     : fm_backward(group[1], &c.layer, &backward));
+  });
+  for (const Outcome& result : results) {
+    expect_error(result, FM_MISMATCH, {"operation", "differs"});
+  }
+}
+
+TEST(Failure, OutOfMemoryIsAnErrorAndIsTold) {
+  if (kSanitized) GTEST_SKIP() << "a sanitizer ends the process when an allocation fails";
+  Rng rng(1);
+  LayerCase c(rng, small_layer(2, 1), {.world = 2, .tokens = {5, 5}});
+  const Ranks group(2);
+  expect_all_ok(c.forward(group));
+  expect_ok(outcome(fm_group_set(group[0], "num_threads", 2e9)));  // a panel for each
+  const auto start = Clock::now();
+  const auto results = c.forward(group);
+  expect_error(results[0], FM_OUT_OF_MEMORY, {"memory"});
+  expect_error(results[1], FM_MISMATCH, {"rank 0 refused", "memory"});
+  EXPECT_LT(seconds_since(start), 10.0);
+  expect_ok(outcome(fm_group_set(group[0], "num_threads", 1)));
+  expect_all_ok(c.forward(group));
+}
+
+// Two host threads on one group: one launch at a time.
+TEST(Concurrency, CallsOfTwoThreadsTakeTurns) {
+  Rng rng(1);
+  LayerCase first(rng, small_layer(4, 2), {.world = 1, .tokens = {70}});
+  LayerCase second(rng, small_layer(3, 1, 24), {.world = 1, .tokens = {30}});
+  const Ranks group(1);
+  on_ranks(2, [&](int32_t thread) {
+    for (int i = 0; i < rounds(60); ++i) {
+      expect_ok(forward_alone(thread == 0 ? first : second, group[0]));
+    }
+  });
+  EXPECT_EQ(first.output_bytes(), calm_bytes(first, false));
+  EXPECT_EQ(second.output_bytes(), calm_bytes(second, false));
+}
+
+// --- shared memory --------------------------------------------------------------------------
+
+std::vector<std::string> shared_names(const std::string& token) {
+  std::vector<std::string> names;
+  DIR* directory = opendir("/dev/shm");
+  if (directory == nullptr) return names;
+  while (const dirent* entry = readdir(directory)) {
+    if (std::string(entry->d_name).find(token) != std::string::npos) {
+      names.emplace_back(entry->d_name);
+    }
+  }
+  closedir(directory);
+  return names;
+}
+
+std::string new_token() {
+  static std::atomic<int> count{0};
+  return "test" + std::to_string(getpid()) + "-" + std::to_string(count++);
+}
+
+TEST(SharedMemory, GivesTheBitsOfThreads) {
+  for (const int32_t world : {1, 2, 4}) {
+    Rng rng(static_cast<uint64_t>(world));
+    std::vector<int64_t> tokens{66, 0, 3, 130};
+    tokens.resize(static_cast<size_t>(world));
+    LayerCase c(rng, small_layer(2 * world, 2), {.world = world, .tokens = tokens});
+    const auto run = [&](const Ranks& group) {
+      c.poison_outputs();
+      expect_all_ok(c.forward(group));
+      expect_all_ok(c.backward(group));
+      return c.output_bytes();
+    };
+    const auto expected = run(Ranks(world));
+    const std::string token = new_token();
+    const Ranks group(world, token);
+    group.set("jitter_us", 100);
+    for (int i = 0; i < rounds(20); ++i) ASSERT_EQ(run(group), expected) << world << " ranks";
+  }
+}
+
+TEST(SharedMemory, NoNameIsLeftWhileItRunsOrAfter) {
+  const std::string token = new_token();
+  {
+    const Ranks group(3, token);
+    EXPECT_TRUE(shared_names(token).empty()) << shared_names(token)[0];
+    Rng rng(1);
+    run_checked(rng, group, small_layer(3, 1), {4, 5, 6}, true);
+    EXPECT_TRUE(shared_names(token).empty()) << shared_names(token)[0];
+    run_checked(rng, group, small_layer(3, 1), {400, 5, 6}, true);
+    EXPECT_TRUE(shared_names(token).empty()) << shared_names(token)[0];
+  }
+  EXPECT_TRUE(shared_names(token).empty());
+}
+
+TEST(SharedMemory, AnAbsentRankEndsTheCreationAndLeavesNoName) {
+  setenv("FLASHMOE_TIMEOUT_S", "0.05", 1);
+  const std::string token = new_token();
+  fm_group group = nullptr;
+  expect_error(outcome(fm_group_create_shm(token.c_str(), 0, 2, &group)), FM_TIMEOUT,
+               {"rank 0 waited 0.05 s", "rank 1", token.c_str()});
+  unsetenv("FLASHMOE_TIMEOUT_S");
+  EXPECT_TRUE(shared_names(token).empty());
+}
+
+TEST(SharedMemory, ATokenInUseIsRefused) {
+  const std::string token = new_token();
+  std::atomic<bool> refused{false};
+  setenv("FLASHMOE_TIMEOUT_S", "20", 1);
+  std::thread first([&] {
+    fm_group group = nullptr;
+    expect_ok(outcome(fm_group_create_shm(token.c_str(), 0, 2, &group)));
+    fm_group_destroy(group);
+  });
+  while (shared_names(token).empty()) std::this_thread::yield();
+  fm_group second = nullptr;
+  expect_error(outcome(fm_group_create_shm(token.c_str(), 0, 2, &second)), FM_INVALID_VALUE,
+               {"token must be new"});
+  expect_ok(outcome(fm_group_create_shm(token.c_str(), 1, 2, &second)));
+  fm_group_destroy(second);
+  first.join();
+  unsetenv("FLASHMOE_TIMEOUT_S");
+}
+
+}  // namespace
+}  // namespace flashmoe::test
