@@ -74,8 +74,11 @@ void check_rows_contiguous(const char* name, const fm_tensor& tensor) {
        ", expected contiguous rows (last stride 1): call .contiguous()");
 }
 
-// One of the two matrix dimensions is contiguous and rows do not overlap.
-void check_matrix_strides(const char* name, const fm_tensor& t) {
+// One of the two matrix dimensions is contiguous and rows do not overlap. A single row or column
+// with gaps is a matrix whose other dimension, of size 1, counts as the contiguous one.
+void check_matrix_strides(const char* name, fm_tensor& t) {
+  if (t.shape[1] == 1 && t.stride[2] != 1) t.stride[1] = 1;
+  if (t.shape[2] == 1 && t.stride[1] != 1) t.stride[2] = 1;
   const bool row_major = t.stride[2] == 1 && (t.shape[1] == 1 || t.stride[1] >= t.shape[2]);
   const bool col_major = t.stride[1] == 1 && (t.shape[2] == 1 || t.stride[2] >= t.shape[1]);
   if (row_major || col_major) return;
