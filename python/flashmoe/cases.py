@@ -96,31 +96,26 @@ def select(pattern="*", mode="values", ranks=None, dtype=None):
     return chosen
 
 
-# fmt: off: a table, one case in as few lines as it needs
-
-
+# One case in as few lines as it needs: this part is a table.
+# fmt: off
 def routers():
     """Every way to weights, each with a shape that takes it."""
     sigmoid = Routing(score="sigmoid")
     grouped = Routing(score="sigmoid", num_groups=4, top_groups=2, scale=2.5)
+    softplus = Routing(score="sqrt_softplus", scale=1.5)
+    best_of_two = Routing(num_groups=2, top_groups=1, group_top=1)
     variants = {
         "softmax": {},
         "softmax_raw": {"routing": Routing(renormalize=False)},
         "softmax_scaled": {"routing": Routing(renormalize=False, scale=2.5)},
         "softmax_selection_bias": {"selection_bias": True},
+        "softmax_groups": {"routing": best_of_two, "selection_bias": True},
         "topk_softmax": {"routing": Routing(score="topk_softmax"), "router_bias": True},
         "sigmoid": {"routing": sigmoid},
         "sigmoid_raw": {"routing": Routing(score="sigmoid", renormalize=False)},
         "sigmoid_bias": {"routing": sigmoid, "selection_bias": True, "router_bias": True},
         "sigmoid_groups": {"routing": grouped, "selection_bias": True, "experts": 16},
-        "softmax_groups": {
-            "routing": Routing(num_groups=2, top_groups=1, group_top=1),
-            "selection_bias": True,
-        },
-        "sqrt_softplus": {
-            "routing": Routing(score="sqrt_softplus", scale=1.5),
-            "selection_bias": True,
-        },
+        "sqrt_softplus": {"routing": softplus, "selection_bias": True},
         "sqrt_softplus_raw": {"routing": Routing(score="sqrt_softplus", renormalize=False)},
     }
     return [
@@ -130,44 +125,28 @@ def routers():
 
 
 def router_edges():
-    """Ties, extremes, small and large k and E, gradients from outside, NaN."""
+    """Ties, extremes, small and large k and E, gradients from outside."""
     topk = Routing(score="topk_softmax")
+    sigmoid = Routing(score="sigmoid")
+    grouped = Routing(num_groups=4, top_groups=2)
     return [
         Case("router/equal_logits", ids="router_equal", top_k=3, dtypes=ALL_DTYPES, ranks=(1, 2)),
-        Case(
-            "router/equal_logits_groups",
-            ids="router_equal",
-            top_k=3,
-            dtypes=MAIN_DTYPES,
-            routing=Routing(num_groups=4, top_groups=2),
-        ),
+        Case("router/equal_logits_groups", ids="router_equal", top_k=3, dtypes=MAIN_DTYPES,
+             routing=grouped),
         Case("router/tied_logits", ids="router_tied", top_k=4, dtypes=MAIN_DTYPES, ranks=(1, 2)),
         Case("router/favour_one", ids="router_favour_one", ranks=(1, 2)),
-        Case(
-            "router/favour_one_sigmoid",
-            ids="router_favour_one",
-            routing=Routing(score="sigmoid"),
-            dtypes=MAIN_DTYPES,
-        ),
-        Case(
-            "router/k1",
-            top_k=1,
-            routing=Routing(renormalize=False),
-            dtypes=MAIN_DTYPES,
-            ranks=(1, 2),
-        ),
-        Case("router/k1_renormalized", top_k=1),
+        Case("router/favour_one_sigmoid", ids="router_favour_one", routing=sigmoid,
+             dtypes=MAIN_DTYPES),
+        Case("router/k1", top_k=1, routing=Routing(renormalize=False), dtypes=MAIN_DTYPES,
+             ranks=(1, 2)),
+        # its router gradient is 0 but for rounding, which has no yardstick: values only
+        Case("router/k1_renormalized", top_k=1, ranks=(1, 2), modes=("values",)),
         Case("router/k_is_e", top_k=8, routing=topk, ranks=(1, 2)),
-        Case("router/one_expert_in_all", experts=1, top_k=1, routing=topk),
-        Case("router/experts_512", experts=512, top_k=10, hidden=32, intermediate=16, ranks=(1, 4)),
+        Case("router/e_is_1", experts=1, top_k=1, routing=topk),
+        Case("router/e_is_512", experts=512, top_k=10, hidden=32, intermediate=16, ranks=(1, 4)),
         Case("router/aux_gradients", aux_gradients=True, dtypes=MAIN_DTYPES, ranks=(1, 2)),
-        Case(
-            "router/aux_gradients_sigmoid",
-            aux_gradients=True,
-            routing=Routing(score="sigmoid"),
-            router_bias=True,
-            dtypes=MAIN_DTYPES,
-        ),
+        Case("router/aux_gradients_sigmoid", aux_gradients=True, routing=sigmoid, router_bias=True,
+             dtypes=MAIN_DTYPES),
         Case("router/aux_gradients_topk", aux_gradients=True, routing=topk, dtypes=MAIN_DTYPES),
     ]
 
@@ -180,35 +159,18 @@ def external_routing():
         Case("ids/one_expert", ids="one_expert", top_k=1, tokens=(130,), ranks=(1, 2, 4)),
         Case("ids/one_expert_every_slot", ids="one_expert", top_k=3, ranks=(1, 2)),
         Case("ids/one_rank", ids="one_rank", tokens=(70,), ranks=(2, 4)),
-        Case(
-            "ids/sentinels",
-            ids="sentinels",
-            top_k=4,
-            dtypes=ALL_DTYPES,
-            ranks=(1, 2, 3),
-            experts=6,
-            bias=True,
-        ),
+        Case("ids/sentinels", ids="sentinels", top_k=4, dtypes=ALL_DTYPES, ranks=(1, 2, 3),
+             experts=6, bias=True),
         Case("ids/no_expert", ids="no_expert", ranks=(1, 2), bias=True),
         Case("ids/duplicates", ids="duplicates", top_k=3, dtypes=MAIN_DTYPES, ranks=(1, 2)),
         Case("ids/duplicates_k2", ids="duplicates", ranks=(1, 2)),
-        Case("ids/k_over_e", ids="uniform", experts=2, top_k=5, ranks=(1, 2)),
         Case("ids/k_is_e", ids="uniform", experts=4, top_k=4, ranks=(1, 2)),
         Case("ids/e_is_w", ids="uniform", experts=4, ranks=(4,)),
         Case("ids/e_is_1", ids="uniform", experts=1, top_k=1),
         Case("rows/edges", ids="rows", rows=edges, top_k=1, ranks=(1, 2)),
-        Case(
-            "rows/edges_wide", ids="rows", rows=edges[::-1], top_k=1, hidden=136, intermediate=200
-        ),
-        Case(
-            "rows/one_row",
-            ids="rows",
-            rows=(0, 1, 0, 0),
-            experts=4,
-            top_k=1,
-            tokens=(1,),
-            ranks=(1, 2),
-        ),
+        Case("rows/edges_wide", ids="rows", rows=edges[::-1], top_k=1, hidden=136,
+             intermediate=200),
+        Case("rows/one_row", ids="rows", rows=(0, 1, 0, 0), experts=4, top_k=1, ranks=(1, 2)),
     ]
 
 
@@ -224,63 +186,35 @@ def activations():
         "silu_alpha": Activation(gated=False, alpha=1.702),
         "gelu_limit": Activation("gelu", gated=False, limit=0.7),
     }
-    chosen = {name: name for name in ACTIVATIONS} | variants
+    biased = ("gpt_oss", "relu2", "gelu")
     return [
-        Case(
-            f"activation/{name}",
-            activation=activation,
-            bias=name in ("gpt_oss", "relu2", "gelu"),
-            dtypes=MAIN_DTYPES,
-            tokens=(41,),
-            ranks=(1, 2) if name == "gpt_oss" else (1,),
-        )
-        for name, activation in chosen.items()
+        Case(f"activation/{name}", activation=activation, bias=name in biased, tokens=(41,),
+             dtypes=MAIN_DTYPES, ranks=(1, 2) if name == "gpt_oss" else (1,))
+        for name, activation in ({name: name for name in ACTIVATIONS} | variants).items()
+    ]
+
+
+def layouts():
+    """How checkpoints hold the weights."""
+    names = ("interleaved", "separate", "transposed", "interleaved_transposed",
+             "separate_transposed", "strided", "transposed_view")
+    return [
+        *(Case(f"layout/{name}", layout=name, bias=True, dtypes=MAIN_DTYPES, ranks=(1, 2),
+               hidden=72, intermediate=40) for name in names),
+        Case("layout/plain_transposed", layout="transposed", activation="gelu", bias=True),
     ]
 
 
 def options():
-    """Layouts, biases, weight on the input, capacity, saved pre-activations."""
-    layouts = (
-        "interleaved",
-        "separate",
-        "transposed",
-        "interleaved_transposed",
-        "separate_transposed",
-        "strided",
-        "transposed_view",
-    )
-    cases = [
-        Case(
-            f"layout/{name}",
-            layout=name,
-            bias=True,
-            dtypes=MAIN_DTYPES,
-            ranks=(1, 2),
-            hidden=72,
-            intermediate=40,
-        )
-        for name in layouts
-    ]
-    cases += [
-        Case("layout/plain_transposed", layout="transposed", activation="gelu", bias=True),
+    """Biases, weight on the input, saved pre-activations, capacity."""
+    raw_sigmoid = Routing(score="sigmoid", renormalize=False)
+    return [
         Case("bias/gated", bias=True, dtypes=ALL_DTYPES, ranks=(1, 2)),
         Case("bias/plain", bias=True, activation="gelu", dtypes=MAIN_DTYPES, ranks=(1, 2)),
-        Case(
-            "input_weight/k1",
-            weight_on_input=True,
-            top_k=1,
-            dtypes=MAIN_DTYPES,
-            ranks=(1, 2),
-            routing=Routing(score="sigmoid", renormalize=False),
-        ),
-        Case(
-            "input_weight/k3_bias",
-            weight_on_input=True,
-            top_k=3,
-            bias=True,
-            dtypes=MAIN_DTYPES,
-            ranks=(1, 2),
-        ),
+        Case("input_weight/k1", weight_on_input=True, top_k=1, dtypes=MAIN_DTYPES, ranks=(1, 2),
+             routing=raw_sigmoid),
+        Case("input_weight/k3_bias", weight_on_input=True, top_k=3, bias=True, dtypes=MAIN_DTYPES,
+             ranks=(1, 2)),
         Case("input_weight/sentinels", weight_on_input=True, ids="sentinels", bias=True),
         Case("saved_z/gated", save_z=True, bias=True, dtypes=ALL_DTYPES),
         Case("saved_z/plain", save_z=True, activation="relu2", dtypes=MAIN_DTYPES),
@@ -291,85 +225,45 @@ def options():
         Case("capacity/bias", capacity_factor=1.0, bias=True, ranks=(1, 2)),
         # 128 slots on one expert: ceil(c * 64 * 2 / 8) = 127, one over; 1, all but one
         Case("capacity/one_over", capacity_factor=7.9375, ids="one_expert", tokens=(64,)),
-        Case(
-            "capacity/all_but_one",
-            capacity_factor=0.01,
-            ids="one_expert",
-            tokens=(64,),
-            ranks=(1, 2),
-        ),
+        Case("capacity/all_but_one", capacity_factor=0.01, ids="one_expert", tokens=(64,),
+             ranks=(1, 2)),
         Case("capacity/enough", capacity_factor=8.0, ranks=(1, 2)),
         Case("capacity/sentinels", capacity_factor=0.6, ids="sentinels", top_k=3, bias=True),
         Case("capacity/input_weight", capacity_factor=0.5, weight_on_input=True, bias=True),
         Case("capacity/saved_z", capacity_factor=0.5, save_z=True),
     ]
-    return cases
 
 
 def sizes():
     """T = 0, 1, different on each rank and from step to step; odd H and I; many ranks."""
+    alternating = ((33, 17), (0, 17), (33, 0), (0, 0), (5, 40))
     return [
-        Case("tokens/1", tokens=(1,) * 6, dtypes=ALL_DTYPES, ranks=(1, 2)),
-        Case("tokens/3", tokens=(3, 3, 3), ranks=(1, 2)),
+        Case("tokens/1", tokens=(1,) * 12, dtypes=ALL_DTYPES, ranks=(1, 2)),
+        Case("tokens/3", tokens=(3,) * 4, ranks=(1, 2)),
         Case("tokens/113", tokens=(113,), dtypes=ALL_DTYPES, ranks=(1, 2)),
         Case("tokens/none", tokens=(0,), bias=True, dtypes=MAIN_DTYPES, ranks=(1, 2)),
-        Case(
-            "tokens/none_on_one_rank",
-            tokens=((33, 0),),
-            dtypes=MAIN_DTYPES,
-            bias=True,
-            ranks=(2, 4),
-        ),
+        Case("tokens/none_on_one_rank", tokens=((33, 0),), dtypes=MAIN_DTYPES, bias=True,
+             ranks=(2, 4)),
         Case("tokens/none_on_first_rank", tokens=((0, 33),), ids="sentinels", ranks=(2,)),
-        Case(
-            "tokens/alternating_with_none",
-            tokens=((33, 17), (0, 17), (33, 0), (0, 0), (5, 40)),
-            ranks=(2,),
-        ),
+        Case("tokens/alternating_with_none", tokens=alternating, ranks=(2,)),
         Case("tokens/different", tokens=((1, 127, 128, 129),), ranks=(2, 3, 4), experts=12),
         Case("tokens/very_different", tokens=((1, 1021),), hidden=32, intermediate=16, ranks=(2,)),
         Case("tokens/shrinking", tokens=(1024, 65, 1), hidden=32, intermediate=16, ranks=(1, 2)),
-        Case(
-            "size/smallest",
-            hidden=1,
-            intermediate=1,
-            experts=2,
-            top_k=1,
-            tokens=(64,),
-            ids="uniform",
-            dtypes=MAIN_DTYPES,
-        ),
+        Case("size/smallest", hidden=1, intermediate=1, experts=2, top_k=1, tokens=(64,),
+             ids="uniform", dtypes=MAIN_DTYPES),
         Case("size/odd", hidden=24, intermediate=40, dtypes=ALL_DTYPES, ranks=(1, 2)),
-        Case(
-            "size/odd_plain",
-            hidden=7,
-            intermediate=13,
-            activation="gelu",
-            bias=True,
-            dtypes=MAIN_DTYPES,
-            ranks=(1, 2),
-        ),
+        Case("size/odd_plain", hidden=7, intermediate=13, activation="gelu", bias=True,
+             dtypes=MAIN_DTYPES, ranks=(1, 2)),
         Case("size/wide", hidden=520, intermediate=72, tokens=(50,), ranks=(1, 2)),
         Case("size/wide_columns", hidden=1088, intermediate=24, tokens=(70,), ranks=(2,)),
         Case("size/deep", hidden=72, intermediate=520, tokens=(50,), experts=4),
-        Case(
-            "ranks/many",
-            experts=24,
-            top_k=4,
-            tokens=(40,),
-            dtypes=MAIN_DTYPES,
-            ranks=(1, 2, 3, 4, 8),
-        ),
+        Case("ranks/many", experts=24, top_k=4, tokens=(40,), dtypes=MAIN_DTYPES,
+             ranks=(1, 2, 3, 4, 8)),
         Case("ranks/one_expert_each", experts=8, top_k=3, tokens=(20,), ranks=(8,)),
-        Case("ranks/more_ranks_than_tokens", experts=8, tokens=(1,) * 6, ranks=(8,), bias=True),
-        Case(
-            "nan/isolated_token",
-            ids="uniform",
-            probe="isolated_nan",
-            modes=("values",),
-            dtypes=ALL_DTYPES,
-            ranks=(1, 2),
-        ),
+        Case("ranks/more_ranks_than_tokens", tokens=((1, 0, 1, 0, 0, 2, 0, 1),) * 6, ranks=(8,),
+             bias=True),
+        Case("nan/isolated_token", ids="uniform", probe="isolated_nan", modes=("values",),
+             dtypes=ALL_DTYPES, ranks=(1, 2)),
     ]
 
 
@@ -377,24 +271,21 @@ def refusals():
     """Calls that must be refused before anything runs, on every rank, with an error that names what
     is wrong."""
     value, typed = ("ValueError",), ("TypeError",)
-    mismatch = ("RankMismatchError",)
+    routing, mismatch = ("RoutingError",), ("RankMismatchError",)
     either = ("ValueError", "TypeError", "RankMismatchError")
 
     def refusal(name, refused, *mentions, **options):
         kinds = {"modes": ("support",), "dtypes": ("fp32",)}
         return Case(f"refused/{name}", refused=refused, mentions=mentions, **kinds | options)
 
+    several = {"ranks": (2, 3), "experts": 6}
     return [
         refusal("k_over_e", value, "top_k", top_k=9),
+        refusal("k_over_e_ids", value, "top_k", top_k=9, ids="uniform"),
         refusal("experts_not_divisible", value, "num_experts", experts=6, ranks=(4,)),
         refusal("groups_not_divisible", value, "num_groups", routing=Routing(num_groups=3)),
-        refusal(
-            "too_few_groups_for_k",
-            value,
-            "top_groups",
-            top_k=3,
-            routing=Routing(num_groups=4, top_groups=1),
-        ),
+        refusal("too_few_groups_for_k", value, "top_groups", top_k=3,
+                routing=Routing(num_groups=4, top_groups=1)),
         refusal("capacity_negative", value, "capacity_factor", capacity_factor=-1.0),
         refusal("saved_z_on_two_ranks", ("UnsupportedError",), "save_z", save_z=True, ranks=(2,)),
         refusal("x_hidden", value, "x", defect="x_hidden"),
@@ -406,39 +297,28 @@ def refusals():
         refusal("b_up_shape", value, "b_up", defect="b_up_shape", bias=True),
         refusal("ids_dtype", typed, "topk_ids", defect="ids_dtype", ids="uniform"),
         refusal("ids_shape", value, "topk_ids", defect="ids_shape", ids="uniform"),
-        refusal("id_below_minus_one", ("RoutingError",), "id", defect="id_low", ids="uniform"),
-        refusal("nan_logits", ("RoutingError",), "logit", defect="nan_router"),
-        refusal("infinite_logits", ("RoutingError",), "logit", defect="inf_router"),
-        refusal(
-            "hidden_differs_between_ranks", mismatch, "hidden", defect="rank_hidden", ranks=(2, 3)
-        ),
-        refusal(
-            "dtype_differs_between_ranks", mismatch, "dtype", defect="rank_dtype", ranks=(2, 3)
-        ),
-        refusal("one_rank_is_wrong", either, "w_up", defect="rank_w_up_shape", ranks=(2, 3)),
+        refusal("id_below_minus_one", routing, "topk_ids", defect="id_low", ids="uniform"),
+        refusal("nan_logits", routing, "logits", defect="nan_router"),
+        refusal("infinite_logits", routing, "logits", defect="inf_router"),
+        refusal("nan_logits_on_one_rank", ("RoutingError", "RankMismatchError"), "logits",
+                defect="rank_nan_router", **several),
+        refusal("hidden_differs_by_rank", mismatch, "hidden", defect="rank_hidden", **several),
+        refusal("dtype_differs_by_rank", mismatch, "dtype", defect="rank_dtype", **several),
+        refusal("one_rank_is_wrong", either, "w_up", defect="rank_w_up_shape", **several),
     ]
 
 
 def speed():
     """The shapes of `flashmoe bench`."""
-    shapes = {
-        "t1024_h512_i1024_e16_k2": dict(
-            hidden=512, intermediate=1024, experts=16, top_k=2, tokens=(1024,)
-        ),
-        "t512_h2048_i768_e32_k8": dict(
-            hidden=2048, intermediate=768, experts=32, top_k=8, tokens=(512,)
-        ),
-    }
-    return [Case(f"speed/{name}", modes=("speed",), **shape) for name, shape in shapes.items()]
+    return [
+        Case("speed/t1024_h512_i1024_e16_k2", modes=("speed",), tokens=(1024,), hidden=512,
+             intermediate=1024, experts=16, top_k=2),
+        Case("speed/t512_h2048_i768_e32_k8", modes=("speed",), tokens=(512,), hidden=2048,
+             intermediate=768, experts=32, top_k=8),
+    ]
 
 
 CASES = (
-    routers()
-    + router_edges()
-    + external_routing()
-    + activations()
-    + options()
-    + sizes()
-    + refusals()
-    + speed()
+    *routers(), *router_edges(), *external_routing(), *activations(), *layouts(), *options(),
+    *sizes(), *refusals(), *speed(),
 )

@@ -78,6 +78,7 @@ DEFECTS = {
     "id_low": with_routing("topk_ids", filled_at(-2, 3, 1)),
     "nan_router": with_routing("w_router", filled_at(float("nan"), 5, 7)),
     "inf_router": with_routing("w_router", filled_at(float("inf"), 5, 7)),
+    "rank_nan_router": with_routing("w_router", filled_at(float("nan"), 5, 7)),
     "rank_hidden": other_case(hidden=128),
     "rank_dtype": other_case(dtype="fp64"),
     "rank_w_up_shape": with_weight("w_up", lambda w: narrower(w, 1)),

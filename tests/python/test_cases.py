@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ QUICK = (
     "router/sigmoid_groups:fp64:w2",
     "router/topk_softmax:fp32:w1",
     "router/equal_logits:bf16:w2",
-    "router/experts_512:bf16:w4",
+    "router/e_is_512:bf16:w4",
     "ids/sentinels:*:w2",
     "ids/duplicates:fp32:w1",
     "ids/one_rank:bf16:w2",
@@ -47,11 +48,16 @@ def test_wrong_calls_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["values", "gradients"])
-@pytest.mark.parametrize("group", list(dict.fromkeys(c.name.split("/")[0] for c in cases.CASES)))
-def test_whole_table(group, mode):
-    if not check.planned(f"{group}/*", mode == "gradients"):
-        return  # a group of another mode
-    assert_all_pass(check.run_checks(f"{group}/*", gradients=mode == "gradients"))
+def test_whole_table(mode):
+    records = list(check.run_checks(gradients=mode == "gradients"))
+    assert_all_pass(records)
+    ratios = {}
+    for record in records:
+        for name, one in record.outputs.items():
+            ratios.setdefault((name, record.dtype), []).append(one["ratio"])
+    # a case alone may be unlucky, which its bar allows for; half of the cases may not
+    for key, found in ratios.items():
+        assert statistics.median(found) <= compare.RATIO_BAR, key
 
 
 def assert_all_pass(records):
