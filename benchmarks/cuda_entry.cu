@@ -18,6 +18,7 @@ struct Call {
   void* out;
   const int64_t* expert_begin;
   const int64_t* expert_rows;
+  const void* bias;
   void* workspace;
   void* stream;
   int64_t num_rows;
@@ -29,6 +30,10 @@ struct Call {
   int32_t major;
   int32_t epilogue;
   int32_t gate_order;
+  int32_t activation;
+  float alpha;
+  float limit;
+  float up_offset;
 };
 
 cuda::launch::GroupedProductArguments arguments_of(const Call& call) {
@@ -37,6 +42,7 @@ cuda::launch::GroupedProductArguments arguments_of(const Call& call) {
           .out = call.out,
           .expert_begin = call.expert_begin,
           .expert_rows = call.expert_rows,
+          .bias = call.bias,
           .num_rows = call.num_rows,
           .num_experts = call.num_experts,
           .depth = call.depth,
@@ -45,6 +51,10 @@ cuda::launch::GroupedProductArguments arguments_of(const Call& call) {
           .major = static_cast<cuda::config::Major>(call.major),
           .epilogue = static_cast<cuda::config::Epilogue>(call.epilogue),
           .gate_order = static_cast<cuda::launch::GateOrder>(call.gate_order),
+          .activation = {.kind = static_cast<fm_activation>(call.activation),
+                         .alpha = call.alpha,
+                         .limit = call.limit,
+                         .up_offset = call.up_offset},
           .workspace = static_cast<cuda::kernel::Workspace*>(call.workspace),
           .timeout_ns = static_cast<uint64_t>(call.timeout_ns),
           .stream = static_cast<cudaStream_t>(call.stream)};

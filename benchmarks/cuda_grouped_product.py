@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 
-from cuda_products import GroupedProduct, errors_against_fp64, group_offsets  # noqa: E402
+from cuda_products import Form, GroupedProduct, errors_against_fp64, group_offsets  # noqa: E402
 from flashmoe.bench import source_hash  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,8 +76,7 @@ class Variant:
     """Which product of a case: the up product with or without its activation, or the down one."""
 
     direction: str  # "up", "down"
-    epilogue: str  # "store", "swiglu"
-    major: str = "depth"
+    form: Form
 
     def sizes(self, case):
         """(depth, weight columns) of the product."""
@@ -86,11 +85,11 @@ class Variant:
 
 
 VARIANTS = {
-    "up": Variant("up", "swiglu"),
-    "up-store": Variant("up", "store"),
-    "down": Variant("down", "store"),
-    "up-columns": Variant("up", "swiglu", "columns"),
-    "down-columns": Variant("down", "store", "columns"),
+    "up": Variant("up", Form("gated")),
+    "up-store": Variant("up", Form("store")),
+    "down": Variant("down", Form("store")),
+    "up-columns": Variant("up", Form("gated", "columns")),
+    "down-columns": Variant("down", Form("store", "columns")),
 }
 
 
@@ -131,7 +130,7 @@ def make_operands(case, variant, dtype):
     counts = torch.bincount(chosen.flatten(), minlength=case.experts).tolist()
     begin, num_rows = group_offsets(counts)
     tokens = torch.randn(num_rows, depth, device="cuda", generator=generator).to(dtype)
-    shape = (columns, depth) if variant.major == "depth" else (depth, columns)
+    shape = (columns, depth) if variant.form.major == "depth" else (depth, columns)
     weights = torch.empty(case.experts, *shape, dtype=dtype, device="cuda")
     for expert in range(case.experts):
         values = torch.randn(*shape, device="cuda", generator=generator)
@@ -142,14 +141,20 @@ def make_operands(case, variant, dtype):
 def make_contenders(product, variant):
     """Name -> a function that launches once."""
     tokens, weights, begin, counts = product.operands
-    as_matrix = weights.transpose(1, 2) if variant.major == "depth" else weights
+    as_matrix = weights.transpose(1, 2) if variant.form.major == "depth" else weights
     balanced = tokens.view(weights.shape[0], -1, tokens.shape[1])
     ends = (begin + counts).to(torch.int32)
-    return {
-        OURS: product,
-        REFERENCE: lambda: torch.bmm(balanced, as_matrix),
-        PEER: lambda: torch._grouped_mm(tokens, as_matrix, offs=ends),
-    }
+    contenders = {OURS: product, REFERENCE: lambda: torch.bmm(balanced, as_matrix)}
+
+    def peer():
+        return torch._grouped_mm(tokens, as_matrix, offs=ends)
+
+    try:
+        peer()
+        contenders[PEER] = peer
+    except RuntimeError:
+        pass  # not for this dtype or layout
+    return contenders
 
 
 def timed(contender):
@@ -200,16 +205,13 @@ def sustained(contenders, seconds):
     return medians, clock, power, clocks.driver
 
 
-def quality(product, variant):
+def quality(product):
     """error_ratio against torch's own product, and whether the bits repeat."""
-    tokens, weights, begin, counts = product.operands
+    begin, counts = (values.tolist() for values in product.operands[2:])
     product.out.fill_(math.nan)
     first = product().clone()
     product.check_waits()
-    options = dict(epilogue=variant.epilogue, major=variant.major)
-    ours, plain = errors_against_fp64(
-        first, tokens, weights, begin.tolist(), counts.tolist(), **options
-    )
+    ours, plain = errors_against_fp64(product, begin, counts)
     bitwise = True
     for _ in range(BITWISE_LAUNCHES - 1):
         product.out.fill_(math.nan)
@@ -223,9 +225,8 @@ def measure(case, name, dtype_name, seconds):
     variant, dtype = VARIANTS[name], DTYPES[dtype_name]
     tokens, weights, begin, counts = make_operands(case, variant, dtype)
     as_int64 = [torch.tensor(values, device="cuda") for values in (begin, counts)]
-    options = dict(major=variant.major, epilogue=variant.epilogue)
-    product = GroupedProduct(tokens, weights, *as_int64, **options)
-    checked = quality(product, variant)
+    product = GroupedProduct(tokens, weights, *as_int64, variant.form)
+    checked = quality(product)
     contenders = make_contenders(product, variant)
     for contender in contenders.values():
         contender()
@@ -257,16 +258,16 @@ def measure(case, name, dtype_name, seconds):
         "ratio": round(long[REFERENCE] / long[OURS], 4),
         **checked,
         "launches": 1,
-        "peers": {PEER: rounded["sustained"][PEER]},
+        "peers": peers_of(rounded["sustained"]),
         "source": source_hash(),
         "date": datetime.date.today().isoformat(),
         "part": "grouped product",
-        "epilogue": variant.epilogue,
-        "major": variant.major,
+        "epilogue": variant.form.epilogue,
+        "major": variant.form.major,
         "burst_us": rounded["burst"][OURS],
         "burst_reference_us": rounded["burst"][REFERENCE],
         "burst_ratio": round(short[REFERENCE] / short[OURS], 4),
-        "burst_peers": {PEER: rounded["burst"][PEER]},
+        "burst_peers": peers_of(rounded["burst"]),
         "tflops": round(flop / long[OURS] / 1e6, 1),
         "tensor_use": round(flop / long[OURS] * 1e6 / peak, 4) if peak else None,
         "sm_clock_mhz": clock,
@@ -279,15 +280,19 @@ def measure(case, name, dtype_name, seconds):
     }
 
 
+def peers_of(times):
+    return {name: value for name, value in times.items() if name not in (OURS, REFERENCE)}
+
+
 def line_of(record):
-    peer = record["peers"][PEER]
+    peer, burst_peer = (record[key].get(PEER, math.nan) for key in ("peers", "burst_peers"))
     return (
-        f"{record['case']:16} {record['direction']:4} {record['epilogue']:6} "
+        f"{record['case']:16} {record['direction']:4} {record['epilogue']:5} "
         f"{record['major']:7} {record['dtype']} "
         f"sustained {record['us']:7.1f} us {record['tflops']:5.0f} TFLOP/s "
         f"{record['ratio']:6.1%} of bmm {record['reference_us']:7.1f}, "
         f"peer {peer:7.1f} | burst {record['burst_us']:7.1f} {record['burst_ratio']:6.1%} "
-        f"peer {record['burst_peers'][PEER]:7.1f} | {record['sm_clock_mhz']:4.0f} MHz "
+        f"peer {burst_peer:7.1f} | {record['sm_clock_mhz']:4.0f} MHz "
         f"{record['power_w']:3.0f} W use {record['tensor_use']:5.1%} | "
         f"error {record['error_ratio']:.3f} bits {'same' if record['bitwise'] else 'DIFFER'}"
     )

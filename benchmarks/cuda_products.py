@@ -4,7 +4,9 @@ libflashmoe_cuda_bench.so and torch tensors. The layer's own interface is the pa
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +17,8 @@ LIBRARY = "libflashmoe_cuda_bench.so"
 FOLDERS = ("build/release/src/cuda", "build/cuda-bench")
 ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
 MAJORS = ("depth", "columns")
-EPILOGUES = ("store", "swiglu")
+EPILOGUES = ("store", "activate", "gated")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")  # fm_activation
 GATE_ORDERS = ("concatenated", "interleaved")
 STATUS_NAMES = {0: "ok", 1: "invalid value", 8: "unsupported", 9: "internal"}
 TEXT_BYTES = 2048
@@ -30,10 +33,12 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         [(n, ctypes.c_void_p) for n in ("tokens", "weights", "out", "expert_begin", "expert_rows")]
-        + [(n, ctypes.c_void_p) for n in ("workspace", "stream")]
+        + [(n, ctypes.c_void_p) for n in ("bias", "workspace", "stream")]
         + [(n, ctypes.c_int64) for n in ("num_rows", "num_experts", "depth", "columns")]
         + [("timeout_ns", ctypes.c_int64)]
         + [(n, ctypes.c_int32) for n in ("element", "major", "epilogue", "gate_order")]
+        + [("activation", ctypes.c_int32)]
+        + [(n, ctypes.c_float) for n in ("alpha", "limit", "up_offset")]
     )
 
 
@@ -69,12 +74,57 @@ def load() -> ctypes.CDLL:
     return library
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a product computes besides the sums, and how its weights lie in memory."""
+
+    epilogue: str = "store"  # "activate": act(sum); "gated": act(gate) * (up + up_offset)
+    major: str = "depth"  # "columns": weights [E, depth, G * columns]
+    gate_order: str = "concatenated"  # "interleaved": gate, up, gate, up, ...
+    activation: str = "silu"
+    alpha: float = 1.0
+    limit: float = math.inf
+    up_offset: float = 0.0
+
+    @property
+    def gates(self):
+        return 2 if self.epilogue == "gated" else 1
+
+    def act(self, x):
+        """The activation function by itself, at the precision of x."""
+        if self.activation == "silu":
+            return x * torch.sigmoid(self.alpha * x)
+        if self.activation.startswith("gelu"):
+            tanh = self.activation == "gelu_tanh"
+            return torch.nn.functional.gelu(x, approximate="tanh" if tanh else "none")
+        if self.activation == "identity":
+            return x
+        return x.relu() ** (2 if self.activation == "relu2" else 1)
+
+    def finish(self, sums):
+        """From sums (bias included) to what is stored."""
+        if self.epilogue == "store":
+            return sums
+        if self.epilogue == "activate":
+            return self.act(sums.clamp(max=self.limit))
+        if self.gate_order == "interleaved":
+            gate, up = sums[:, 0::2], sums[:, 1::2]
+        else:
+            gate, up = sums.chunk(2, dim=1)
+        up = up.clamp(-self.limit, self.limit) + self.up_offset
+        return self.act(gate.clamp(max=self.limit)) * up
+
+
+PLAIN = Form()
+
+
 class GroupedProduct:
-    """out[r] = act(tokens[r] @ weights[e].T) for the rows r of every expert e, as one launch.
+    """out[r] = form(tokens[r] @ weights[e].T + bias[e]) for the rows r of every expert e, as one
+    launch.
 
     tokens [rows, depth]; weights [E, G * columns, depth], or [E, depth, G * columns] for
-    major="columns"; expert_begin, expert_rows [E] int64. epilogue "swiglu" has G = 2, else 1.
-    Rows of no expert are not written. The object keeps its operands alive.
+    column-major forms; bias [E, G * columns] or None; expert_begin, expert_rows [E] int64. G is 2
+    for gated forms, else 1. Rows of no expert are not written. The object keeps its operands alive.
     """
 
     def __init__(
@@ -83,28 +133,29 @@ class GroupedProduct:
         weights,
         expert_begin,
         expert_rows,
+        form=PLAIN,
         *,
-        major="depth",
-        epilogue="store",
-        gate_order="concatenated",
+        bias=None,
         timeout_s=2.0,
         out=None,
     ):
-        gates = 2 if epilogue == "swiglu" else 1
-        columns = weights.shape[1 if major == "depth" else 2] // gates
+        columns = weights.shape[1 if form.major == "depth" else 2] // form.gates
         if out is None:
             out = torch.empty(tokens.shape[0], columns, dtype=tokens.dtype, device=tokens.device)
         self.library = load()
         num_bytes = self.library.fm_cuda_workspace_bytes()
         self.workspace = torch.zeros(num_bytes // 4, dtype=torch.int32, device=tokens.device)
         self.out = out
+        self.form = form
         self.operands = (tokens, weights, expert_begin, expert_rows)
+        self.bias = bias
         self.call = Call(
             tokens=tokens.data_ptr(),
             weights=weights.data_ptr(),
             out=out.data_ptr(),
             expert_begin=expert_begin.data_ptr(),
             expert_rows=expert_rows.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
             workspace=self.workspace.data_ptr(),
             num_rows=tokens.shape[0],
             num_experts=weights.shape[0],
@@ -112,9 +163,13 @@ class GroupedProduct:
             columns=columns,
             timeout_ns=int(timeout_s * 1e9),
             element=ELEMENTS[tokens.dtype],
-            major=MAJORS.index(major),
-            epilogue=EPILOGUES.index(epilogue),
-            gate_order=GATE_ORDERS.index(gate_order),
+            major=MAJORS.index(form.major),
+            epilogue=EPILOGUES.index(form.epilogue),
+            gate_order=GATE_ORDERS.index(form.gate_order),
+            activation=ACTIVATIONS.index(form.activation),
+            alpha=form.alpha,
+            limit=form.limit,
+            up_offset=form.up_offset,
         )
         self.text = ctypes.create_string_buffer(TEXT_BYTES)
 
@@ -157,29 +212,26 @@ def group_offsets(counts, align=1):
     return begin, -(-row // align) * align
 
 
-def expert_product(rows, weight, epilogue, major="depth", gate_order="concatenated"):
+def expert_product(rows, weight, bias, form):
     """What one expert's rows should become, at the precision of the operands."""
-    product = rows @ (weight if major == "columns" else weight.t())
-    if epilogue == "store":
-        return product
-    if gate_order == "interleaved":
-        gate, up = product[:, 0::2], product[:, 1::2]
-    else:
-        gate, up = product.chunk(2, dim=1)
-    return torch.nn.functional.silu(gate) * up
+    weight = weight if form.major == "columns" else weight.t()
+    return form.finish(rows @ weight if bias is None else torch.addmm(bias, rows, weight))
 
 
-def errors_against_fp64(out, tokens, weights, begin, counts, epilogue, major="depth", **layout):
-    """(ours, torch's): relative L2 errors of `out` and of torch's own product of the same dtype,
-    both against fp64, over the rows of all experts."""
-    squares = torch.zeros(3, dtype=torch.float64, device=out.device)
+def errors_against_fp64(product, begin, counts):
+    """(ours, torch's): relative L2 errors of product.out and of torch's own product of the same
+    dtype, both against fp64, over the rows of all experts."""
+    tokens, weights = product.operands[:2]
+    squares = torch.zeros(3, dtype=torch.float64, device=tokens.device)
     for expert, (first, count) in enumerate(zip(begin, counts, strict=True)):
         if count == 0:
             continue
         rows, weight = tokens[first : first + count], weights[expert]
-        wanted = expert_product(rows.double(), weight.double(), epilogue, major, **layout)
-        plain = expert_product(rows, weight, epilogue, major, **layout)
-        ours = out[first : first + count]
+        bias = None if product.bias is None else product.bias[expert]
+        wide_bias = None if bias is None else bias.double()
+        wanted = expert_product(rows.double(), weight.double(), wide_bias, product.form)
+        plain = expert_product(rows, weight, bias, product.form)
+        ours = product.out[first : first + count]
         squares[0] += (ours.double() - wanted).square().sum()
         squares[1] += (plain.double() - wanted).square().sum()
         squares[2] += wanted.square().sum()

@@ -2,20 +2,30 @@
 
 import math
 
-import cuda_products
 import pytest
 import torch
-from cuda_products import GroupedProduct, ProductError, errors_against_fp64, group_offsets
+from cuda_products import (
+    ACTIVATIONS,
+    Form,
+    GroupedProduct,
+    ProductError,
+    count_graph_nodes,
+    errors_against_fp64,
+    group_offsets,
+)
 
 MAX_ERROR_RATIO = 1.25  # of torch's own product of the same dtype
 EDGE = [0, 1, 15, 16, 17, 0, 127, 129, 300, 193, 385, 0, 1000, 64, 65, 2]
-LAYOUTS = [
-    ("depth", "store", "concatenated"),
-    ("columns", "store", "concatenated"),
-    ("depth", "swiglu", "concatenated"),
-    ("depth", "swiglu", "interleaved"),
-    ("columns", "swiglu", "concatenated"),
-]
+FORMS = {
+    "store": Form(),
+    "store-columns": Form(major="columns"),
+    "gated": Form("gated"),
+    "gated-interleaved": Form("gated", gate_order="interleaved"),
+    "gated-columns": Form("gated", "columns"),
+    "activate": Form("activate", activation="relu2"),
+    "activate-columns": Form("activate", "columns", activation="gelu"),
+}
+GPT_OSS = dict(alpha=1.702, limit=0.7, up_offset=1.0)
 # counts, depth, columns of out
 SHAPES = {
     "edge": (EDGE, 256, 512),
@@ -29,13 +39,13 @@ SHAPES = {
 }
 
 
-def make(counts, depth, columns, dtype, major, epilogue, align):
+def make(counts, depth, columns, form, *, dtype=torch.bfloat16, align=1, with_bias=False):
+    """(product with its output poisoned, begin, which rows have an expert); the others are NaN."""
     generator = torch.Generator("cuda").manual_seed(1234 + depth + columns)
-    gates = 2 if epilogue == "swiglu" else 1
     begin, num_rows = group_offsets(counts, align)
     num_rows = max(num_rows, 1)
-    shape = (len(counts), gates * columns, depth)
-    if major == "columns":
+    shape = (len(counts), form.gates * columns, depth)
+    if form.major == "columns":
         shape = (shape[0], shape[2], shape[1])
 
     def normal(*shape):
@@ -43,47 +53,56 @@ def make(counts, depth, columns, dtype, major, epilogue, align):
 
     tokens = normal(num_rows, depth).to(dtype)
     weights = (normal(*shape) / math.sqrt(depth)).to(dtype)
-    # Rows of nobody would poison what reads them.
+    bias = normal(len(counts), form.gates * columns).to(dtype) if with_bias else None
     owned = torch.zeros(num_rows, dtype=torch.bool, device="cuda")
     for first, count in zip(begin, counts, strict=True):
         owned[first : first + count] = True
     tokens[~owned] = math.nan
-    return tokens, weights, begin, owned
-
-
-def product_of(tokens, weights, begin, counts, **options):
     as_int64 = [torch.tensor(v, dtype=torch.int64, device="cuda") for v in (begin, counts)]
-    product = GroupedProduct(tokens, weights, *as_int64, **options)
+    product = GroupedProduct(tokens, weights, *as_int64, form, bias=bias)
     product.out.fill_(math.nan)
-    return product
+    return product, begin, owned
 
 
-@pytest.mark.parametrize("align", [1, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("name", SHAPES)
-def test_values(name, layout, dtype, align):
-    counts, depth, columns = SHAPES[name]
-    major, epilogue, gate_order = layout
-    tokens, weights, begin, owned = make(counts, depth, columns, dtype, major, epilogue, align)
-    options = dict(major=major, epilogue=epilogue, gate_order=gate_order)
-    product = product_of(tokens, weights, begin, counts, **options)
+def run_and_check(product, begin, counts, owned):
     out = product()
     product.check_waits()
     assert torch.isfinite(out[owned]).all(), "rows were not written"
     assert torch.isnan(out[~owned]).all(), "rows of no expert were written"
-    if not any(counts):
-        return
-    ours, plain = errors_against_fp64(out, tokens, weights, begin, counts, **options)
-    assert ours <= MAX_ERROR_RATIO * plain, (ours, plain)
+    if any(counts):
+        ours, plain = errors_against_fp64(product, begin, counts)
+        assert ours <= MAX_ERROR_RATIO * plain, (ours, plain)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
-def test_bitwise_equal_over_launches(layout):
-    major, epilogue, gate_order = layout
-    tokens, weights, begin, owned = make(EDGE, 512, 512, torch.bfloat16, major, epilogue, 1)
-    options = dict(major=major, epilogue=epilogue, gate_order=gate_order)
-    product = product_of(tokens, weights, begin, EDGE, **options)
+@pytest.mark.parametrize("align", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_values(name, form, dtype, align):
+    counts, depth, columns = SHAPES[name]
+    product, begin, owned = make(counts, depth, columns, FORMS[form], dtype=dtype, align=align)
+    run_and_check(product, begin, counts, owned)
+
+
+@pytest.mark.parametrize("limits", [{}, GPT_OSS], ids=["plain", "clamped"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("epilogue", ["activate", "gated"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_activations(dtype, epilogue, activation, limits):
+    form = Form(epilogue, activation=activation, **limits)
+    product, begin, owned = make(EDGE, 128, 192, form, dtype=dtype, with_bias=True)
+    run_and_check(product, begin, EDGE, owned)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bias(form):
+    product, begin, owned = make(EDGE, 128, 320, FORMS[form], with_bias=True)
+    run_and_check(product, begin, EDGE, owned)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bitwise_equal_over_launches(form):
+    product, _, owned = make(EDGE, 512, 512, FORMS[form], with_bias=True)
     first = product().clone()
     for launch in range(40):
         product.out.fill_(math.nan)
@@ -92,10 +111,9 @@ def test_bitwise_equal_over_launches(layout):
     product.check_waits()
 
 
-def test_bitwise_equal_with_half_the_multiprocessors():
-    """A launch that gets its SMs late, beside a long product on another stream."""
-    tokens, weights, begin, owned = make(EDGE, 512, 512, torch.bfloat16, "depth", "store", 1)
-    product = product_of(tokens, weights, begin, EDGE)
+def test_bitwise_equal_beside_another_stream():
+    """Launches that get their multiprocessors late, after products of a side stream."""
+    product, _, owned = make(EDGE, 512, 512, Form())
     first = product().clone()
     torch.cuda.synchronize()
     busy = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
@@ -110,11 +128,10 @@ def test_bitwise_equal_with_half_the_multiprocessors():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_value_stays_in_its_row(bad):
-    tokens, weights, begin, owned = make(EDGE, 256, 256, torch.bfloat16, "depth", "swiglu", 1)
-    good = product_of(tokens, weights, begin, EDGE, epilogue="swiglu")().clone()
+    product, begin, owned = make(EDGE, 256, 256, Form("gated"))
+    good = product().clone()
     row = begin[8] + 33
-    tokens[row, 5] = bad
-    product = product_of(tokens, weights, begin, EDGE, epilogue="swiglu")
+    product.operands[0][row, 5] = bad
     out = product()
     product.check_waits()
     assert not torch.isfinite(out[row]).all()
@@ -122,27 +139,35 @@ def test_bad_value_stays_in_its_row(bad):
     assert torch.equal(out[owned], good[owned])
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_keep_nan(activation):
+    form = Form("gated", activation=activation, **GPT_OSS)
+    product, _, _ = make([40], 64, 64, form)
+    product.operands[0][7] = math.nan
+    assert torch.isnan(product()[7]).all()
+
+
 def test_one_kernel_node_and_replays():
     """One launch in a captured graph; replays follow changed inputs and routing."""
-    tokens, weights, begin, _ = make(EDGE, 256, 512, torch.bfloat16, "depth", "swiglu", 1)
-    product = product_of(tokens, weights, begin, EDGE, epilogue="swiglu")
+    product, _, _ = make(EDGE, 256, 512, Form("gated"))
     product()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
         product()
-    assert cuda_products.count_graph_nodes(graph) == ["kernel"]
+    assert count_graph_nodes(graph) == ["kernel"]
     graph.instantiate()
     generator = torch.Generator("cuda").manual_seed(5)
+    tokens, _, expert_begin, expert_rows = product.operands
     for replay in range(20):
         counts = EDGE[replay % len(EDGE) :] + EDGE[: replay % len(EDGE)]
         begin, _ = group_offsets(counts)
         tokens.normal_(generator=generator)
-        product.operands[2].copy_(torch.tensor(begin))
-        product.operands[3].copy_(torch.tensor(counts))
+        expert_begin.copy_(torch.tensor(begin))
+        expert_rows.copy_(torch.tensor(counts))
         product.out.fill_(math.nan)
         graph.replay()
-        ours, plain = errors_against_fp64(product.out, tokens, weights, begin, counts, "swiglu")
+        ours, plain = errors_against_fp64(product, begin, counts)
         assert ours <= MAX_ERROR_RATIO * plain
     product.check_waits()
 
@@ -151,19 +176,17 @@ def test_one_kernel_node_and_replays():
     ("depth", "columns", "word"), [(96, 128, "depth is 96"), (128, 96, "columns is 96")]
 )
 def test_refuses_sizes_by_name(depth, columns, word):
-    tokens, weights, begin, _ = make([3], depth, columns, torch.bfloat16, "depth", "store", 1)
-    product = product_of(tokens, weights, begin, [3])
+    product, _, _ = make([3], depth, columns, Form())
     with pytest.raises(ProductError, match=word):
         product()
 
 
 def test_refuses_layout_by_name():
-    tokens, weights, begin, _ = make([3], 64, 64, torch.bfloat16, "columns", "swiglu", 1)
-    options = dict(major="columns", epilogue="swiglu", gate_order="interleaved")
+    product, _, _ = make([3], 64, 64, Form("gated", "columns", "interleaved"))
     with pytest.raises(ProductError, match="interleaved"):
-        product_of(tokens, weights, begin, [3], **options)()
+        product()
 
 
 def test_configuration_is_printable():
-    tokens, weights, begin, _ = make([3], 64, 64, torch.bfloat16, "depth", "store", 1)
-    assert "128 x 192" in product_of(tokens, weights, begin, [3]).config()
+    product, _, _ = make([3], 64, 64, Form())
+    assert "128 x 192" in product.config()

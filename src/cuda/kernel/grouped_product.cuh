@@ -112,6 +112,7 @@ FM_DEVICE void math_role(const GroupedProductParams& params, tile::SharedMemory<
   sync::Turns turns(smem.turns, warpgroup_idx);
   tile::Staging staging(smem.staging[warpgroup_idx], warpgroup_idx);
   const int32_t num_k_blocks = params.num_k_blocks;
+  float sums[kConfig.max_tokens];
 
   tile::Tile tile = tiles.take(waiter);
   const auto pass_over = [&] {  // from the other's tile to the own one after it
@@ -126,15 +127,14 @@ FM_DEVICE void math_role(const GroupedProductParams& params, tile::SharedMemory<
   // The four warps leave together, also when the time of one of them is over: they meet at
   // barriers.
   while (staging.all(!tile.is_end() && waiter.alive())) {
-    // Made anew for each tile: were they to outlive it, what the epilogue does to them would reach
-    // the next tile's products, and ptxas would serialise those (C7515).
-    float sums[kConfig.max_tokens];
     turns.wait(waiter);
     tile::multiply_steps<Config>(tile.num_steps(), sums, smem, stages, num_k_blocks, waiter,
                                  [&] { turns.pass(); });
     const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + cta_rank;
-    tile::finish_sums<Config>(sums, params, tile, weight_tile_idx);
-    tile::store_tile<Config>(sums, staging, params.out, tile, weight_tile_idx);
+    const tile::RowBias bias = tile::load_bias<Config>(params.bias, tile, weight_tile_idx);
+    tile::with_results<Config>(sums, params.activation, bias, [&](const auto& results) {
+      tile::store_tile<Config>(results, staging, params.out, tile, weight_tile_idx);
+    });
     tile = tiles.take(waiter);
     pass_over();
   }

@@ -4,11 +4,10 @@
 #include <cuda.h>
 
 #include <cstddef>
-#include <limits>
 
+#include "cuda/config/activation.h"
 #include "cuda/config/grouped_product.h"
 #include "cuda/sync/report.h"
-#include "flashmoe/c_api.h"
 
 namespace flashmoe::cuda::kernel {
 
@@ -26,31 +25,12 @@ struct Workspace {
   sync::WaitReport report;
 };
 
-// act(x) of kind `kind`; gated: act(gate) * (up + up_offset). The limit clamps what goes in: gate
-// (or x) from above, up from both sides.
-struct Activation {
-  fm_activation kind = FM_SILU;
-  float alpha = 1.0f;  // silu: x * sigmoid(alpha * x)
-  float limit = std::numeric_limits<float>::infinity();
-  float up_offset = 0.0f;
-};
-
-// Bias [num_experts, per_expert] of the products' element type, added to the sums; data may be
-// null. Out column c has its bias at c * column_stride; half_offset leads from the first half of a
-// tile to the second (to the next 64 columns, or from gate to up).
-struct BiasView {
-  const void* data;
-  int64_t per_expert;
-  int32_t column_stride;
-  int32_t half_offset;
-};
-
 struct GroupedProductParams {
   CUtensorMap weights;
   CUtensorMap out;
   CUtensorMap tokens[192 / tile::kTokenStep];  // [n - 1]: boxes of n * 8 rows, half of n steps
-  BiasView bias;
-  Activation activation;
+  config::BiasView bias;
+  config::Activation activation;
   const int64_t* expert_begin;  // [num_experts] first row
   const int64_t* expert_rows;   // [num_experts]
   Workspace* workspace;

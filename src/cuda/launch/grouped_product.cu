@@ -56,7 +56,7 @@ TensorView weights_view(const GroupedProductArguments& arguments) {
   return view;
 }
 
-kernel::BiasView bias_view(const GroupedProductArguments& arguments) {
+config::BiasView bias_view(const GroupedProductArguments& arguments) {
   const bool gated = arguments.epilogue == config::Epilogue::kGated;
   const bool interleaved = gated && arguments.gate_order == GateOrder::kInterleaved;
   const int64_t half = gated ? arguments.columns : int64_t{kHalfRows};

@@ -34,7 +34,7 @@ struct GroupedProductArguments {
   config::Major major = config::Major::kDepth;
   config::Epilogue epilogue = config::Epilogue::kStore;  // kGated: G = 2, else 1
   GateOrder gate_order = GateOrder::kConcatenated;       // of gated weights and their bias
-  kernel::Activation activation;                         // unused by kStore
+  config::Activation activation;                         // unused by kStore
   kernel::Workspace* workspace = nullptr;                // zeroed when made; one launch at a time
   uint64_t timeout_ns = ~uint64_t{0};                    // of every wait in the kernel
   cudaStream_t stream = nullptr;

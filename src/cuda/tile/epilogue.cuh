@@ -70,8 +70,9 @@ FM_DEVICE void write_chunk_part(uint32_t chunk, int first_token, const uint32_t 
 }
 
 // Rounds the sums of 32 tokens (of fewer at the end of the widest tile) into a chunk.
-template <class Config>
-FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, const float* sums) {
+// results(half, i): see activation.cuh.
+template <class Config, class Results>
+FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, int half, const Results& results) {
   using Element = ElementOf<Config::value.element>;
   FM_UNROLL
   for (int part = 0; part < config::kStoreTokens / 16; ++part) {
@@ -80,15 +81,16 @@ FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, const float* sums) {
     uint32_t packed[4];
     FM_UNROLL
     for (int pair = 0; pair < 4; ++pair) {
-      packed[pair] = Element::pack(sums[first + 2 * pair], sums[first + 2 * pair + 1]);
+      const int i = first + 2 * pair;
+      packed[pair] = Element::pack(results(half, i), results(half, i + 1));
     }
     write_chunk_part(chunk, part * 16, packed);
   }
 }
 
 // Stores a tile. weight_tile_idx: this CTA's. Rows past the tile's are clipped by the map.
-template <class Config>
-FM_DEVICE void store_tile(const float* sums, Staging& staging, const CUtensorMap& out,
+template <class Config, class Results>
+FM_DEVICE void store_tile(const Results& results, Staging& staging, const CUtensorMap& out,
                           const Tile& tile, int32_t weight_tile_idx) {
   constexpr config::GroupedProduct kConfig = Config::value;
   constexpr int kChunks = (kConfig.max_tokens + config::kStoreTokens - 1) / config::kStoreTokens;
@@ -99,11 +101,10 @@ FM_DEVICE void store_tile(const float* sums, Staging& staging, const CUtensorMap
     if (first >= tile.num_rows) break;
     const int32_t row = tile.row_begin + first;
     const int32_t num_rows = min(config::kStoreTokens, tile.num_rows - first);
-    fill_chunk<Config>(staging.acquire(), chunk_idx, sums);
-    staging.store(out, column, row, num_rows);
-    if constexpr (!kConfig.gated()) {
-      fill_chunk<Config>(staging.acquire(), chunk_idx, sums + kConfig.max_tokens / 2);
-      staging.store(out, column + config::kHalfRows, row, num_rows);
+    FM_UNROLL
+    for (int half = 0; half < (kConfig.gated() ? 1 : 2); ++half) {
+      fill_chunk<Config>(staging.acquire(), chunk_idx, half, results);
+      staging.store(out, column + half * config::kHalfRows, row, num_rows);
     }
   }
 }

@@ -1,0 +1,130 @@
+// What happens to a tile's sums before they are stored: bias, clamp, activation, gate times up.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/config/activation.h"
+#include "cuda/ptx/ptx.cuh"
+#include "cuda/tile/element.cuh"
+
+namespace flashmoe::cuda::tile {
+
+// x * sigmoid(x * slope), within 2 ulp of fp32. Minus infinity gives NaN, as the plain form does.
+FM_DEVICE float times_sigmoid(float x, float slope) {
+  return __fdividef(x, 1.0f + __expf(-slope * x));
+}
+
+// The activation functions of c_api.h's fm_activation, in fp32. NaN stays NaN.
+struct Silu {
+  float alpha;
+  FM_DEVICE float operator()(float x) const { return times_sigmoid(x, alpha); }
+};
+struct GeluErf {
+  FM_DEVICE float operator()(float x) const {
+    constexpr float kSqrtHalf = 0.70710678118654752f;
+    return 0.5f * x * (1.0f + erff(x * kSqrtHalf));
+  }
+};
+struct GeluTanh {
+  // (1 + tanh(u)) / 2 is sigmoid(2 u).
+  FM_DEVICE float operator()(float x) const {
+    constexpr float kTwiceScale = 1.59576912160573071f;  // 2 sqrt(2 / pi)
+    return times_sigmoid(x, kTwiceScale * (1.0f + 0.044715f * x * x));
+  }
+};
+struct Relu {
+  FM_DEVICE float operator()(float x) const { return x > 0.0f ? x : 0.0f * x; }
+};
+struct ReluSquared {
+  FM_DEVICE float operator()(float x) const { return x > 0.0f ? x * x : 0.0f * x; }
+};
+struct Identity {
+  FM_DEVICE float operator()(float x) const { return x; }
+};
+
+// Selects, not fminf: a NaN must stay one.
+FM_DEVICE float at_most(float x, float limit) { return x > limit ? limit : x; }
+FM_DEVICE float at_least(float x, float limit) { return x < limit ? limit : x; }
+
+// Bias of this thread's weight rows: it has rows lane / 4 and lane / 4 + 8 of its warp's 16, in
+// either half of the tile. Zeros where there is none.
+struct RowBias {
+  float values[2][2];  // [half][row]
+
+  // Sums 0 and 1 of four belong to the first row, 2 and 3 to the second.
+  FM_DEVICE float of(int half, int i) const { return values[half][i / 2 % 2]; }
+};
+
+template <class Config>
+FM_DEVICE RowBias load_bias(const config::BiasView& bias, const Tile& tile,
+                            int32_t weight_tile_idx) {
+  using Element = typename ElementOf<Config::value.element>::Type;
+  const int32_t thread = threadIdx.x % config::kWarpgroup;
+  const int32_t column =
+      weight_tile_idx * Config::value.out_columns() + thread / 32 * 16 + thread % 32 / 4;
+  const auto* of_expert = static_cast<const Element*>(bias.data);
+  if (of_expert != nullptr) of_expert += tile.local_expert_idx * bias.per_expert;
+  RowBias result;
+  FM_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    FM_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      const int64_t at = int64_t{column + 8 * row} * bias.column_stride + half * bias.half_offset;
+      const bool exists = of_expert != nullptr && at < bias.per_expert;
+      result.values[half][row] = exists ? static_cast<float>(of_expert[at]) : 0.0f;
+    }
+  }
+  return result;
+}
+
+// What is stored for the sums of a tile, computed where it is read: sums that were changed in place
+// would make ptxas serialise the products (C7515).
+template <class Config, class Function>
+struct Results {
+  const float* sums;
+  RowBias bias;
+  config::Activation activation;
+  Function function;
+
+  FM_DEVICE float biased(int half, int i) const {
+    return sums[half * (Config::value.max_tokens / 2) + i] + bias.of(half, i);
+  }
+  // Of the half's i-th sum; gated, of a gate and its up sum (half 0 only).
+  FM_DEVICE float operator()(int half, int i) const {
+    if constexpr (Config::value.epilogue == config::Epilogue::kStore) return biased(half, i);
+    const float limit = activation.limit;
+    const float value = function(at_most(biased(half, i), limit));
+    if constexpr (!Config::value.gated()) return value;
+    const float up = at_least(at_most(biased(1, i), limit), -limit);
+    return value * (up + activation.up_offset);
+  }
+};
+
+// Calls use(results) with the results that the launch asks for.
+template <class Config, class Use>
+FM_DEVICE void with_results(const float* sums, const config::Activation& activation,
+                            const RowBias& bias, const Use& use) {
+  const auto use_function = [&](const auto& function) {
+    use(Results<Config, std::decay_t<decltype(function)>>{sums, bias, activation, function});
+  };
+  if constexpr (Config::value.epilogue == config::Epilogue::kStore) {
+    use_function(Identity{});
+    return;
+  }
+  switch (activation.kind) {
+    case FM_SILU:
+      return use_function(Silu{activation.alpha});
+    case FM_GELU_ERF:
+      return use_function(GeluErf{});
+    case FM_GELU_TANH:
+      return use_function(GeluTanh{});
+    case FM_RELU:
+      return use_function(Relu{});
+    case FM_RELU2:
+      return use_function(ReluSquared{});
+    default:
+      return use_function(Identity{});
+  }
+}
+
+}  // namespace flashmoe::cuda::tile
