@@ -224,19 +224,14 @@ void tell_peers(fabric::Group& group, plan::Epoch epoch, bool published, const E
   group.finish_epoch(epoch);
 }
 
-// A rank that can not grow leaves its peers in the middle of the growth: the group ends.
-void grow_or_abort(fabric::Group& group, const plan::SymmetricCapacity& capacity,
-                   const fabric::Waiter& waiter) {
+template <class T>
+[[noreturn]] void fail_launch(const Launch<T>& launch, const Error& error) {
   try {
-    group.grow(capacity, waiter);
-  } catch (const Error& error) {
-    if (error.status() != FM_ABORTED) group.abort(error.status(), error.what());
-    throw;
-  } catch (const std::bad_alloc&) {
-    const Error error(FM_OUT_OF_MEMORY, "no memory for the group's symmetric memory");
-    group.abort(error.status(), error.what());
-    throw error;
+    tell_peers(launch.group, launch.epoch, launch.published, error);
+  } catch (const Error&) {
+    launch.group.abort(error.status(), error.what());  // the peers could not be told in order
   }
+  throw Error(error);
 }
 
 // One try; false when the symmetric memory had to grow and the call must be launched again.
@@ -259,16 +254,15 @@ bool try_launch(const Call& call, fabric::Group& group, Workspace& workspace, Th
   } catch (const NeedMemory& need) {
     group.finish_epoch(launch.epoch);
     const fabric::Waiter fresh(&group.own_control(), group.rank(), group.options().timeout_seconds);
-    grow_or_abort(group, need.capacity, fresh);
+    group.grow(need.capacity, fresh);
     return false;
   } catch (const Error& error) {
-    tell_peers(group, launch.epoch, launch.published, error);
-    throw;
+    fail_launch(launch, error);
   } catch (const std::bad_alloc&) {
-    const Error error(FM_OUT_OF_MEMORY,
-                      "no memory for the scratch of the launch; use fewer tokens");
-    tell_peers(group, launch.epoch, launch.published, error);
-    throw error;
+    fail_launch(launch, Error(FM_OUT_OF_MEMORY,
+                              "no memory for the scratch of the launch; use fewer tokens"));
+  } catch (const std::exception& error) {
+    fail_launch(launch, Error(FM_INTERNAL, std::string("internal error: ") + error.what()));
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 namespace flashmoe::fabric {
 namespace {
@@ -86,18 +87,22 @@ Group::Group(std::unique_ptr<Fabric> fabric, int32_t rank, int32_t world, GroupO
 }
 
 void Group::connect(const Waiter& waiter) {
-  if (world_ == 1 || generation_ != 0) return;
+  if (world_ == 1 || connected_) return;
   grow({.bytes = 4096}, waiter);
   check_build(waiter);
+  connected_ = true;
 }
 
 void Group::check_build(const Waiter& waiter) {
   waiter.check_abort();
   for (int32_t peer = 0; peer < world_; ++peer) {
-    if (std::strcmp(control(peer).build, own_control().build) != 0) {
-      fail(FM_MISMATCH, "rank ", peer, " runs build '", control(peer).build, "', rank ", rank_,
-           " runs '", own_control().build, "': install the same flashmoe on all ranks");
-    }
+    if (std::strcmp(control(peer).build, own_control().build) == 0) continue;
+    const std::string reason = "rank " + std::to_string(peer) + " runs build '" +
+                               control(peer).build + "', rank " + std::to_string(rank_) +
+                               " runs '" + own_control().build +
+                               "': install the same flashmoe on all ranks";
+    abort(FM_MISMATCH, reason);
+    throw Error(FM_MISMATCH, reason);
   }
 }
 
@@ -142,6 +147,20 @@ void Group::finish_epoch(plan::Epoch epoch) {
 }
 
 void Group::grow(const plan::SymmetricCapacity& capacity, const Waiter& waiter) {
+  try {
+    grow_together(capacity, waiter);
+  } catch (const Error& error) {
+    if (error.status() != FM_ABORTED) abort(error.status(), error.what());
+    throw;
+  } catch (const std::bad_alloc&) {
+    const Error error(FM_OUT_OF_MEMORY, "rank " + std::to_string(rank_) + " has no memory for " +
+                                            std::to_string(capacity.bytes) + " symmetric bytes");
+    abort(error.status(), error.what());
+    throw error;
+  }
+}
+
+void Group::grow_together(const plan::SymmetricCapacity& capacity, const Waiter& waiter) {
   const uint32_t generation = ++generation_;
   fabric_->allocate(capacity.bytes, generation);
   for (int32_t peer = 0; peer < world_; ++peer) {

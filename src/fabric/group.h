@@ -58,7 +58,8 @@ class Group {
   // Tells all ranks that this one has left the launch.
   void finish_epoch(plan::Epoch epoch);
 
-  // Collective: all ranks have agreed (by their headers) on the new capacity.
+  // Collective: all ranks have agreed (by their headers) on the new capacity. A rank that can not
+  // leaves its peers in the middle of it: the group is aborted.
   void grow(const plan::SymmetricCapacity& capacity, const Waiter& waiter);
 
   // Stops every rank's waits. The first reason stands.
@@ -66,6 +67,7 @@ class Group {
 
  private:
   void check_build(const Waiter& waiter);
+  void grow_together(const plan::SymmetricCapacity& capacity, const Waiter& waiter);
 
   std::unique_ptr<Fabric> fabric_;
   int32_t rank_;
@@ -74,6 +76,7 @@ class Group {
   std::mutex launch_mutex_;
   plan::Epoch epoch_ = 0;
   uint32_t generation_ = 0;
+  bool connected_ = false;
   plan::SymmetricCapacity capacity_;
 };
 

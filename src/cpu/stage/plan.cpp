@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "cpu/stage/stages.h"
@@ -238,6 +239,10 @@ void place_experts(Launch<T>& launch, const std::vector<int32_t>& counts) {
   std::vector<int64_t> sizes(begin.size()), segments(begin.size() * p.world);
   launch.num_rows = plan::place_rows(p, counts.data(), block.row_align, begin.data(), sizes.data(),
                                      segments.data());
+  if (launch.num_rows > std::numeric_limits<int32_t>::max()) {
+    fail(FM_INVALID_VALUE, "rank ", p.rank, " would compute ", launch.num_rows,
+         " rows; at most 2^31 - 1 are indexed: use fewer tokens or more ranks");
+  }
   const plan::RowShape shape{
       .rows = launch.num_rows,
       .blocks = plan::max_blocks(launch.num_rows, p.local_experts(), block),
