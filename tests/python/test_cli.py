@@ -25,6 +25,15 @@ BENCH_FIELDS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """The reference's operators are tiny here: threads would cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(capsys, *arguments):
     """(exit code, stdout, stderr) of a command line in this process."""
     code = cli.main(list(arguments))
