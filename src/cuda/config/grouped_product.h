@@ -25,7 +25,10 @@ enum class Major : int32_t {
 enum class Epilogue : int32_t {
   kStore,     // out = sum
   kActivate,  // out = act(sum)
-  kGated,     // out = act(gate) * up; gate and up sums of one out column are in one thread
+  kGated,     // out = act(gate) * up; gate rows are a tile's first half, up rows its second
+  // The same where gate and up alternate in memory that is contiguous along them (transposed
+  // weights): a tile has 64 pairs as they lie, and lanes exchange sums.
+  kGatedPairs,
 };
 
 inline constexpr int32_t kElementBytes = 2;
@@ -50,9 +53,17 @@ struct GroupedProduct {
   int32_t load_registers = 40;
   int32_t math_registers = 232;
 
-  FM_HD constexpr bool gated() const { return epilogue == Epilogue::kGated; }
+  FM_HD constexpr bool gated() const {
+    return epilogue == Epilogue::kGated || epilogue == Epilogue::kGatedPairs;
+  }
+  // Whether a tile's second half holds the up rows of its first.
+  FM_HD constexpr bool halves_are_gates() const { return epilogue == Epilogue::kGated; }
   // Columns of `out` that a CTA's tile makes.
   FM_HD constexpr int32_t out_columns() const { return gated() ? kHalfRows : kWeightRows; }
+  // Weight rows from one tile's to the next; of gate rows alone where they are a half of their own.
+  FM_HD constexpr int32_t weight_step() const {
+    return halves_are_gates() ? kHalfRows : kWeightRows;
+  }
   FM_HD constexpr int32_t max_steps() const { return max_tokens / tile::kTokenStep; }
   FM_HD constexpr int32_t weight_bytes() const { return kWeightRows * kDepthStep * kElementBytes; }
   FM_HD constexpr int32_t token_bytes(int32_t num_steps) const {
@@ -90,7 +101,8 @@ constexpr const char* name_of(Element element) {
 constexpr const char* name_of(Major major) { return major == Major::kDepth ? "depth" : "columns"; }
 constexpr const char* name_of(Epilogue epilogue) {
   if (epilogue == Epilogue::kStore) return "store";
-  return epilogue == Epilogue::kActivate ? "activate" : "gated";
+  if (epilogue == Epilogue::kActivate) return "activate";
+  return epilogue == Epilogue::kGated ? "gated" : "gated pairs";
 }
 
 // "bf16 depth store: 128 x 192 ping-pong, pairs, 5 stages of 40960 bytes, registers 40 + 2 x 232"

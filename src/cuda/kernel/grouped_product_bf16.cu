@@ -16,9 +16,12 @@ KernelEntry entry_for(Epilogue epilogue) {
     case Epilogue::kActivate:
       return entry_of<config::GroupedProductOf<kElement, kMajor, Epilogue::kActivate>>();
     case Epilogue::kGated:
+      return entry_of<config::GroupedProductOf<kElement, kMajor, Epilogue::kGated>>();
+    case Epilogue::kGatedPairs:
       break;
   }
-  return entry_of<config::GroupedProductOf<kElement, kMajor, Epilogue::kGated>>();
+  // Depth-major weights never need it: a strided map takes alternate rows apart.
+  return entry_of<config::GroupedProductOf<kElement, Major::kColumns, Epilogue::kGatedPairs>>();
 }
 
 }  // namespace

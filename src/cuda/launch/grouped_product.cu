@@ -13,63 +13,84 @@ using config::kDepthStep;
 using config::kElementBytes;
 using config::kHalfRows;
 
-constexpr uint64_t kRow = kHalfRows;  // weight rows (or columns) of a box
+constexpr uint64_t kBlock = kHalfRows;  // weight rows of a box, once or twice
+
+bool is_interleaved(const GroupedProductArguments& arguments) {
+  return arguments.epilogue == config::Epilogue::kGated &&
+         arguments.gate_order == GateOrder::kInterleaved;
+}
 
 kernel::KernelEntry kernel_for(const GroupedProductArguments& arguments) {
+  const bool pairs = is_interleaved(arguments) && arguments.major == config::Major::kColumns;
+  const config::Epilogue epilogue = pairs ? config::Epilogue::kGatedPairs : arguments.epilogue;
   return arguments.element == config::Element::kBf16
-             ? kernel::grouped_product_bf16(arguments.major, arguments.epilogue)
-             : kernel::grouped_product_fp16(arguments.major, arguments.epilogue);
+             ? kernel::grouped_product_bf16(arguments.major, epilogue)
+             : kernel::grouped_product_fp16(arguments.major, epilogue);
+}
+
+// An expert's weight rows as the kernel takes them: `halves` sets (gate rows and up rows, or all)
+// of `rows`, `stride` apart; half_offset leads from a tile's first 64 rows to its second.
+struct WeightRows {
+  uint64_t halves;
+  uint64_t rows;
+  uint64_t stride;
+  uint64_t half_offset;
+};
+
+WeightRows weight_rows(const GroupedProductArguments& arguments,
+                       const config::GroupedProduct& config) {
+  const uint64_t columns = arguments.columns;
+  if (!config.halves_are_gates()) return {1, (config.gated() ? 2 : 1) * columns, 1, kBlock};
+  if (is_interleaved(arguments)) return {2, columns, 2, 1};
+  return {2, columns, 1, columns};
 }
 
 // Coordinates (k, row of 64, block of 64 rows, gate or up, expert), the first two swapped where
 // columns are contiguous. A box is what a CTA takes of a k-block: 128 rows, or 64 gate rows and
 // their 64 up rows.
-TensorView weights_view(const GroupedProductArguments& arguments) {
-  const bool gated = arguments.epilogue == config::Epilogue::kGated;
-  const bool interleaved = gated && arguments.gate_order == GateOrder::kInterleaved;
-  const uint64_t gates = gated ? 2 : 1;
+TensorView weights_view(const GroupedProductArguments& arguments,
+                        const config::GroupedProduct& config) {
+  const WeightRows weights = weight_rows(arguments, config);
   const uint64_t depth = arguments.depth;
-  const uint64_t columns = arguments.columns;
-  const uint64_t expert_bytes = gates * columns * depth * kElementBytes;
+  const uint64_t all_rows = weights.rows * weights.halves;
+  const uint64_t blocks_of_box = 2 / weights.halves;
   TensorView view{};
   view.base = arguments.weights;
   view.num_dims = 5;
   const auto set = [&view](int dim, uint64_t size, uint64_t stride, uint64_t box) {
     view.sizes[dim] = size;
-    view.strides[dim] = stride;
+    view.strides[dim] = stride * kElementBytes;
     view.box[dim] = static_cast<uint32_t>(box);
   };
   if (arguments.major == config::Major::kDepth) {
-    const uint64_t row_bytes = depth * kElementBytes;
-    const uint64_t row_stride = interleaved ? 2 * row_bytes : row_bytes;
-    set(0, depth, kElementBytes, kDepthStep);
-    set(1, kRow, row_stride, kRow);
-    set(2, columns / kRow, kRow * row_stride, gated ? 1 : 2);
-    set(3, gates, interleaved ? row_bytes : columns * row_bytes, gates);
+    const uint64_t row_stride = weights.stride * depth;
+    set(0, depth, 1, kDepthStep);
+    set(1, kBlock, row_stride, kBlock);
+    set(2, weights.rows / kBlock, kBlock * row_stride, blocks_of_box);
+    set(3, weights.halves, weights.half_offset * depth, weights.halves);
   } else {
-    set(0, kRow, kElementBytes, kRow);
-    set(1, depth, gates * columns * kElementBytes, kDepthStep);
-    set(2, columns / kRow, kRow * kElementBytes, gated ? 1 : 2);
-    set(3, gates, columns * kElementBytes, gates);
+    set(0, kBlock, 1, kBlock);
+    set(1, depth, all_rows, kDepthStep);
+    set(2, weights.rows / kBlock, kBlock, blocks_of_box);
+    set(3, weights.halves, weights.half_offset, weights.halves);
   }
-  set(4, arguments.num_experts, expert_bytes, 1);
+  set(4, arguments.num_experts, all_rows * depth, 1);
   return view;
 }
 
-config::BiasView bias_view(const GroupedProductArguments& arguments) {
-  const bool gated = arguments.epilogue == config::Epilogue::kGated;
-  const bool interleaved = gated && arguments.gate_order == GateOrder::kInterleaved;
-  const int64_t half = gated ? arguments.columns : int64_t{kHalfRows};
+config::BiasView bias_view(const GroupedProductArguments& arguments,
+                           const config::GroupedProduct& config) {
+  const WeightRows weights = weight_rows(arguments, config);
   return {.data = arguments.bias,
-          .per_expert = (gated ? 2 : 1) * arguments.columns,
-          .column_stride = interleaved ? 2 : 1,
-          .half_offset = static_cast<int32_t>(interleaved ? 1 : half)};
+          .per_expert = static_cast<int64_t>(weights.rows * weights.halves),
+          .column_stride = static_cast<int32_t>(weights.stride),
+          .half_offset = static_cast<int32_t>(weights.half_offset)};
 }
 
 kernel::GroupedProductParams make_params(const GroupedProductArguments& arguments,
                                          const config::GroupedProduct& config) {
   kernel::GroupedProductParams params{};
-  params.weights = encode(weights_view(arguments), arguments.element, "weights");
+  params.weights = encode(weights_view(arguments, config), arguments.element, "weights");
   params.out = encode(window_view(arguments.out, arguments.num_rows, arguments.columns, kHalfRows,
                                   config::kStoreTokens),
                       arguments.element, "out");
@@ -80,7 +101,7 @@ kernel::GroupedProductParams make_params(const GroupedProductArguments& argument
                arguments.element, "tokens");
   }
   const int64_t pair_columns = config.out_columns() * config::kClusterSize;
-  params.bias = bias_view(arguments);
+  params.bias = bias_view(arguments, config);
   params.activation = arguments.activation;
   params.expert_begin = arguments.expert_begin;
   params.expert_rows = arguments.expert_rows;
@@ -169,6 +190,9 @@ std::string reason_to_refuse(const GroupedProductArguments& arguments) {
   if (arguments.num_experts < 1 || arguments.num_experts > 65536) {
     return text_of("num_experts is ", arguments.num_experts, "; accepted: 1 to 65536");
   }
+  if (arguments.epilogue == config::Epilogue::kGatedPairs) {
+    return "epilogue: ask for kGated, and say by gate_order how gate and up rows lie";
+  }
   if (arguments.activation.kind < FM_SILU || arguments.activation.kind > FM_IDENTITY) {
     return text_of("activation.kind is ", static_cast<int>(arguments.activation.kind),
                    "; accepted: the values of fm_activation");
@@ -176,11 +200,6 @@ std::string reason_to_refuse(const GroupedProductArguments& arguments) {
   const void* operands[] = {arguments.tokens, arguments.weights, arguments.out};
   if (!std::all_of(std::begin(operands), std::end(operands), is_aligned)) {
     return "tokens, weights and out must start at multiples of 16 bytes";
-  }
-  if (arguments.major == config::Major::kColumns &&
-      arguments.epilogue == config::Epilogue::kGated &&
-      arguments.gate_order == GateOrder::kInterleaved) {
-    return "interleaved gate and up columns of transposed weights are not supported yet";
   }
   return {};
 }

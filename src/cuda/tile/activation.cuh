@@ -61,7 +61,7 @@ FM_DEVICE RowBias load_bias(const config::BiasView& bias, const Tile& tile,
   using Element = typename ElementOf<Config::value.element>::Type;
   const int32_t thread = threadIdx.x % config::kWarpgroup;
   const int32_t column =
-      weight_tile_idx * Config::value.out_columns() + thread / 32 * 16 + thread % 32 / 4;
+      weight_tile_idx * Config::value.weight_step() + thread / 32 * 16 + thread % 32 / 4;
   const auto* of_expert = static_cast<const Element*>(bias.data);
   if (of_expert != nullptr) of_expert += tile.local_expert_idx * bias.per_expert;
   RowBias result;
@@ -89,14 +89,33 @@ struct Results {
   FM_DEVICE float biased(int half, int i) const {
     return sums[half * (Config::value.max_tokens / 2) + i] + bias.of(half, i);
   }
+  FM_DEVICE float combine(float gate, float up) const {
+    const float limit = activation.limit;
+    const float clamped = at_least(at_most(up, limit), -limit);
+    return function(at_most(gate, limit)) * (clamped + activation.up_offset);
+  }
   // Of the half's i-th sum; gated, of a gate and its up sum (half 0 only).
   FM_DEVICE float operator()(int half, int i) const {
     if constexpr (Config::value.epilogue == config::Epilogue::kStore) return biased(half, i);
-    const float limit = activation.limit;
-    const float value = function(at_most(biased(half, i), limit));
-    if constexpr (!Config::value.gated()) return value;
-    const float up = at_least(at_most(biased(1, i), limit), -limit);
-    return value * (up + activation.up_offset);
+    if constexpr (Config::value.gated()) return combine(biased(0, i), biased(1, i));
+    return function(at_most(biased(half, i), activation.limit));
+  }
+  // Where gate and up rows alternate. Thread row t = lane / 4 has weight rows t (sum i) and t + 8
+  // (sum i + 2) of its warp's 16; out column t of 8 needs rows 2 t and 2 t + 1. Two exchanges serve
+  // all: even thread rows have gates and send row t first, odd ones ups and send row t + 8 first.
+  // Whole warp.
+  FM_DEVICE float of_pair(int half, int i) const {
+    constexpr uint32_t kAll = 0xFFFFFFFF;
+    const int lane = threadIdx.x % 32;
+    const int row = lane / 4;
+    const bool is_odd = row % 2 != 0;
+    const bool is_low = row < 4;
+    const float here = biased(half, i);
+    const float below = biased(half, i + 2);
+    const int even_lane = row % 4 * 8 + lane % 4;
+    const float first = __shfl_sync(kAll, is_odd ? below : here, even_lane + (is_low ? 0 : 4));
+    const float second = __shfl_sync(kAll, is_odd ? here : below, even_lane + (is_low ? 4 : 0));
+    return is_low ? combine(first, second) : combine(second, first);
   }
 };
 

@@ -59,13 +59,13 @@ class Staging {
   int buffer_idx_ = 0;
 };
 
-// 16 tokens by this warp's 16 columns of a chunk. sums: eight of a thread, tokens on N; the
-// transposed store turns them into rows of tokens. Swizzled as the map of `out` expects.
-FM_DEVICE void write_chunk_part(uint32_t chunk, int first_token, const uint32_t (&packed)[4]) {
-  const int warp_idx = threadIdx.x % config::kWarpgroup / 32;
+// 16 tokens by two of the chunk's 8 units of 8 columns. packed: eight results of a thread, tokens
+// on N; the transposed store turns them into rows of tokens. Swizzled as the map of `out` expects.
+FM_DEVICE void write_chunk_part(uint32_t chunk, int first_token, int unit_of_first, int unit_stride,
+                                const uint32_t (&packed)[4]) {
   const int lane = threadIdx.x % 32;
   const int token = first_token + (lane >> 4) * 8 + (lane & 7);
-  const int unit = warp_idx * 2 + ((lane >> 3) & 1);  // of 8 columns
+  const int unit = unit_of_first + ((lane >> 3) & 1) * unit_stride;
   ptx::stmatrix_x4_trans(chunk + token * 128 + ((unit ^ (token & 7)) << 4), packed);
 }
 
@@ -74,6 +74,8 @@ FM_DEVICE void write_chunk_part(uint32_t chunk, int first_token, const uint32_t 
 template <class Config, class Results>
 FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, int half, const Results& results) {
   using Element = ElementOf<Config::value.element>;
+  constexpr bool kPairs = Config::value.epilogue == config::Epilogue::kGatedPairs;
+  const int warp_idx = threadIdx.x % config::kWarpgroup / 32;
   FM_UNROLL
   for (int part = 0; part < config::kStoreTokens / 16; ++part) {
     const int first = (chunk_idx * config::kStoreTokens / 16 + part) * 8;
@@ -81,10 +83,16 @@ FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, int half, const Results
     uint32_t packed[4];
     FM_UNROLL
     for (int pair = 0; pair < 4; ++pair) {
-      const int i = first + 2 * pair;
-      packed[pair] = Element::pack(results(half, i), results(half, i + 1));
+      if constexpr (kPairs) {  // a unit from either half of the weight rows
+        const int i = first + pair / 2 * 4;
+        packed[pair] =
+            Element::pack(results.of_pair(pair % 2, i), results.of_pair(pair % 2, i + 1));
+      } else {
+        const int i = first + pair * 2;
+        packed[pair] = Element::pack(results(half, i), results(half, i + 1));
+      }
     }
-    write_chunk_part(chunk, part * 16, packed);
+    write_chunk_part(chunk, part * 16, kPairs ? warp_idx : 2 * warp_idx, kPairs ? 4 : 1, packed);
   }
 }
 

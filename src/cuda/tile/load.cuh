@@ -15,7 +15,7 @@ template <config::GroupedProductConfig Config>
 FM_DEVICE void load_weights(uint8_t* destination, uint64_t* full, const CUtensorMap& map,
                             int32_t local_expert_idx, int32_t weight_tile_idx, int32_t depth) {
   constexpr bool kDepthMajor = Config::value.major == config::Major::kDepth;
-  const int32_t block = Config::value.gated() ? weight_tile_idx : 2 * weight_tile_idx;
+  const int32_t block = weight_tile_idx * (Config::value.weight_step() / config::kHalfRows);
   const int32_t at[5] = {kDepthMajor ? depth : 0, kDepthMajor ? 0 : depth, block, 0,
                          local_expert_idx};
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, destination, &map, at, full);
