@@ -26,8 +26,6 @@
 extern "C" {
 #endif
 
-#define FM_ABI_VERSION 1
-
 typedef enum fm_status {
   FM_OK = 0,
   FM_INVALID_VALUE =
@@ -226,8 +224,8 @@ FM_API fm_status fm_group_stats(fm_group group, fm_stats* out);
 FM_API fm_status fm_forward(fm_group group, const fm_layer* layer, const fm_forward_args* args);
 FM_API fm_status fm_backward(fm_group group, const fm_layer* layer, const fm_backward_args* args);
 
-/* Rows a `z` tensor must have for a launch of `tokens` tokens: exact bound at W = 1. At W > 1 the
- * rows depend on all ranks' routing: the bound is W * max tokens * min(k, E_loc) + padding. */
+/* Rows a `z` tensor must have for a launch of `tokens` tokens on one rank. With several ranks the
+ * rows depend on all ranks' routing: FM_UNSUPPORTED, the backward recomputes. */
 FM_API fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64_t* rows);
 
 FM_API const char* fm_last_error(void);

@@ -13,8 +13,8 @@ double read_number(const char* name, double fallback) {
   if (text == nullptr || *text == '\0') return fallback;
   char* end = nullptr;
   const double value = std::strtod(text, &end);
-  if (*end != '\0' || !(value >= 0)) {
-    fail(FM_INVALID_VALUE, name, " is '", text, "', expected a number that is not negative");
+  if (*end != '\0' || !(value >= 0 && value <= 1e9)) {
+    fail(FM_INVALID_VALUE, name, " is '", text, "', expected a number of 0..1e9");
   }
   return value;
 }

@@ -63,17 +63,17 @@ void gelu_tanh(const Piece<A>& x, Piece<A>& value, Piece<A>* slope) {
   }
 }
 
-// NaN must stay NaN: x * 0 rather than max(x, 0) decides the value of a NaN.
+// NaN stays NaN: it is not below 0.
 template <class A>
 void relu(const Piece<A>& x, Piece<A>& value, Piece<A>* slope) {
-  value = (x > A(0)).select(x, A(0) * x);
+  value = (x < A(0)).select(A(0), x);
   if (slope != nullptr) *slope = (x > A(0)).template cast<A>();
 }
 
 template <class A>
 void relu2(const Piece<A>& x, Piece<A>& value, Piece<A>* slope) {
-  value = (x > A(0)).select(x * x, A(0) * x);
-  if (slope != nullptr) *slope = (x > A(0)).select(A(2) * x, A(0) * x);
+  value = (x < A(0)).select(A(0), x * x);
+  if (slope != nullptr) *slope = (x < A(0)).select(A(0), A(2) * x);
 }
 
 template <class A>

@@ -99,8 +99,10 @@ class Walk {
     const double most_jitter = launch_.group.options().jitter_us;
     if (most_jitter > 0) jitter(most_jitter, ticket);
     const auto start = Clock::now();
+    const double waited = fabric::Waiter::waited_seconds();
     run_task(task, launch_.panel_of(thread_idx));
-    seconds_[static_cast<size_t>(thread_idx)][phase_of(task.kind)] += seconds_since(start);
+    seconds_[static_cast<size_t>(thread_idx)][phase_of(task.kind)] +=
+        seconds_since(start) - (fabric::Waiter::waited_seconds() - waited);
     return true;
   }
 
@@ -143,8 +145,7 @@ int cores_of_process() {
 int choose_threads(const fabric::Group& group, const fabric::GroupOptions& options) {
   if (options.num_threads > 0) return options.num_threads;
   if (const int asked = env_num_threads(); asked > 0) return asked;
-  const bool in_process = std::string_view(group.fabric().name()) == "threads";
-  const int sharing = in_process ? group.world() : env_local_world_size();
+  const int sharing = std::max(group.world(), env_local_world_size());
   return std::max(1, cores_of_process() / sharing);
 }
 
@@ -189,7 +190,7 @@ void report(const Launch<T>& launch, const PhaseSeconds& busy, double seconds, f
       fixed + (launch.slots_sent * directions + launch.slots_received) * row_bytes;
   stats.scratch_bytes = launch.route.total + launch.rows.total;
   stats.allocated_bytes = launch.workspace.route.bytes() + launch.workspace.rows.bytes();
-  stats.symmetric_bytes = launch.problem.world > 1 ? launch.symmetric.total : 0;
+  stats.symmetric_bytes = launch.problem.world > 1 ? launch.group.capacity().bytes : 0;
   stats.num_tasks = launch.space.total();
   stats.num_threads = launch.num_threads;
   std::copy(busy.begin(), busy.end(), stats.phase_seconds);
@@ -272,17 +273,18 @@ template <class T>
 void Launch<T>::widen_router_weight() const {
   const auto& weight = call.operands.w_router;
   if (route[plan::RouteScratch::kRouterWeight].bytes == 0) return;
-  const bool narrow = weight.dtype == DtypeOf<T>::value;
   for (int64_t e = 0; e < problem.num_experts; ++e) {
     const int64_t at = e * problem.hidden;
-    auto* wide = route_at<double>(plan::RouteScratch::kRouterWeight) + at;
     if (call.backward) {
       auto* to = route_at<A>(plan::RouteScratch::kRouterWeight) + at;
       convert(row_of<const T>(weight, e), to, problem.hidden);
-    } else if (narrow) {
-      convert(row_of<const T>(weight, e), wide, problem.hidden);
+      continue;
+    }
+    auto* to = route_at<double>(plan::RouteScratch::kRouterWeight) + at;
+    if (weight.dtype == DtypeOf<T>::value) {
+      convert(row_of<const T>(weight, e), to, problem.hidden);
     } else {
-      convert(row_of<const A>(weight, e), wide, problem.hidden);
+      convert(row_of<const A>(weight, e), to, problem.hidden);
     }
   }
 }

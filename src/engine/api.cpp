@@ -86,6 +86,15 @@ void check_world(int32_t world) {
   }
 }
 
+// The caller must see its own error, whatever becomes of telling the peers.
+void tell_refusal(flashmoe::fabric::Group& group, const char* reason) {
+  try {
+    flashmoe::cpu::refuse_call(group, reason);
+  } catch (const Error&) {
+    group.abort(FM_MISMATCH, reason);  // the peers are not in reach of an orderly refusal
+  }
+}
+
 // One launch: checks, then the walk. A call that is refused here is announced to the peers.
 template <class MakeCall>
 void launch(fm_group_s& g, MakeCall&& make_call) {
@@ -94,7 +103,7 @@ void launch(fm_group_s& g, MakeCall&& make_call) {
   try {
     call = make_call();
   } catch (const Error& error) {
-    flashmoe::cpu::refuse_call(g.group, error.what());
+    tell_refusal(g.group, error.what());
     throw;
   }
   flashmoe::cpu::run_call(call, g.group, g.workspace, g.pool, g.stats);
@@ -102,8 +111,11 @@ void launch(fm_group_s& g, MakeCall&& make_call) {
 
 void set_option(flashmoe::fabric::Group& group, const std::string& key, double value) {
   auto& options = group.options();
-  if (!(value >= 0) || !std::isfinite(value)) {
-    fail(FM_INVALID_VALUE, key, " is ", value, ", expected a number that is not negative");
+  const bool whole = key == "num_threads" || key == "epoch";
+  const double most = key == "num_threads" ? 1024.0 : 4294967295.0;
+  if (!(value >= 0 && value <= most) || (whole && value != std::floor(value))) {
+    fail(FM_INVALID_VALUE, key, " is ", value, ", expected a ", whole ? "whole " : "",
+         "number of 0..", static_cast<int64_t>(most));
   }
   if (key == "timeout_s") {
     options.timeout_seconds = value;

@@ -1,7 +1,9 @@
 #include "engine/check.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "base/error.h"
 
@@ -84,6 +86,14 @@ void check_matrix_strides(const char* name, fm_tensor& t) {
   if (row_major || col_major) return;
   fail(FM_INVALID_VALUE, name, " has strides ", shape_text(t.stride, t.ndim),
        ", expected one of the last two dimensions contiguous");
+}
+
+// The experts' matrices of an output do not share an element.
+void check_experts_apart(const char* name, const fm_tensor& t) {
+  const int64_t extent = (t.shape[1] - 1) * t.stride[1] + (t.shape[2] - 1) * t.stride[2] + 1;
+  if (t.shape[0] == 1 || t.stride[0] >= extent) return;
+  fail(FM_INVALID_VALUE, name, " has strides ", shape_text(t.stride, t.ndim),
+       ": the experts' gradients would overlap");
 }
 
 void check_dense(const char* name, const fm_tensor& tensor) {
@@ -193,6 +203,9 @@ class Checker {
     if (separate) weight("grad_w_gate", o.grad_w_gate, p().intermediate, p().hidden, true);
     weight("grad_w_up", o.grad_w_up, up, p().hidden, true);
     weight("grad_w_down", o.grad_w_down, p().hidden, p().intermediate, true);
+    check_overlap("grad_w_gate", o.grad_w_gate, "w_gate", o.w_gate);
+    check_overlap("grad_w_up", o.grad_w_up, "w_up", o.w_up);
+    check_overlap("grad_w_down", o.grad_w_down, "w_down", o.w_down);
     bias("grad_b_up", o.grad_b_up, p().up_rows(), true);
     bias("grad_b_down", o.grad_b_down, p().hidden, true);
   }
@@ -206,6 +219,7 @@ class Checker {
   void check_tokens(fm_tensor& x) {
     require("x", x);
     if (x.ndim != 2) fail(FM_INVALID_VALUE, "x has ", x.ndim, " dimensions, expected 2: [T, H]");
+    if (x.shape[0] < 0) fail(FM_INVALID_VALUE, "x has ", x.shape[0], " tokens");
     p().tokens = x.shape[0];
     rows("x", x);
     if (p().slots() > kMostSlots) {
@@ -231,6 +245,7 @@ class Checker {
     }
     check_shape(name, tensor, {p().local_experts(), row_count, cols});
     check_matrix_strides(name, tensor);
+    if (gradient) check_experts_apart(name, tensor);
   }
 
   void bias(const char* name, fm_tensor& tensor, int64_t cols, bool gradient = false) {
@@ -285,6 +300,9 @@ class Checker {
 
   void check_z() {
     fm_tensor& z = call_.operands.z;
+    if (p().world > 1) {
+      fail(FM_UNSUPPORTED, "z with ", p().world, " ranks: let the backward recompute it");
+    }
     check_dtype("z", z, {layer_dtype(layer())});
     check_shape("z", z, {z.shape[0], p().up_rows()});
     check_rows_contiguous("z", z);

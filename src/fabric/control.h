@@ -75,6 +75,12 @@ struct ControlBlock {
   char abort_text[kTextBytes];
 };
 
+// The library's version and the layout that it gives this block: must agree between ranks.
+void set_build(ControlBlock& block);
+// Throws FM_MISMATCH when the two ranks' blocks come from different builds.
+void check_build(const ControlBlock& peer_block, int32_t peer, const ControlBlock& own_block,
+                 int32_t rank);
+
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "flags are shared between processes");
 
 }  // namespace flashmoe::fabric

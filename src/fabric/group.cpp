@@ -7,11 +7,6 @@
 namespace flashmoe::fabric {
 namespace {
 
-// What every rank of a group must share: the layout of the control block and the library's version.
-std::string build_identity() {
-  return std::string(fm_version()) + " control " + std::to_string(sizeof(ControlBlock));
-}
-
 struct HeaderField {
   const char* name;
   double (*read)(const CallHeader&);
@@ -75,6 +70,19 @@ constexpr HeaderField kHeaderFields[] = {
 
 }  // namespace
 
+void set_build(ControlBlock& block) {
+  const std::string identity =
+      std::string(fm_version()) + ", control block of " + std::to_string(sizeof(ControlBlock));
+  std::strncpy(block.build, identity.c_str(), sizeof(block.build) - 1);
+}
+
+void check_build(const ControlBlock& peer_block, int32_t peer, const ControlBlock& own_block,
+                 int32_t rank) {
+  if (std::strcmp(peer_block.build, own_block.build) == 0) return;
+  fail(FM_MISMATCH, "rank ", peer, " runs build '", peer_block.build, "', rank ", rank, " runs '",
+       own_block.build, "': install the same flashmoe on all ranks");
+}
+
 void set_text(char (&target)[kTextBytes], const std::string& text) {
   const size_t length = std::min(text.size(), static_cast<size_t>(kTextBytes - 1));
   std::memcpy(target, text.data(), length);
@@ -82,28 +90,12 @@ void set_text(char (&target)[kTextBytes], const std::string& text) {
 }
 
 Group::Group(std::unique_ptr<Fabric> fabric, int32_t rank, int32_t world, GroupOptions options)
-    : fabric_(std::move(fabric)), rank_(rank), world_(world), options_(options) {
-  std::strncpy(own_control().build, build_identity().c_str(), sizeof(own_control().build) - 1);
-}
+    : fabric_(std::move(fabric)), rank_(rank), world_(world), options_(options) {}
 
 void Group::connect(const Waiter& waiter) {
   if (world_ == 1 || connected_) return;
   grow({.bytes = 4096}, waiter);
-  check_build(waiter);
   connected_ = true;
-}
-
-void Group::check_build(const Waiter& waiter) {
-  waiter.check_abort();
-  for (int32_t peer = 0; peer < world_; ++peer) {
-    if (std::strcmp(control(peer).build, own_control().build) == 0) continue;
-    const std::string reason = "rank " + std::to_string(peer) + " runs build '" +
-                               control(peer).build + "', rank " + std::to_string(rank_) +
-                               " runs '" + own_control().build +
-                               "': install the same flashmoe on all ranks";
-    abort(FM_MISMATCH, reason);
-    throw Error(FM_MISMATCH, reason);
-  }
 }
 
 void Group::set_epoch(plan::Epoch epoch) {

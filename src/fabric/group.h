@@ -66,7 +66,6 @@ class Group {
   void abort(fm_status status, const std::string& reason);
 
  private:
-  void check_build(const Waiter& waiter);
   void grow_together(const plan::SymmetricCapacity& capacity, const Waiter& waiter);
 
   std::unique_ptr<Fabric> fabric_;

@@ -1,7 +1,7 @@
 // Ranks as processes of one machine over POSIX shared memory.
 //
 // Every segment lives under a name only while its peers open it: "/flashmoe-<token>-<rank>" for the
-// control block and "...-<generation>" for a data part. Once all ranks have mapped it the owner
+// control block and "....g<generation>" for a data part. Once all ranks have mapped it the owner
 // unlinks it, so that whatever happens to the processes later, nothing stays behind.
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -46,7 +46,10 @@ class Segment {
     segment.name_ = name;
     segment.owns_name_ = true;
     // posix_fallocate, not ftruncate: a full /dev/shm is an error here and not a SIGBUS later.
-    const int error = posix_fallocate(file, 0, static_cast<off_t>(bytes));
+    int error = 0;
+    do {
+      error = posix_fallocate(file, 0, static_cast<off_t>(bytes));
+    } while (error == EINTR);
     if (error == 0) segment.map(file, bytes);
     close(file);
     if (error != 0 || segment.memory_ == nullptr) {
@@ -97,6 +100,7 @@ class ShmFabric final : public Fabric {
     controls_[rank] = Segment::create(name_of(rank), sizeof(ControlBlock));
     auto* own = new (controls_[rank].memory()) ControlBlock();
     own->world = world;
+    set_build(*own);
     own->hello.store(kControlMagic, std::memory_order_release);
     const auto start = std::chrono::steady_clock::now();
     for (int32_t peer = 0; peer < world; ++peer) {
@@ -134,7 +138,7 @@ class ShmFabric final : public Fabric {
     return "/flashmoe-" + token_ + "-" + std::to_string(rank);
   }
   std::string name_of(int32_t rank, uint32_t generation) const {
-    return name_of(rank) + "-" + std::to_string(generation);
+    return name_of(rank) + ".g" + std::to_string(generation);
   }
 
   void open_peer(int32_t peer, std::chrono::steady_clock::time_point start, double timeout) {
@@ -142,7 +146,7 @@ class ShmFabric final : public Fabric {
       controls_[peer] = Segment::open(name_of(peer), sizeof(ControlBlock));
       if (controls_[peer].memory() != nullptr &&
           control(peer)->hello.load(std::memory_order_acquire) == kControlMagic) {
-        return;
+        return check_peer(peer);
       }
       const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
       if (timeout > 0 && waited.count() > timeout) {
@@ -151,6 +155,15 @@ class ShmFabric final : public Fabric {
       }
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
+  }
+
+  void check_peer(int32_t peer) const {
+    const auto world = static_cast<int32_t>(controls_.size());
+    if (control(peer)->world != world) {
+      fail(FM_MISMATCH, "rank ", peer, " makes the group '", token_, "' of ", control(peer)->world,
+           " ranks, rank ", rank_, " of ", world);
+    }
+    check_build(*control(peer), peer, *control(rank_), rank_);
   }
 
   std::string token_;

@@ -13,10 +13,17 @@ constexpr int kSpinTurns = 64;
 constexpr int kYieldTurns = 256;
 constexpr std::chrono::microseconds kSleep{50};
 
+// Time that this thread has spent in waits that did not end at once.
+thread_local double waited = 0;
+
 }  // namespace
 
+double Waiter::waited_seconds() { return waited; }
+
+void Waiter::Backoff::finish() const { waited += seconds(); }
+
 void Waiter::Backoff::pause() {
-  ++turns_;
+  if (turns_ < kYieldTurns) ++turns_;
   if (turns_ < kSpinTurns) return;
   if (turns_ < kYieldTurns) {
     sched_yield();
@@ -41,17 +48,20 @@ void Waiter::check(const Backoff& backoff, uint32_t expected, uint32_t seen,
                    const WaitTag& tag) const {
   if (stopped()) throw Stopped{};
   check_abort();
-  if (timeout_seconds_ <= 0 || backoff.turns() % 16 != 0) return;
-  if (backoff.seconds() < timeout_seconds_) return;
+  if (timeout_seconds_ <= 0) return;
+  // A thread of this rank may itself wait for a peer: it names that peer when its bound runs out
+  // first.
+  const double bound = tag.peer >= 0 ? timeout_seconds_ : 2 * timeout_seconds_ + 1;
+  if (backoff.seconds() < bound) return;
   std::ostringstream peer;
   if (tag.peer >= 0) {
     peer << "rank " << tag.peer;
   } else {
     peer << "a thread of this rank";
   }
-  fail(FM_TIMEOUT, "rank ", rank_, " waited ", timeout_seconds_, " s in phase ", tag.phase, " for ",
-       tag.what, " of ", peer.str(), ": epoch ", tag.epoch, ", expected ", expected, ", seen ",
-       seen, ". Is that rank alive and in the same call? FLASHMOE_TIMEOUT_S sets the bound");
+  fail(FM_TIMEOUT, "rank ", rank_, " waited ", bound, " s in phase ", tag.phase, " for ", tag.what,
+       " of ", peer.str(), ": epoch ", tag.epoch, ", expected ", expected, ", seen ", seen,
+       ". Is that rank alive and in the same call? FLASHMOE_TIMEOUT_S sets the bound");
 }
 
 }  // namespace flashmoe::fabric

@@ -40,12 +40,16 @@ class Waiter {
       backoff.pause();
       check(backoff, expected, seen, tag);
     }
+    backoff.finish();
   }
 
   void until_equal(const std::atomic<uint32_t>& word, uint32_t expected, const WaitTag& tag) const {
     until(
         word, [expected](uint32_t seen) { return seen == expected; }, expected, tag);
   }
+
+  // What the calling thread has waited so far, in all waits.
+  static double waited_seconds();
 
   // Throws FM_ABORTED when the group has been aborted.
   void check_abort() const;
@@ -58,8 +62,8 @@ class Waiter {
   class Backoff {
    public:
     void pause();
-    int turns() const { return turns_; }
     double seconds() const;
+    void finish() const;  // adds to waited_seconds()
 
    private:
     int turns_ = 0;

@@ -189,7 +189,6 @@ enum class RowScratch : int {
   kSegmentBegin,  // i64 [E_loc][W]
   kRowToken,      // i32 [rows], -1 for padding
   kRowSource,     // i32 [rows]
-  kRowSlot,       // i32 [rows]: token_idx * k + j on the source
   kRowWeight,     // acc [rows]
   kSlotRow,       // i32 [sum over sources of T_s * k]: row of a slot, -1 when it has none here
   kBlocks,        // Block [blocks]
@@ -225,7 +224,6 @@ FM_HD constexpr RowTable row_table(const Problem& p, const RowShape& s) {
   table.add(RowScratch::kSegmentBegin, "segment begin", experts * p.world * 8);
   table.add(RowScratch::kRowToken, "row token", s.rows * 4);
   table.add(RowScratch::kRowSource, "row source", s.rows * 4);
-  table.add(RowScratch::kRowSlot, "row slot", s.rows * 4);
   table.add(RowScratch::kRowWeight, "row weight", s.rows * s.acc_bytes);
   table.add(RowScratch::kSlotRow, "slot row", s.all_slots * 4);
   table.add(RowScratch::kBlocks, "blocks", s.blocks * static_cast<int64_t>(sizeof(Block)));

@@ -25,6 +25,7 @@ FM_HD constexpr int64_t expert_capacity(double capacity_factor, const Problem& p
   if (!(capacity_factor > 0)) return problem.slots();
   const double exact = capacity_factor * static_cast<double>(problem.slots()) /
                        static_cast<double>(problem.num_experts);
+  if (exact >= static_cast<double>(problem.slots())) return problem.slots();
   const int64_t floor = static_cast<int64_t>(exact);
   return floor + (static_cast<double>(floor) < exact ? 1 : 0);
 }

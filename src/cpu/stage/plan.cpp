@@ -271,7 +271,6 @@ class RowWriter {
         p_(launch.problem),
         token_(launch.template rows_at<int32_t>(plan::RowScratch::kRowToken)),
         source_(launch.template rows_at<int32_t>(plan::RowScratch::kRowSource)),
-        slot_(launch.template rows_at<int32_t>(plan::RowScratch::kRowSlot)),
         weight_(launch.template rows_at<Acc<T>>(plan::RowScratch::kRowWeight)),
         slot_row_(launch.template rows_at<int32_t>(plan::RowScratch::kSlotRow)),
         segments_(launch.template rows_at<int64_t>(plan::RowScratch::kSegmentBegin)) {
@@ -305,7 +304,6 @@ class RowWriter {
     const int64_t row = segments_[local_expert_idx * p_.world + step] + place;
     token_[row] = static_cast<int32_t>(slot_idx / p_.top_k);
     source_[row] = source;
-    slot_[row] = static_cast<int32_t>(slot_idx);
     weight_[row] = weight;
     slot_row_[launch_.source_slot_begin[static_cast<size_t>(source)] + slot_idx] =
         static_cast<int32_t>(row);
@@ -313,7 +311,7 @@ class RowWriter {
 
   Launch<T>& launch_;
   const plan::Problem& p_;
-  int32_t *token_, *source_, *slot_;
+  int32_t *token_, *source_;
   Acc<T>* weight_;
   int32_t* slot_row_;
   const int64_t* segments_;

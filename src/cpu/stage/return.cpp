@@ -89,8 +89,16 @@ void return_chunk(Launch<T>& launch, int64_t column_block, int64_t index, void* 
   launch.waiter.until_equal(launch.down_done[static_cast<size_t>(column_block)],
                             static_cast<uint32_t>(launch.num_blocks),
                             {"down tiles", "return", -1, launch.epoch});
+  const bool sends_slots =
+      column_block == launch.column_blocks - 1 && launch.call.backward && p.world > 1;
+  if (sends_slots && column_block > 0) {
+    // With the weight on the input every column block has a piece of the slots' gradients, and only
+    // the one before last may still be at work.
+    launch.waiter.until_equal(launch.down_done[static_cast<size_t>(column_block - 1)],
+                              static_cast<uint32_t>(launch.num_blocks),
+                              {"down tiles", "return", -1, launch.epoch});
+  }
   A* sum = Panel(panel).take<A>(columns);
-  const bool last = column_block == launch.column_blocks - 1;
   int64_t rows_sent = 0;
   for (int64_t t = chunk.begin; t < chunk.end; ++t) {
     const int32_t* rows = slot_rows(launch, chunk.source, t);
@@ -100,9 +108,7 @@ void return_chunk(Launch<T>& launch, int64_t column_block, int64_t index, void* 
     } else if (p.world == 1) {
       std::fill_n(target_row(launch, chunk.source, t) + column_begin, columns, T(0));
     }
-    if (last && launch.call.backward && p.world > 1) {
-      return_slot_gradients(launch, chunk.source, t, rows);
-    }
+    if (sends_slots) return_slot_gradients(launch, chunk.source, t, rows);
   }
   if (p.world > 1) {
     if (chunk.source != p.rank) launch.returned_elements += rows_sent * columns;

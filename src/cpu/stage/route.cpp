@@ -68,6 +68,9 @@ void choose_experts(const Launch<T>& launch, const TileRange<T>& range, const Ac
   A* bias = present(ops.selection_bias) ? memory.take<A>(experts) : nullptr;
   for (int64_t e = 0; bias != nullptr && e < experts; ++e) {
     bias[e] = static_cast<A>(read_real(ops.selection_bias, e));
+    if (std::isnan(bias[e])) {
+      fail(FM_ROUTING, "selection_bias[", e, "] of rank ", launch.problem.rank, " is NaN");
+    }
   }
   for (int64_t t = range.begin; t < range.begin + range.count; ++t) {
     const A* row = logits + (t - range.begin) * experts;

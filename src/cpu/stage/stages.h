@@ -35,7 +35,8 @@ template <class T>
 void down_tile(Launch<T>& launch, int64_t column_block, int64_t block_idx, void* panel);
 
 // Sums the local contributions of a chunk of one source's tokens for a column block.
-// Waits: down_done. Publishes: return flags at the source, return_done.
+// Waits: down_done (the last one also for that of the column block before, whose pieces of the
+// slots' gradients it sends). Publishes: return flags at the source, return_done.
 template <class T>
 void return_chunk(Launch<T>& launch, int64_t column_block, int64_t chunk, void* panel);
 
