@@ -267,44 +267,47 @@ def check_summary(records):
 
 
 def print_bench(records):
-    """Records of `flashmoe bench` for people."""
+    """Records of `flashmoe bench` for people: a table a case, times in milliseconds."""
     out = console()
-    shown = table(
-        "",
-        "case",
-        "dtype",
-        "direction",
-        ">ours ms",
-        ">loop ms",
-        ">times",
-        ">peers ms",
-        ">error ratio",
-        ">bits",
-    )
-    for record in records:
-        peers = ", ".join(
-            f"{name.removeprefix('torch.')} {us / 1e3:.1f}" for name, us in record["peers"].items()
+    peers = list(dict.fromkeys(name for record in records for name in record["peers"]))
+    for case in dict.fromkeys(record["case"] for record in records):
+        shown = table(
+            f"\n{case}",
+            "dtype",
+            "direction",
+            ">ours ms",
+            ">loop ms",
+            ">loop/ours",
+            *(f">{name.removeprefix('torch.')} ms" for name in peers),
+            ">error",
+            ">bits",
         )
-        direction = record["direction"] + (" (Z saved)" if record["save_z"] else "")
-        shown.add_row(
-            record["case"],
-            record["dtype"],
-            direction,
-            f"{record['us'] / 1e3:.1f}",
-            f"{record['reference_us'] / 1e3:.1f}",
-            f"{record['ratio']:.2f}",
-            peers,
-            f"{record['error_ratio']:.2f}",
-            "same" if record["bitwise"] else "DIFFER",
-        )
-    out.print(shown)
+        for record in records:
+            if record["case"] == case:
+                shown.add_row(*bench_row(record, peers))
+        out.print(shown)
     if records:
         first = records[0]
         out.print(
-            f"{first['cpu']}, {first['threads']} threads, medians of interleaved runs; "
-            "times: plain PyTorch loop over ours",
+            f"{first['cpu']}, {first['threads']} threads; medians of interleaved runs; loop: plain "
+            "PyTorch, one expert after the other",
             markup=False,
         )
+
+
+def bench_row(record, peers):
+    """The cells of one record."""
+    peer_us = record["peers"]
+    return (
+        record["dtype"],
+        record["direction"] + (", Z saved" if record["save_z"] else ""),
+        f"{record['us'] / 1e3:.1f}",
+        f"{record['reference_us'] / 1e3:.1f}",
+        f"{record['ratio']:.2f}",
+        *(f"{peer_us[name] / 1e3:.1f}" if name in peer_us else "" for name in peers),
+        f"{record['error_ratio']:.2f}",
+        "same" if record["bitwise"] else "DIFFER",
+    )
 
 
 # ---- flashmoe run --list ----------------------------------------------------------------------
