@@ -177,6 +177,7 @@ def interleaved(contenders, budget_s):
     times = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             contender()
             times[name].append(time.perf_counter() - start)
