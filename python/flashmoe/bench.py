@@ -33,6 +33,8 @@ PEER = "torch.grouped_mm"
 DIRECTIONS = (("forward", False), ("forward+backward", False), ("forward+backward", True))
 WARM_UP_S = 1.0
 MIN_ROUNDS = 5
+# OpenMP threads of the contender before spin on for some milliseconds: nobody pays for another's.
+PAUSE_S = 0.02
 MAX_ROUNDS = 31
 
 
