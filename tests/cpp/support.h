@@ -25,7 +25,7 @@ inline constexpr bool kSanitized = false;
 #endif
 
 // Rounds of a random test: a sanitized program is ten to thirty times slower.
-constexpr int rounds(int release) { return kSanitized ? std::max(2, release / 12) : release; }
+constexpr int rounds(int release) { return kSanitized ? std::max(2, release / 4) : release; }
 
 // splitmix64: the same numbers on every machine, which <random>'s distributions do not promise.
 class Rng {

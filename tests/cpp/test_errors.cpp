@@ -250,7 +250,9 @@ TEST(GroupArguments, AreChecked) {
   expect_error(outcome(fm_group_set(two[0], "speed", 1)), FM_INVALID_VALUE,
                {"'speed' is unknown", "timeout_s"});
   expect_error(outcome(fm_group_set(two[0], "timeout_s", -1)), FM_INVALID_VALUE,
-               {"timeout_s is -1", "not negative"});
+               {"timeout_s is -1", "expected a number"});
+  expect_error(outcome(fm_group_set(two[0], "num_threads", 2e9)), FM_INVALID_VALUE,
+               {"num_threads is 2e+09", "expected a whole number"});
   int32_t rank = -1, world = -1;
   expect_ok(outcome(fm_group_rank(two[1], &rank, &world)));
   EXPECT_EQ(rank, 1);
@@ -284,7 +286,7 @@ TEST(Environment, ABadValueIsNamed) {
   setenv("FLASHMOE_TIMEOUT_S", "soon", 1);
   fm_group group = nullptr;
   expect_error(outcome(fm_group_create_self(&group)), FM_INVALID_VALUE,
-               {"FLASHMOE_TIMEOUT_S", "soon", "not negative"});
+               {"FLASHMOE_TIMEOUT_S", "soon", "expected a number"});
   unsetenv("FLASHMOE_TIMEOUT_S");
 }
 

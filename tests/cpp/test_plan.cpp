@@ -127,15 +127,16 @@ TEST(Routing, HistogramScanAndRankAgreeWithCounting) {
   });
 }
 
-// ceil(c * T * k / E) in exact arithmetic: c is a multiple of 1/64.
+// ceil(c * T * k / E), at most all slots, in exact arithmetic: c is a multiple of 1/64.
 TEST(Routing, CapacityIsTheDocumentedCeiling) {
   for_seeds(rounds(5000), [](Rng& rng) {
     Problem p = random_problem(rng);
     p.tokens = rng.between(0, rng.chance(0.1) ? 100000000 : 3000);
     const int64_t c64 = rng.between(1, 64 * 4);
-    int64_t expected = 0;  // smallest n with n * E * 64 >= c64 * T * k
-    expected = c64 * p.slots() / (64 * p.num_experts);
+    // Smallest n with n * E * 64 >= c64 * T * k.
+    int64_t expected = c64 * p.slots() / (64 * p.num_experts);
     while (expected * p.num_experts * 64 < c64 * p.slots()) ++expected;
+    expected = std::min(expected, p.slots());
     const int64_t capacity = plan::expert_capacity(static_cast<double>(c64) / 64.0, p);
     ASSERT_EQ(capacity, expected) << c64 << "/64 * " << p.slots() << " / " << p.num_experts;
     ASSERT_EQ(plan::expert_capacity(0.0, p), p.slots());
