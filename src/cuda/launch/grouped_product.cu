@@ -113,18 +113,17 @@ kernel::GroupedProductParams make_params(const GroupedProductArguments& argument
   return params;
 }
 
-// One CTA an SM, in pairs, all of them resident.
-cudaLaunchConfig_t launch_config(const kernel::KernelEntry& entry, cudaLaunchAttribute (&list)[2]) {
-  list[0].id = cudaLaunchAttributeClusterDimension;
-  list[0].val.clusterDim = {config::kClusterSize, 1, 1};
-  list[1].id = cudaLaunchAttributeCooperative;
-  list[1].val.cooperative = 1;
+// One CTA an SM, in pairs. Not cooperative: a pair waits for nothing but itself, and Nsight Compute
+// (2025.3) cannot profile a cooperative launch of clusters.
+cudaLaunchConfig_t launch_config(const kernel::KernelEntry& entry, cudaLaunchAttribute& cluster) {
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {config::kClusterSize, 1, 1};
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(config::kClusterSize);
   launch.blockDim = dim3(config::kThreads);
   launch.dynamicSmemBytes = entry.shared_bytes;
-  launch.attrs = list;
-  launch.numAttrs = 2;
+  launch.attrs = &cluster;
+  launch.numAttrs = 1;
   return launch;
 }
 
@@ -214,8 +213,8 @@ void launch_grouped_product(const GroupedProductArguments& arguments) {
   }
   if (arguments.num_rows == 0) return;
   const kernel::KernelEntry entry = kernel_for(arguments);
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t launch = launch_config(entry, attributes);
+  cudaLaunchAttribute cluster{};
+  cudaLaunchConfig_t launch = launch_config(entry, cluster);
   launch.gridDim = dim3(config::kClusterSize * max_clusters(entry, launch));
   launch.stream = arguments.stream;
   kernel::GroupedProductParams params = make_params(arguments, entry.config);
