@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import json
 import math
 from dataclasses import dataclass, fields
 from functools import cache
@@ -167,8 +167,8 @@ class LayerConfig:
     group_top: int = 2
 
     def encode(self) -> str:
-        """``top_k=2;num_experts=0;activation='silu';...``"""
-        return ";".join([f"{name}={getattr(self, name)!r}" for name in CONFIG_FIELDS])
+        """``top_k=2;num_experts=0;activation="silu";...``: values as JSON."""
+        return ";".join([f"{name}={json.dumps(getattr(self, name))}" for name in CONFIG_FIELDS])
 
     @staticmethod
     @cache
@@ -176,8 +176,8 @@ class LayerConfig:
         """The config of an encoding. Raises ValueError if it is not one."""
         try:
             pairs = [item.split("=", 1) for item in text.split(";")]
-            return LayerConfig(**{name: ast.literal_eval(value) for name, value in pairs})
-        except (TypeError, ValueError, SyntaxError) as error:
+            return LayerConfig(**{name: json.loads(value) for name, value in pairs})
+        except (TypeError, ValueError) as error:
             raise ValueError(f"config is '{text}', which is no flashmoe layer: {error}") from error
 
     def numbers(self) -> dict[str, float]:
