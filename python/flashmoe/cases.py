@@ -41,6 +41,8 @@ class Case:
     routing: Routing = field(default_factory=Routing)
     router_bias: bool = False
     selection_bias: bool = False
+    wide_router: bool = False  # router weight and bias in fp32 beside a 16-bit layer
+    narrow_slots: bool = False  # external ids in int32, their weights in the layer's dtype
     aux_gradients: bool = False  # gradients also arrive at the returned weights and logits
     activation: str | Activation = "swiglu"
     bias: bool = False
@@ -48,7 +50,7 @@ class Case:
     weight_on_input: bool = False
     capacity_factor: float | None = None
     save_z: bool = False
-    probe: str = "compare"  # "compare", or "isolated_nan": a NaN token leaves all others untouched
+    probe: str = "compare"  # "compare", or "isolated_nan": NaN and inf stay in their tokens
     defect: str = ""  # support: what is wrong with the call (check.DEFECTS)
     refused: tuple[str, ...] = ()  # support: exception classes that may answer
     mentions: tuple[str, ...] = ()  # support: words of the message of at least one rank
@@ -144,6 +146,8 @@ def router_edges():
         Case("router/k_is_e", top_k=8, routing=topk, ranks=(1, 2)),
         Case("router/e_is_1", experts=1, top_k=1, routing=topk),
         Case("router/e_is_512", experts=512, top_k=10, hidden=32, intermediate=16, ranks=(1, 4)),
+        Case("router/wide", wide_router=True, router_bias=True, dtypes=("bf16", "fp16"),
+             ranks=(1, 2)),
         Case("router/aux_gradients", aux_gradients=True, dtypes=MAIN_DTYPES, ranks=(1, 2)),
         Case("router/aux_gradients_sigmoid", aux_gradients=True, routing=sigmoid, router_bias=True,
              dtypes=MAIN_DTYPES),
@@ -156,6 +160,7 @@ def external_routing():
     edges = (0, 1, 63, 64, 65, 127, 128, 129)
     return [
         Case("ids/uniform", ids="uniform", dtypes=ALL_DTYPES, ranks=(1, 2, 3), experts=12),
+        Case("ids/narrow", ids="sentinels", narrow_slots=True, dtypes=ALL_DTYPES, ranks=(1, 2)),
         Case("ids/one_expert", ids="one_expert", top_k=1, tokens=(130,), ranks=(1, 2, 4)),
         Case("ids/one_expert_every_slot", ids="one_expert", top_k=3, ranks=(1, 2)),
         Case("ids/one_rank", ids="one_rank", tokens=(70,), ranks=(2, 4)),
@@ -247,8 +252,8 @@ def sizes():
         Case("tokens/none_on_first_rank", tokens=((0, 33),), ids="sentinels", ranks=(2,)),
         Case("tokens/alternating_with_none", tokens=alternating, ranks=(2,)),
         Case("tokens/different", tokens=((1, 127, 128, 129),), ranks=(2, 3, 4), experts=12),
-        Case("tokens/very_different", tokens=((1, 1021),), hidden=32, intermediate=16, ranks=(2,)),
-        Case("tokens/shrinking", tokens=(1024, 65, 1), hidden=32, intermediate=16, ranks=(1, 2)),
+        Case("tokens/very_different", tokens=((1, 8191),), hidden=8, intermediate=8, ranks=(2,)),
+        Case("tokens/shrinking", tokens=(4096, 65, 1), hidden=16, intermediate=8, ranks=(1, 2)),
         Case("size/smallest", hidden=1, intermediate=1, experts=2, top_k=1, tokens=(64,),
              ids="uniform", dtypes=MAIN_DTYPES),
         Case("size/odd", hidden=24, intermediate=40, dtypes=ALL_DTYPES, ranks=(1, 2)),

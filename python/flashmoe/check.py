@@ -193,19 +193,23 @@ def check_routing(case, record, operands, routed, dtype):
 
 
 def check_isolated_nan(case, record, pool):
-    """A token of NaN: its own output row is NaN, every other token's is bitwise unchanged."""
+    """A token of NaN and one of inf: their own output rows are not finite, every other token's is
+    bitwise unchanged."""
     operands = make_operands(case, case.steps(record.ranks)[0], record.dtype)
     groups = pool.get(record.ranks)
     clean = engine_pass(case, operands, record.dtype, groups, False).outputs["y"]
-    token_idx = 5
     poisoned = [x.clone() for x in operands.x]
-    poisoned[0][token_idx] = float("nan")
+    places = ((0, 5, float("nan")), (record.ranks - 1, 9, float("inf")))
+    for rank, token_idx, value in places:
+        poisoned[rank][token_idx] = value
     spoiled = replace(operands, x=poisoned)
     y = engine_pass(case, spoiled, record.dtype, groups, False).outputs["y"]
-    if not y[0][token_idx].isnan().all():
-        record.fail(f"y: token {token_idx} of rank 0 is NaN in x and not in y")
-    y[0][token_idx] = clean[0][token_idx]
-    compare_bits(record, {"y beside a NaN token": clean}, {"y beside a NaN token": y})
+    for rank, token_idx, value in places:
+        if y[rank][token_idx].isfinite().any():
+            record.fail(f"y: token {token_idx} of rank {rank} is {value} in x and finite in y")
+        y[rank][token_idx] = clean[rank][token_idx]
+    other_tokens = "y of a token beside NaN and inf"
+    compare_bits(record, {other_tokens: clean}, {other_tokens: y})
     record.bitwise = record.status == "passed"
 
 

@@ -92,10 +92,10 @@ class Draw:
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return values.to(self.wide if wide else self.dtype).double()
 
-    def uniform(self, *shape, low=0.0, high=1.0):
-        """U(low, high), rounded to fp32 (fp64 for an fp64 layer)."""
+    def uniform(self, *shape, low=0.0, high=1.0, wide=True):
+        """U(low, high), rounded to fp32 or fp64 (without `wide`: to the layer's dtype)."""
         values = torch.rand(shape, generator=self.generator, dtype=torch.float64)
-        return (values * (high - low) + low).to(self.wide).double()
+        return (values * (high - low) + low).to(self.wide if wide else self.dtype).double()
 
     def integers(self, high, *shape):
         """Integers of [0, high)."""
@@ -115,8 +115,11 @@ def add_router(operands, case, draw):
         # one-hot rows: experts e and e + 3 have bit-equal logits x[e % 3], however they are summed
         w_router = torch.eye(hidden, dtype=torch.float64)[torch.arange(num_experts) % 3]
     else:
-        w_router = draw.normal(num_experts, hidden, scale=1.5 * hidden**-0.5)
-    bias = draw.normal(num_experts, scale=0.5) if case.router_bias else None
+        scale, wide = 1.5 * hidden**-0.5, case.wide_router
+        w_router = draw.normal(num_experts, hidden, scale=scale, wide=wide)
+    bias = None
+    if case.router_bias:
+        bias = draw.normal(num_experts, scale=0.5, wide=case.wide_router)
     if case.ids == "router_favour_one":
         bias = torch.zeros(num_experts, dtype=torch.float64)
         bias[-1] = 40.0
@@ -133,7 +136,8 @@ def add_external_routing(operands, case, draw):
     """Ids and weights for a case whose routing comes from outside."""
     tokens = [x.shape[0] for x in operands.x]
     ids = external_ids(case, tokens, draw)
-    weights = [draw.uniform(t, case.top_k, low=0.05) for t in tokens]
+    wide = not case.narrow_slots
+    weights = [draw.uniform(t, case.top_k, low=0.05, wide=wide) for t in tokens]
     return replace(operands, topk_ids=ids, topk_weights=weights)
 
 

@@ -25,6 +25,14 @@ def wide_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def routing_dtypes(case, dtype):
+    """Dtypes of the router's weight and bias, of external weights and of external ids."""
+    wide = wide_dtype(dtype)
+    of_router = wide if case.wide_router else dtype
+    of_slots, ids = (dtype, torch.int32) if case.narrow_slots else (wide, torch.int64)
+    return of_router, of_slots, ids
+
+
 # ---- the engine -------------------------------------------------------------------------------
 
 
@@ -59,16 +67,17 @@ def rank_call(case, operands, dtype_name, rank, ranks, group):
         else whole[mine].to(dtype)
         for name, whole in pack(operands, case.layout).items()
     }
+    of_router, of_slots, ids_dtype = routing_dtypes(case, dtype)
     if case.fused_router:
-        routing = {"w_router": operands.w_router.to(dtype)}
+        routing = {"w_router": operands.w_router.to(of_router)}
         if operands.router_bias is not None:
-            routing["router_bias"] = operands.router_bias.to(dtype)
+            routing["router_bias"] = operands.router_bias.to(of_router)
         if operands.selection_bias is not None:
             routing["selection_bias"] = operands.selection_bias.to(wide)
     else:
         routing = {
-            "topk_ids": operands.topk_ids[rank],
-            "topk_weights": operands.topk_weights[rank].to(wide),
+            "topk_ids": operands.topk_ids[rank].to(ids_dtype),
+            "topk_weights": operands.topk_weights[rank].to(of_slots),
         }
     call = RankCall(
         x=operands.x[rank].to(dtype),
@@ -200,7 +209,7 @@ def reference_pass(case, operands, topk_ids, dtype, gradients, mirrored=False):
     The experts see the tokens of all ranks as one batch; the router runs rank by rank. `mirrored`
     reverses tokens, hidden, intermediate and experts: the same layer, summed in another order.
     """
-    leaves = reference_leaves(operands, dtype, gradients)
+    leaves = reference_leaves(case, operands, dtype, gradients)
     ends, arriving = [], []
     if case.fused_router:
         routed = [
@@ -222,16 +231,17 @@ def reference_pass(case, operands, topk_ids, dtype, gradients, mirrored=False):
     return {name: [part.detach() for part in parts] for name, parts in outputs.items()}
 
 
-def reference_leaves(operands, dtype, gradients):
+def reference_leaves(case, operands, dtype, gradients):
     """Name -> list of leaf tensors. The router has one copy a rank: its gradient is per rank."""
     ranks = len(operands.x)
+    of_router, of_slots, _ = routing_dtypes(case, dtype)
     leaves = {"x": [x.to(dtype) for x in operands.x]}
     for name in ("w_router", "router_bias"):
         value = getattr(operands, name)
         if value is not None:
-            leaves[name] = [value.to(dtype, copy=True) for _ in range(ranks)]
+            leaves[name] = [value.to(of_router, copy=True) for _ in range(ranks)]
     if operands.topk_weights is not None:
-        leaves["topk_weights"] = [w.to(wide_dtype(dtype)) for w in operands.topk_weights]
+        leaves["topk_weights"] = [weights.to(of_slots) for weights in operands.topk_weights]
     for name in EXPERT_WEIGHTS:
         value = getattr(operands, name)
         if value is not None:

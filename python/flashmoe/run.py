@@ -3,6 +3,7 @@ backward, measured and checked against the reference."""
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import tempfile
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from . import models
-from .cases import Case
+from .cases import ALL_DTYPES, Case
 
 PHASES = ("route", "plan", "push", "up", "down", "weight", "return", "combine")  # fm_phase
 TRAFFIC = ("rows_sent", "rows_sent_plain", "bytes_sent", "bytes_sent_plain")
@@ -124,9 +125,12 @@ def launch_kind(n_processes):
 
 def make_spec(name, ranks, tokens, dtype, scale, explicit):
     """The `Spec` of a run. Raises ValueError where sizes do not go together."""
-    for what, value in {"ranks": ranks, "tokens": tokens + 1}.items():
-        if value < 1:
-            raise ValueError(f"{what} must not be negative or zero ranks")
+    if ranks < 1:
+        raise ValueError(f"ranks is {ranks}; accepted: 1 or more")
+    if tokens < 0:
+        raise ValueError(f"tokens is {tokens}; accepted: 0 or more")
+    if dtype not in ALL_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(ALL_DTYPES)}")
     model = models.find(name)
     sizes = {what: value for what, value in explicit.items() if value is not None}
     if scale is None:
@@ -221,10 +225,17 @@ def run_processes(spec, advance):
     import torch
     import torch.multiprocessing as multiprocessing
 
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     advance(STAGES[0])
     with tempfile.TemporaryDirectory(prefix="flashmoe-run-") as folder:
         advance(STAGES[1])
-        multiprocessing.spawn(process_main, (spec, folder), nprocs=spec.ranks)
+        try:
+            multiprocessing.spawn(process_main, (spec, folder), nprocs=spec.ranks)
+        except (
+            multiprocessing.ProcessRaisedException,
+            multiprocessing.ProcessExitedException,
+        ) as error:  # its text ends with that of the rank
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
         results = [
             torch.load(Path(folder) / f"rank{rank}.pt", weights_only=False)
             for rank in range(spec.ranks)

@@ -97,6 +97,15 @@ def test_run_in_processes(capsys):
 
 
 @pytest.mark.slow
+def test_an_error_in_a_process_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "soon")
+    code, out, err = run(capsys, "run", *TINY, "--processes", "--json")
+    assert code == 2
+    assert out == ""
+    assert err.splitlines()[-1].startswith("flashmoe: ValueError: FLASHMOE_TIMEOUT_S is 'soon'")
+
+
+@pytest.mark.slow
 def test_run_joins_the_processes_of_torchrun():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "-m", "flashmoe", "run", *TINY, "--json"]  # fmt: skip
@@ -260,6 +269,7 @@ def test_source_hash_follows_the_sources():
         (["run", "--experts", "7", "--ranks", "2"], "experts is 7; accepted: a multiple of 2"),
         (["run", "--experts", "4", "--top-k", "6"], "top_k is 6"),
         (["run", "--device", "cuda"], "no cuda engine"),
+        (["run", "--hidden", "64", "--scale", "1", "--experts", "3"], "experts is 3"),
         (["check", "--case", "nothing/like-it"], "no case matches 'nothing/like-it'"),
         (["bench", "--case", "nothing/like-it"], "no speed case matches"),
         (["bench", "--device", "cuda"], "no cuda engine"),
