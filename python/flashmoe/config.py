@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, fields
 from functools import cache
@@ -167,8 +166,8 @@ class LayerConfig:
     group_top: int = 2
 
     def encode(self) -> str:
-        """``top_k=2;num_experts=0;activation="silu";...``: values as JSON."""
-        return ";".join([f"{name}={json.dumps(getattr(self, name))}" for name in CONFIG_FIELDS])
+        """``top_k=2;num_experts=0;activation='silu';...``"""
+        return ";".join([f"{name}={getattr(self, name)!r}" for name in CONFIG_FIELDS])
 
     @staticmethod
     @cache
@@ -176,7 +175,7 @@ class LayerConfig:
         """The config of an encoding. Raises ValueError if it is not one."""
         try:
             pairs = [item.split("=", 1) for item in text.split(";")]
-            return LayerConfig(**{name: json.loads(value) for name, value in pairs})
+            return LayerConfig(**{name: _value(value) for name, value in pairs})
         except (TypeError, ValueError) as error:
             raise ValueError(f"config is '{text}', which is no flashmoe layer: {error}") from error
 
@@ -187,6 +186,18 @@ class LayerConfig:
         values["gate_layout"] = GATE_LAYOUTS.index(self.gate_layout)
         values["score"] = SCORES.index(self.score)
         return values
+
+
+def _value(text: str) -> Any:
+    """The bool, number or plain name whose ``repr`` this is. Raises ValueError.
+
+    Not ast.literal_eval: in Python 3.11 it may raise SystemError when two threads parse at once.
+    """
+    if text in ("True", "False"):
+        return text == "True"
+    if len(text) > 1 and text[0] == text[-1] == "'":
+        return text[1:-1]
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 CONFIG_FIELDS = tuple(field.name for field in fields(LayerConfig))
