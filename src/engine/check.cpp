@@ -133,8 +133,8 @@ void check_router(const fm_layer& layer) {
   check_number("scale", std::isfinite(layer.scale), layer.scale, "a finite number");
   const int64_t groups = std::max<int64_t>(layer.num_groups, 1);
   if (layer.num_experts % groups != 0) {
-    fail(FM_INVALID_VALUE, "num_groups is ", groups, ", expected a divisor of the ",
-         layer.num_experts, " experts");
+    fail(FM_INVALID_VALUE, "num_groups is ", groups, ", expected a divisor of num_experts, ",
+         layer.num_experts);
   }
   if (groups == 1) return;
   check_number("top_groups", layer.top_groups >= 1 && layer.top_groups <= groups,
@@ -385,7 +385,7 @@ void check_layer(const fm_layer& layer, int32_t world) {
   }
   if (layer.top_k < 1 || layer.top_k > layer.num_experts) {
     fail(FM_INVALID_VALUE, "top_k is ", layer.top_k, ", expected 1..", layer.num_experts,
-         ", the number of experts");
+         " (num_experts)");
   }
   check_number("activation", layer.activation >= FM_SILU && layer.activation <= FM_IDENTITY,
                layer.activation, "an fm_activation");
