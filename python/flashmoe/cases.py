@@ -9,7 +9,8 @@ they are in tests/python/test_ranks*.py, test_torch_ops*.py and the C++ tests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -78,6 +79,15 @@ class Case:
         each = (t if isinstance(t, tuple) else (t,) for t in self.tokens)
         return tuple(tuple(t[rank % len(t)] for rank in range(ranks)) for t in each)
 
+    def on_ranks(self, ranks):
+        """The case with as many more experts as it takes to divide them over `ranks`."""
+        unit = math.lcm(ranks, self.routing.num_groups)
+        experts = math.ceil(self.experts / unit) * unit
+        if self.refused or experts == self.experts:
+            return self
+        rows = (*self.rows, *(0,) * (experts - self.experts)) if self.rows else ()
+        return replace(self, experts=experts, rows=rows)
+
     def key(self, dtype, ranks):
         """What `--case` matches: name, dtype and ranks."""
         return f"{self.name}:{dtype}:w{ranks}"
@@ -85,7 +95,8 @@ class Case:
 
 def select(pattern="*", mode="values", ranks=None, dtype=None):
     """(case, dtype, ranks) of every check that `pattern` (a glob on the name or on the whole key)
-    names. `ranks` and `dtype` replace the case's own lists."""
+    names. `ranks` and `dtype` replace the case's own lists; experts are added where the ranks do
+    not divide them."""
     chosen = []
     for case in CASES:
         if mode not in case.modes:
@@ -94,7 +105,7 @@ def select(pattern="*", mode="values", ranks=None, dtype=None):
             for one in (dtype,) if dtype else case.dtypes:
                 key = case.key(one, num_ranks)
                 if fnmatchcase(case.name, pattern) or fnmatchcase(key, pattern):
-                    chosen.append((case, one, num_ranks))
+                    chosen.append((case.on_ranks(num_ranks), one, num_ranks))
     return chosen
 
 

@@ -110,8 +110,8 @@ def missing_for(case, ranks, device):
         return f"no {device} engine in this build"
     if case.refused:
         return "" if ranks in case.ranks else f"needs {' or '.join(map(str, case.ranks))} ranks"
-    if case.experts % ranks:
-        return f"needs a number of ranks that divides {case.experts} experts"
+    if case.save_z and ranks > 1:
+        return "saving Z needs one rank"
     if case.ids == "one_rank" and ranks == 1:
         return "needs more than one rank"
     return ""

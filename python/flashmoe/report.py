@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from contextlib import contextmanager
 
 BAR_WIDTH = 36
@@ -247,9 +248,11 @@ def print_checks(records):
         )
     out.print(shown)
     for record in records:
-        if record.status != "passed":
+        if record.status == "failed":
             name = f"{record.case} {record.dtype}, {record.ranks} ranks"
-            out.print(f"{record.status} {name}: {record.reason}", markup=False)
+            out.print(f"failed {name}: {record.reason}", markup=False)
+    for reason, count in Counter(r.reason for r in records if r.status == "skipped").items():
+        out.print(f"skipped {count}: {reason}", markup=False)
     summary = check_summary(records)
     text = ", ".join(f"{count} {status}" for status, count in summary.items())
     verdict(out, summary["failed"] == 0, text)
