@@ -150,10 +150,11 @@ class Tally:
         ours, plain = ours.double(), plain.double()
         self.problem = self.problem or structural_problem(self.name, where, ours, oracle)
         error = (ours - oracle).abs().nan_to_num(nan=math.inf)
-        self.ours += float(error.square().sum())
-        self.plain += float((plain - oracle).square().sum())
-        self.norm += float(oracle.square().sum())
-        self.half_ulp += float((oracle * (eps / 2)).square().sum())
+        norm = squared_norm(oracle)
+        self.ours += squared_norm(error)
+        self.plain += squared_norm(plain - oracle)
+        self.norm += norm
+        self.half_ulp += norm * (eps / 2) ** 2
         self.samples += min(samples, int((oracle != 0).sum()))
         if error.numel() and float(error.max()) > self.worst_error:
             self.worst_error = float(error.max())
@@ -198,6 +199,11 @@ class Tally:
             "ratio": self.ratio,
             "bar": self.bar,
         }
+
+
+def squared_norm(tensor):
+    """Sum of squares."""
+    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def relative(square, against):
