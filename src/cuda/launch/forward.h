@@ -1,0 +1,45 @@
+// The layer's forward on one GPU: router, plan, products and combine as one cooperative launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/sync/report.h"
+#include "flashmoe/c_api.h"
+
+namespace flashmoe::cuda::launch {
+
+// What one forward runs with. The engine has checked shapes, dtypes and strides of `operands`
+// (engine/check.h) as for the CPU; every data pointer is memory of the current device.
+struct ForwardArguments {
+  fm_layer layer;
+  fm_forward_args operands;
+  // forward_scratch_bytes() or more, on a multiple of 256 bytes; zero when it is first used and
+  // left as launches leave it after that. One launch at a time.
+  void* scratch = nullptr;
+  // Pinned host memory that the device can write; zero when made. A launch that fails on the device
+  // fills it: the host looks at it before the next launch or after a synchronisation.
+  sync::WaitReport* report = nullptr;
+  uint64_t timeout_ns = ~uint64_t{0};  // of every wait in the kernel
+  int32_t max_sms = 0;                 // most SMs to use, 0: all
+  cudaStream_t stream = nullptr;
+};
+
+// Why the CUDA engine cannot run this layer on these operands, or an empty text. Looks at sizes,
+// strides and addresses only; never at a device.
+std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& operands);
+
+// Scratch of a launch; grows with the tokens.
+int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands);
+
+// The configuration that a launch on `num_sms` SMs runs with, a line for each fact.
+std::string describe_forward(const fm_layer& layer, const fm_forward_args& operands,
+                             int32_t num_sms);
+
+// Launches one kernel on the current device. Throws Error: FM_UNSUPPORTED with reason_to_refuse()
+// or on a device without these instructions, FM_OUT_OF_MEMORY if scratch is too small.
+void launch_forward(const ForwardArguments& arguments);
+
+}  // namespace flashmoe::cuda::launch
