@@ -1,10 +1,12 @@
 /* FlashMoE flat C ABI: one mixture-of-experts layer, forward and backward, over an expert-parallel
  * (EP) group.
  *
- * Every struct starts with `struct_size`: set it to sizeof(the struct). Fields are only ever added
- * at the end, so a caller built against an older header keeps working: a missing field reads as
- * zero. Every function returns an fm_status; fm_last_error() then holds the text for the calling
- * thread. Nothing here prints, exits or throws.
+ * Every struct that a function takes starts with `struct_size`, its version: set it to sizeof(the
+ * struct). Fields are only ever added at the end, so a caller built against an older header keeps
+ * working: a missing field reads as zero. A struct that is larger than the library knows comes from
+ * a newer header: FM_VERSION_MISMATCH. fm_tensor has no size of its own because it is a part of the
+ * others: it never changes. Every function returns an fm_status; fm_last_error() then holds the
+ * text for the calling thread. Nothing here prints, exits or throws.
  *
  * Words: T tokens of this rank, H hidden size, I expert intermediate size, E experts in all,
  * k experts per token, W ranks, E_loc = E / W experts held by a rank, G = 2 for a gated MLP,
@@ -37,7 +39,8 @@ typedef enum fm_status {
   FM_ABORTED = 6,      /* the group was aborted, here or by a peer (Python: GroupAbortedError) */
   FM_OUT_OF_MEMORY = 7,
   FM_UNSUPPORTED = 8, /* valid, but not by this engine or build (Python: UnsupportedError) */
-  FM_INTERNAL = 9
+  FM_INTERNAL = 9,
+  FM_VERSION_MISMATCH = 10 /* a struct_size that no version of this struct has had */
 } fm_status;
 
 typedef enum fm_dtype {
@@ -98,7 +101,7 @@ typedef struct fm_layer {
   int64_t group_top;   /* a group's score is the sum of its best group_top selection scores */
 } fm_layer;
 
-/* A strided tensor in host memory. data NULL: absent. Strides in elements. */
+/* A strided tensor. data NULL: absent. Strides in elements. Never changes. */
 typedef struct fm_tensor {
   void* data;
   int32_t dtype;

@@ -45,8 +45,9 @@ constexpr std::array kErrorKinds{
     "flashmoe.OutOfMemoryError",
     "flashmoe.UnsupportedError",
     "flashmoe.FlashMoEError",
+    "flashmoe.FlashMoEError",
 };
-static_assert(kErrorKinds.size() == FM_INTERNAL + 1);
+static_assert(kErrorKinds.size() == FM_VERSION_MISMATCH + 1);
 
 int32_t to_dtype(std::string_view name, DLDataType given) {
   for (const DtypePair& pair : kDtypes) {
@@ -141,7 +142,7 @@ void raise(const char* kind, const std::string& message) { throw ffi::Error(kind
 
 void check(fm_status status) {
   if (status == FM_OK) return;
-  const auto kind_idx = std::min<size_t>(status, FM_INTERNAL);
+  const auto kind_idx = std::min<size_t>(status, FM_VERSION_MISMATCH);
   raise(kErrorKinds[kind_idx], fm_last_error());
 }
 

@@ -58,13 +58,16 @@ fm_status guarded(Body&& body) {
   }
 }
 
-// A struct of the caller's version as one of ours: missing fields are zero.
+// A struct of the caller's version as one of ours: missing fields are zero. A size that is no
+// multiple of the alignment would end inside a field.
 template <class Struct>
 Struct take_versioned(const Struct* given, const char* name) {
   if (given == nullptr) fail(FM_INVALID_VALUE, name, " is null");
-  if (given->struct_size < sizeof(uint32_t) || given->struct_size > sizeof(Struct)) {
-    fail(FM_INVALID_VALUE, name, ".struct_size is ", given->struct_size, ", this library knows ",
-         sizeof(Struct), "; set it to sizeof(", name, ")");
+  const uint32_t size = given->struct_size;
+  if (size == 0 || size > sizeof(Struct) || size % alignof(Struct) != 0) {
+    fail(FM_VERSION_MISMATCH, name, ".struct_size is ", size, ", flashmoe ", FLASHMOE_VERSION,
+         " knows ", sizeof(Struct), "; set it to sizeof(", name,
+         ") and build with the header of the library that is loaded");
   }
   Struct taken{};
   std::memcpy(static_cast<void*>(&taken), given, given->struct_size);

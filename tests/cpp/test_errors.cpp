@@ -224,11 +224,17 @@ TEST_F(BadInput, VersionsAndNulls) {
                {"fm_layer is null"});
   expect_error(outcome(fm_forward(group_[0], &layer, nullptr)), FM_INVALID_VALUE,
                {"fm_forward_args is null"});
-  layer.struct_size = sizeof(layer) + 8;
-  expect_error(outcome(fm_forward(group_[0], &layer, &args)), FM_INVALID_VALUE,
-               {"fm_layer.struct_size", "set it to sizeof"});
-  layer.struct_size = 0;
-  expect_error(outcome(fm_forward(group_[0], &layer, &args)), FM_INVALID_VALUE, {"struct_size"});
+  // A newer caller's struct, one that was not set, and one that ends inside a field.
+  for (const uint32_t size : {uint32_t{sizeof(layer) + 8}, 0u, uint32_t{sizeof(layer) - 4}}) {
+    layer.struct_size = size;
+    expect_error(outcome(fm_forward(group_[0], &layer, &args)), FM_VERSION_MISMATCH,
+                 {"fm_layer.struct_size is", "set it to sizeof", fm_version()});
+  }
+  fm_backward_args back = c_.ranks[0].backward_args(false);
+  back.struct_size += 8;
+  layer.struct_size = sizeof(layer);
+  expect_error(outcome(fm_backward(group_[0], &layer, &back)), FM_VERSION_MISMATCH,
+               {"fm_backward_args.struct_size is"});
   // An older caller: fields that it does not know are absent.
   layer.struct_size = sizeof(layer);
   args.struct_size = offsetof(fm_forward_args, logits);
@@ -258,7 +264,8 @@ TEST(GroupArguments, AreChecked) {
   EXPECT_EQ(rank, 1);
   EXPECT_EQ(world, 2);
   fm_stats stats{};
-  expect_error(outcome(fm_group_stats(two[0], &stats)), FM_INVALID_VALUE, {"fm_stats.struct_size"});
+  expect_error(outcome(fm_group_stats(two[0], &stats)), FM_VERSION_MISMATCH,
+               {"fm_stats.struct_size"});
   expect_ok(outcome(fm_group_destroy(nullptr)));
 }
 
