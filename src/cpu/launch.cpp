@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <csignal>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -44,12 +45,12 @@ constexpr fm_phase phase_of(plan::TaskKind kind) {
 }
 
 // A delay that differs from task to task and run to run; results must not (tests).
-void jitter(double most_us, int64_t ticket) {
+void delay(double most_us, int64_t ticket) {
   const auto now = static_cast<uint64_t>(Clock::now().time_since_epoch().count());
   uint64_t hash = (now ^ (static_cast<uint64_t>(ticket) << 32)) * 0x9e3779b97f4a7c15ull;
   hash ^= hash >> 29;
-  const double delay = most_us * static_cast<double>(hash % 1024) / 1024.0;
-  std::this_thread::sleep_for(std::chrono::duration<double, std::micro>(delay));
+  const double chosen = most_us * static_cast<double>(hash % 1024) / 1024.0;
+  std::this_thread::sleep_for(std::chrono::duration<double, std::micro>(chosen));
 }
 
 // The walk of one launch over its threads: tickets, failures, times.
@@ -61,6 +62,7 @@ class Walk {
 
   void run(ThreadPool& pool) {
     pool.run(launch_.num_threads, [this](int thread_idx) { run_thread(thread_idx); });
+    if (stopped_once_) launch_.group.options().stop_in_phase = 0;
     if (failure_) std::rethrow_exception(failure_);
   }
 
@@ -96,14 +98,21 @@ class Walk {
     }
     const plan::Task task = plan::task_at(launch_.space, ticket);
     if (task.kind == plan::TaskKind::kEnd) return false;
-    const double most_jitter = launch_.group.options().jitter_us;
-    if (most_jitter > 0) jitter(most_jitter, ticket);
+    if (launch_.group.options().disturbed()) disturb(phase_of(task.kind), ticket);
     const auto start = Clock::now();
     const double waited = fabric::Waiter::waited_seconds();
     run_task(task, launch_.panel_of(thread_idx));
     seconds_[static_cast<size_t>(thread_idx)][phase_of(task.kind)] +=
         seconds_since(start) - (fabric::Waiter::waited_seconds() - waited);
     return true;
+  }
+
+  // What tests ask for (GroupOptions): a delay, or to be stopped here by a signal.
+  void disturb(fm_phase phase, int64_t ticket) {
+    const fabric::GroupOptions& options = launch_.group.options();
+    if (options.jitter_us > 0) delay(options.jitter_us, ticket);
+    if (options.stop_in_phase != phase + 1 || stopped_once_.exchange(true)) return;
+    std::raise(SIGSTOP);
   }
 
   void run_task(const plan::Task& task, void* panel) {
@@ -131,6 +140,7 @@ class Walk {
   }
 
   Launch<T>& launch_;
+  std::atomic<bool> stopped_once_{false};
   std::mutex failure_mutex_;
   std::exception_ptr failure_;
   std::vector<PhaseSeconds> seconds_;
@@ -218,9 +228,7 @@ void tell_peers(fabric::Group& group, plan::Epoch epoch, bool published, const E
     return;
   }
   if (!published) {
-    const fabric::Waiter waiter(&group.own_control(), group.rank(),
-                                group.options().timeout_seconds);
-    refuse_launch(group, epoch, error.what(), waiter);
+    refuse_launch(group, epoch, error.what(), group.waiter());
   }
   group.finish_epoch(epoch);
 }
@@ -240,7 +248,7 @@ template <class T>
 bool try_launch(const Call& call, fabric::Group& group, Workspace& workspace, ThreadPool& pool,
                 fm_stats& stats) {
   const auto start = Clock::now();
-  fabric::Waiter waiter(&group.own_control(), group.rank(), group.options().timeout_seconds);
+  fabric::Waiter waiter = group.waiter();
   waiter.check_abort();
   group.connect(waiter);
   Launch<T> launch(call, group, workspace, choose_threads(group, group.options()), waiter);
@@ -254,8 +262,7 @@ bool try_launch(const Call& call, fabric::Group& group, Workspace& workspace, Th
     return true;
   } catch (const NeedMemory& need) {
     group.finish_epoch(launch.epoch);
-    const fabric::Waiter fresh(&group.own_control(), group.rank(), group.options().timeout_seconds);
-    group.grow(need.capacity, fresh);
+    group.grow(need.capacity, group.waiter());
     return false;
   } catch (const Error& error) {
     fail_launch(launch, error);
@@ -369,7 +376,7 @@ void run_call(const Call& call, fabric::Group& group, Workspace& workspace, Thre
 
 void refuse_call(fabric::Group& group, const std::string& reason) {
   if (group.world() == 1) return;
-  const fabric::Waiter waiter(&group.own_control(), group.rank(), group.options().timeout_seconds);
+  const fabric::Waiter waiter = group.waiter();
   waiter.check_abort();
   group.connect(waiter);
   const plan::Epoch epoch = group.begin_epoch();

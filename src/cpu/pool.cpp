@@ -4,62 +4,64 @@
 
 namespace flashmoe::cpu {
 
-ThreadPool::~ThreadPool() { stop(); }
+// A fork leaves the workers behind, in whatever they did: their mutex may be held for ever, and a
+// condition variable that somebody waits on cannot be destroyed. The child leaves all of it alone.
+void ThreadPool::leave_after_fork() {
+  if (owner_process_ != getpid()) static_cast<void>(crew_.release());
+}
 
-void ThreadPool::stop() {
-  if (owner_process_ != getpid()) {
-    for (auto& worker : workers_) worker.detach();
-    workers_.clear();
-    return;
-  }
+ThreadPool::~ThreadPool() {
+  leave_after_fork();
+  if (!crew_) return;
   {
-    std::lock_guard lock(mutex_);
-    stopping_ = true;
+    const std::lock_guard lock(crew_->mutex);
+    crew_->stopping = true;
   }
-  wake_.notify_all();
-  for (auto& worker : workers_) worker.join();
-  workers_.clear();
+  crew_->wake.notify_all();
+  for (auto& worker : crew_->workers) worker.join();
 }
 
 void ThreadPool::grow(int num_workers) {
-  if (owner_process_ != getpid()) {
-    for (auto& worker : workers_) worker.detach();
-    workers_.clear();
+  leave_after_fork();
+  if (!crew_) {
+    crew_ = std::make_unique<Crew>();
     owner_process_ = getpid();
   }
-  while (static_cast<int>(workers_.size()) < num_workers) {
-    const int thread_idx = static_cast<int>(workers_.size()) + 1;
-    workers_.emplace_back(&ThreadPool::loop, this, thread_idx, generation_);
+  auto& workers = crew_->workers;
+  while (static_cast<int>(workers.size()) < num_workers) {
+    const int thread_idx = static_cast<int>(workers.size()) + 1;
+    workers.emplace_back(&ThreadPool::loop, std::ref(*crew_), thread_idx, crew_->generation);
   }
 }
 
 void ThreadPool::run(int num_threads, const std::function<void(int)>& work) {
   grow(num_threads - 1);
+  Crew& crew = *crew_;
   {
-    std::lock_guard lock(mutex_);
-    work_ = &work;
-    active_ = num_threads;
-    running_ = num_threads - 1;
-    ++generation_;
+    const std::lock_guard lock(crew.mutex);
+    crew.work = &work;
+    crew.active = num_threads;
+    crew.running = num_threads - 1;
+    ++crew.generation;
   }
-  wake_.notify_all();
+  crew.wake.notify_all();
   work(0);
-  std::unique_lock lock(mutex_);
-  finished_.wait(lock, [this] { return running_ == 0; });
+  std::unique_lock lock(crew.mutex);
+  crew.finished.wait(lock, [&] { return crew.running == 0; });
 }
 
-void ThreadPool::loop(int thread_idx, uint64_t generation) {
-  std::unique_lock lock(mutex_);
+void ThreadPool::loop(Crew& crew, int thread_idx, uint64_t generation) {
+  std::unique_lock lock(crew.mutex);
   while (true) {
-    wake_.wait(lock, [&] { return stopping_ || generation_ != generation; });
-    if (stopping_) return;
-    generation = generation_;
-    if (thread_idx >= active_) continue;
-    const auto* work = work_;
+    crew.wake.wait(lock, [&] { return crew.stopping || crew.generation != generation; });
+    if (crew.stopping) return;
+    generation = crew.generation;
+    if (thread_idx >= crew.active) continue;
+    const auto* work = crew.work;
     lock.unlock();
     (*work)(thread_idx);
     lock.lock();
-    if (--running_ == 0) finished_.notify_one();
+    if (--crew.running == 0) crew.finished.notify_one();
   }
 }
 

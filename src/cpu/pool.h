@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -21,19 +22,23 @@ class ThreadPool {
   void run(int num_threads, const std::function<void(int)>& work);
 
  private:
-  void grow(int num_workers);
-  void loop(int thread_idx, uint64_t generation);
-  void stop();
+  struct Crew {
+    std::mutex mutex;
+    std::condition_variable wake, finished;
+    std::vector<std::thread> workers;
+    const std::function<void(int)>* work = nullptr;
+    uint64_t generation = 0;
+    int active = 0;
+    int running = 0;
+    bool stopping = false;
+  };
 
-  std::mutex mutex_;
-  std::condition_variable wake_, finished_;
-  std::vector<std::thread> workers_;
-  const std::function<void(int)>* work_ = nullptr;
-  uint64_t generation_ = 0;
-  int active_ = 0;
-  int running_ = 0;
-  int owner_process_ = 0;  // a fork leaves the workers behind: the child starts its own
-  bool stopping_ = false;
+  void leave_after_fork();
+  void grow(int num_workers);
+  static void loop(Crew& crew, int thread_idx, uint64_t generation);
+
+  std::unique_ptr<Crew> crew_;
+  int owner_process_ = 0;
 };
 
 }  // namespace flashmoe::cpu

@@ -101,7 +101,7 @@ void tell_refusal(flashmoe::fabric::Group& group, const char* reason) {
 // One launch: checks, then the walk. A call that is refused here is announced to the peers.
 template <class MakeCall>
 void launch(fm_group_s& g, MakeCall&& make_call) {
-  const std::lock_guard lock(g.group.launch_mutex());
+  const flashmoe::fabric::LaunchTurn turn(g.group);
   flashmoe::cpu::Call call;
   try {
     call = make_call();
@@ -114,8 +114,10 @@ void launch(fm_group_s& g, MakeCall&& make_call) {
 
 void set_option(flashmoe::fabric::Group& group, const std::string& key, double value) {
   auto& options = group.options();
-  const bool whole = key == "num_threads" || key == "epoch";
-  const double most = key == "num_threads" ? 1024.0 : 4294967295.0;
+  const bool whole = key == "num_threads" || key == "epoch" || key == "stop_in_phase";
+  const double most = key == "num_threads"     ? 1024.0
+                      : key == "stop_in_phase" ? static_cast<double>(FM_PHASE_COMBINE) + 1
+                                               : 4294967295.0;
   if (!(value >= 0 && value <= most) || (whole && value != std::floor(value))) {
     fail(FM_INVALID_VALUE, key, " is ", value, ", expected a ", whole ? "whole " : "",
          "number of 0..", static_cast<int64_t>(most));
@@ -126,11 +128,13 @@ void set_option(flashmoe::fabric::Group& group, const std::string& key, double v
     options.num_threads = static_cast<int>(value);
   } else if (key == "jitter_us") {
     options.jitter_us = value;
+  } else if (key == "stop_in_phase") {
+    options.stop_in_phase = static_cast<int>(value);
   } else if (key == "epoch") {
     group.set_epoch(static_cast<flashmoe::plan::Epoch>(value));
   } else {
     fail(FM_INVALID_VALUE, "option '", key,
-         "' is unknown; known are timeout_s, num_threads, epoch, jitter_us");
+         "' is unknown; known are timeout_s, num_threads, epoch, jitter_us, stop_in_phase");
   }
 }
 
@@ -165,9 +169,7 @@ fm_status fm_group_create_shm(const char* token, int32_t rank, int32_t world, fm
     const auto options = default_options();
     auto fabric = flashmoe::fabric::make_shm_fabric(name, rank, world, options.timeout_seconds);
     auto made = std::make_unique<fm_group_s>(std::move(fabric), rank, world, options);
-    const flashmoe::fabric::Waiter waiter(&made->group.own_control(), rank,
-                                          options.timeout_seconds);
-    made->group.connect(waiter);
+    made->group.connect(made->group.waiter());
     *out = made.release();
   });
 }
@@ -195,7 +197,7 @@ fm_status fm_group_abort(fm_group group, const char* reason) {
 fm_status fm_group_refuse(fm_group group, const char* reason) {
   return guarded([&] {
     auto& g = take_group(group);
-    const std::lock_guard lock(g.group.launch_mutex());
+    const flashmoe::fabric::LaunchTurn turn(g.group);
     flashmoe::cpu::refuse_call(g.group, reason == nullptr ? "no reason given" : reason);
   });
 }

@@ -3,8 +3,11 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <string>
 
+#include "base/error.h"
 #include "plan/flags.h"
 #include "plan/problem.h"
 
@@ -44,12 +47,25 @@ enum class AbortState : uint32_t { kNone = 0, kWriting = 1, kSet = 2 };
 
 // All words: relaxed plain data is published by the flag named beside it.
 struct ControlBlock {
-  // hello: writer: this block's owner, after filling build and world. reader: every peer, once,
-  // when the group is made. publishes: the block exists and is zeroed. release/acquire. Never
-  // changes.
+  // --- The head (kHeadBytes): the same in every version of the library, so that ranks of different
+  // builds can tell each other so.
+
+  // hello: writer: this block's owner, after filling in the rest of the introduction. reader: every
+  // peer, once, when the group is made. publishes: the block exists and is zeroed, and world,
+  // build, process and process_space. release/acquire. Never changes.
   std::atomic<uint32_t> hello;
   int32_t world;
   char build[128];
+  int32_t process;         // of the owner
+  uint64_t process_space;  // in which that number means something; 0: not known
+
+  // abort: writer: the first rank or host thread that stops the group (compare-exchange from kNone,
+  // text, then kSet with release). reader: every wait of the owner (acquire). Final.
+  std::atomic<uint32_t> abort;
+  int32_t abort_status;  // fm_status
+  char abort_text[kTextBytes];
+
+  // --- The rest: the same in every rank of a build.
 
   // meta_ready[bank][s]: writer: rank s, once a launch. reader: the owner's plan task. publishes:
   // header[bank][s] and, when its status is kReady, s's counts and slots in the same bank of the
@@ -68,18 +84,28 @@ struct ControlBlock {
   std::atomic<uint32_t> grow_ready[plan::kMaxWorld];
   std::atomic<uint32_t> grow_mapped[plan::kMaxWorld];
 
-  // abort: writer: the first rank or host thread that stops the group (compare-exchange from kNone,
-  // text, then kSet with release). reader: every wait of the owner (acquire). Final.
-  std::atomic<uint32_t> abort;
-  int32_t abort_status;  // fm_status
-  char abort_text[kTextBytes];
+  // waits_for: writer: the owner's threads, at every turn of a wait for a peer: that peer + 1; 0
+  // when the wait is over. reader: peers whose own wait for the owner has run out, for their
+  // message. A hint: relaxed, publishes nothing.
+  std::atomic<uint32_t> waits_for;
 };
 
-// The library's version and the layout that it gives this block: must agree between ranks.
-void set_build(ControlBlock& block);
-// Throws FM_MISMATCH when the two ranks' blocks come from different builds.
-void check_build(const ControlBlock& peer_block, int32_t peer, const ControlBlock& own_block,
-                 int32_t rank);
+inline constexpr size_t kHeadBytes = offsetof(ControlBlock, meta_ready);
+
+// Fills in the head of the block of one of `world` ranks and raises hello. Build: the library's
+// version and the size of this block, which must agree between ranks.
+void introduce(ControlBlock& block, int32_t world);
+// Throws FM_MISMATCH when the two ranks come from different builds or count different worlds.
+void check_introduction(const ControlBlock& peer_block, int32_t peer, const ControlBlock& own_block,
+                        int32_t rank);
+
+// Stops the waits of the block's owner; false when it had been stopped before. The first reason
+// stands.
+bool stop_owner(ControlBlock& block, fm_status status, const std::string& reason);
+// Throws FM_ABORTED when the owner has been stopped.
+void check_stopped(const ControlBlock& block);
+
+void set_text(char (&target)[kTextBytes], const std::string& text);
 
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "flags are shared between processes");
 

@@ -23,6 +23,8 @@ class Fabric {
   virtual ControlBlock* control(int32_t rank) const = 0;
   // Base of `rank`'s data part, or null before the first growth.
   virtual std::byte* data(int32_t rank) const = 0;
+  // False once `rank` is known to be gone for good: nothing that it has not written will come.
+  virtual bool is_alive(int32_t) const { return true; }
 
   // The three steps of a collective growth; the group puts the waits between them.
   virtual void allocate(int64_t bytes, uint32_t generation) = 0;  // zeroed, this rank's new part

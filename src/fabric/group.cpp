@@ -1,7 +1,7 @@
 #include "fabric/group.h"
 
-#include <algorithm>
-#include <cstring>
+#include <unistd.h>
+
 #include <new>
 
 namespace flashmoe::fabric {
@@ -70,27 +70,34 @@ constexpr HeaderField kHeaderFields[] = {
 
 }  // namespace
 
-void set_build(ControlBlock& block) {
-  const std::string identity =
-      std::string(fm_version()) + ", control block of " + std::to_string(sizeof(ControlBlock));
-  std::strncpy(block.build, identity.c_str(), sizeof(block.build) - 1);
-}
-
-void check_build(const ControlBlock& peer_block, int32_t peer, const ControlBlock& own_block,
-                 int32_t rank) {
-  if (std::strcmp(peer_block.build, own_block.build) == 0) return;
-  fail(FM_MISMATCH, "rank ", peer, " runs build '", peer_block.build, "', rank ", rank, " runs '",
-       own_block.build, "': install the same flashmoe on all ranks");
-}
-
-void set_text(char (&target)[kTextBytes], const std::string& text) {
-  const size_t length = std::min(text.size(), static_cast<size_t>(kTextBytes - 1));
-  std::memcpy(target, text.data(), length);
-  target[length] = '\0';
-}
-
 Group::Group(std::unique_ptr<Fabric> fabric, int32_t rank, int32_t world, GroupOptions options)
-    : fabric_(std::move(fabric)), rank_(rank), world_(world), options_(options) {}
+    : fabric_(std::move(fabric)),
+      rank_(rank),
+      world_(world),
+      options_(options),
+      owner_process_(getpid()) {}
+
+LaunchTurn::LaunchTurn(Group& group) : group_(group) {
+  if (group.world() > 1) {
+    if (getpid() != group.owner_process_) {
+      fail(FM_UNSUPPORTED, "the group of ", group.world(),
+           " ranks was made before this process was forked: make a new group in the child");
+    }
+    if (group.launching_.exchange(true, std::memory_order_acquire)) {
+      const Error error(FM_UNSUPPORTED,
+                        "two threads of rank " + std::to_string(group.rank()) +
+                            " call the same group at once, so that the ranks could not agree whose "
+                            "call comes first: give each thread a group of its own");
+      group.abort(error.status(), error.what());
+      throw error;
+    }
+  }
+  lock_ = std::unique_lock(group.launch_mutex());
+}
+
+LaunchTurn::~LaunchTurn() {
+  if (group_.world() > 1) group_.launching_.store(false, std::memory_order_release);
+}
 
 void Group::connect(const Waiter& waiter) {
   if (world_ == 1 || connected_) return;
@@ -175,15 +182,7 @@ void Group::grow_together(const plan::SymmetricCapacity& capacity, const Waiter&
 }
 
 void Group::abort(fm_status status, const std::string& reason) {
-  for (int32_t peer = 0; peer < world_; ++peer) {
-    ControlBlock& block = control(peer);
-    auto none = static_cast<uint32_t>(AbortState::kNone);
-    const auto writing = static_cast<uint32_t>(AbortState::kWriting);
-    if (!block.abort.compare_exchange_strong(none, writing, std::memory_order_acq_rel)) continue;
-    block.abort_status = status;
-    set_text(block.abort_text, reason);
-    block.abort.store(static_cast<uint32_t>(AbortState::kSet), std::memory_order_release);
-  }
+  for (int32_t peer = 0; peer < world_; ++peer) stop_owner(control(peer), status, reason);
 }
 
 void check_headers(const Group& group, plan::Epoch epoch) {

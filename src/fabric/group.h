@@ -1,6 +1,7 @@
 // An EP group as one rank sees it: the fabric, the epoch, the symmetric memory and its capacity.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -19,7 +20,13 @@ enum class Operation : uint32_t { kForward = 1, kBackward = 2 };
 struct GroupOptions {
   double timeout_seconds = 60;
   int num_threads = 0;   // 0: automatic
+  int max_sms = 0;       // CUDA: most SMs of a launch; 0: all
   double jitter_us = 0;  // tests: random delay before each task, up to this
+  // tests: fm_phase + 1 at whose first task of this rank the process stops itself (SIGSTOP), once;
+  // 0: never
+  int stop_in_phase = 0;
+
+  bool disturbed() const { return jitter_us > 0 || stop_in_phase > 0; }
 };
 
 class Group {
@@ -36,8 +43,11 @@ class Group {
   // threads do it later, each in its own first launch.
   void connect(const Waiter& waiter);
 
-  // Serialises the launches of this rank.
+  // Held during a launch of this rank (LaunchTurn) and while its options or statistics are used.
   std::mutex& launch_mutex() { return launch_mutex_; }
+
+  // For the waits of one launch, bounded as the options say.
+  Waiter waiter() const { return Waiter(*fabric_, rank_, options_.timeout_seconds); }
 
   plan::Epoch epoch() const { return epoch_; }
   plan::Epoch begin_epoch() { return epoch_ = plan::next_epoch(epoch_); }
@@ -66,6 +76,7 @@ class Group {
   void abort(fm_status status, const std::string& reason);
 
  private:
+  friend class LaunchTurn;
   void grow_together(const plan::SymmetricCapacity& capacity, const Waiter& waiter);
 
   std::unique_ptr<Fabric> fabric_;
@@ -73,16 +84,32 @@ class Group {
   int32_t world_;
   GroupOptions options_;
   std::mutex launch_mutex_;
+  std::atomic<bool> launching_{false};
+  int owner_process_;
   plan::Epoch epoch_ = 0;
   uint32_t generation_ = 0;
   bool connected_ = false;
   plan::SymmetricCapacity capacity_;
 };
 
+// The right to launch, for as long as it lives. A second thread waits for its turn on a group of
+// one rank. On a larger one the ranks might serve two threads in different orders, and so mix their
+// tokens: the group is aborted and FM_UNSUPPORTED thrown; the same, without the abort, in a child
+// process that inherited the group.
+class LaunchTurn {
+ public:
+  explicit LaunchTurn(Group& group);
+  ~LaunchTurn();
+  LaunchTurn(const LaunchTurn&) = delete;
+  LaunchTurn& operator=(const LaunchTurn&) = delete;
+
+ private:
+  Group& group_;
+  std::unique_lock<std::mutex> lock_;
+};
+
 // Throws FM_MISMATCH naming the rank and the field when two headers of a launch disagree, or when a
 // peer refused.
 void check_headers(const Group& group, plan::Epoch epoch);
-
-void set_text(char (&target)[kTextBytes], const std::string& text);
 
 }  // namespace flashmoe::fabric

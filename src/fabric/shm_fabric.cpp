@@ -2,22 +2,51 @@
 //
 // Every segment lives under a name only while its peers open it: "/flashmoe-<token>-<rank>" for the
 // control block and "....g<generation>" for a data part. Once all ranks have mapped it the owner
-// unlinks it, so that whatever happens to the processes later, nothing stays behind.
+// unlinks it, so that whatever happens to the processes later, nothing stays behind. The owner
+// holds a lock on the file while it has a name: a name whose lock is free was left by a process
+// that died in between, and the next rank that makes a group on this machine removes it.
 #include <fcntl.h>
+#include <poll.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <chrono>
 #include <cstring>
-#include <thread>
+#include <filesystem>
 
 #include "base/error.h"
 #include "fabric/fabric.h"
+#include "fabric/wait.h"
 
 namespace flashmoe::fabric {
 namespace {
+
+constexpr char kPrefix[] = "flashmoe-";
+constexpr std::chrono::microseconds kJoinSleep{1000};
+
+// A file descriptor, closed in the end.
+class File {
+ public:
+  File() = default;
+  explicit File(int descriptor) : descriptor_(descriptor) {}
+  File(File&& other) noexcept { *this = std::move(other); }
+  File& operator=(File&& other) noexcept {
+    std::swap(descriptor_, other.descriptor_);
+    return *this;
+  }
+  ~File() {
+    if (descriptor_ >= 0) close(descriptor_);
+  }
+  int get() const { return descriptor_; }
+  bool is_open() const { return descriptor_ >= 0; }
+
+ private:
+  int descriptor_ = -1;
+};
 
 // A mapped segment; the creator also owns the name until drop_name().
 class Segment {
@@ -28,7 +57,7 @@ class Segment {
     std::swap(name_, other.name_);
     std::swap(memory_, other.memory_);
     std::swap(bytes_, other.bytes_);
-    std::swap(owns_name_, other.owns_name_);
+    std::swap(lock_, other.lock_);
     return *this;
   }
   ~Segment() {
@@ -37,21 +66,15 @@ class Segment {
   }
 
   static Segment create(const std::string& name, size_t bytes) {
-    const int file = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR, 0600);
-    if (file < 0) {
-      fail(errno == EEXIST ? FM_INVALID_VALUE : FM_OUT_OF_MEMORY, "shared memory ", name, ": ",
-           std::strerror(errno), "; a group's token must be new, and /dev/shm writable");
-    }
     Segment segment;
     segment.name_ = name;
-    segment.owns_name_ = true;
+    segment.lock_ = create_locked(name);
     // posix_fallocate, not ftruncate: a full /dev/shm is an error here and not a SIGBUS later.
     int error = 0;
     do {
-      error = posix_fallocate(file, 0, static_cast<off_t>(bytes));
+      error = posix_fallocate(segment.lock_.get(), 0, static_cast<off_t>(bytes));
     } while (error == EINTR);
-    if (error == 0) segment.map(file, bytes);
-    close(file);
+    if (error == 0) segment.map(segment.lock_.get(), bytes);
     if (error != 0 || segment.memory_ == nullptr) {
       fail(FM_OUT_OF_MEMORY, "shared memory ", name, ": no room for ", bytes,
            " bytes; enlarge /dev/shm or use fewer tokens");
@@ -59,27 +82,43 @@ class Segment {
     return segment;
   }
 
-  // Null memory when the name does not exist (yet) or is not complete.
-  static Segment open(const std::string& name, size_t bytes) {
+  // The whole of a segment of `least` bytes or more. Null memory when the name does not exist (yet)
+  // or is not complete.
+  static Segment open(const std::string& name, size_t least) {
     Segment segment;
-    const int file = shm_open(name.c_str(), O_RDWR, 0600);
-    if (file < 0) return segment;
+    const File file(shm_open(name.c_str(), O_RDWR, 0600));
     struct stat info {};
-    if (fstat(file, &info) == 0 && static_cast<size_t>(info.st_size) >= bytes) {
+    if (file.is_open() && fstat(file.get(), &info) == 0 &&
+        static_cast<size_t>(info.st_size) >= least) {
       segment.name_ = name;
-      segment.map(file, bytes);
+      segment.map(file.get(), static_cast<size_t>(info.st_size));
     }
-    close(file);
     return segment;
   }
 
   void drop_name() {
-    if (owns_name_) shm_unlink(name_.c_str());
-    owns_name_ = false;
+    if (lock_.is_open()) shm_unlink(name_.c_str());
+    lock_ = File();
   }
   std::byte* memory() const { return static_cast<std::byte*>(memory_); }
 
  private:
+  // A new file under the name, locked. Between its creation and its lock the file looks like one
+  // that was left behind: when somebody has removed it as such, it is made again.
+  static File create_locked(const std::string& name) {
+    while (true) {
+      File file(shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR, 0600));
+      if (!file.is_open()) {
+        fail(errno == EEXIST ? FM_INVALID_VALUE : FM_OUT_OF_MEMORY, "shared memory ", name, ": ",
+             std::strerror(errno), "; a group's token must be new, and /dev/shm writable");
+      }
+      struct stat info {};
+      if (flock(file.get(), LOCK_EX) == 0 && fstat(file.get(), &info) == 0 && info.st_nlink > 0) {
+        return file;
+      }
+    }
+  }
+
   void map(int file, size_t bytes) {
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (memory == MAP_FAILED) return;
@@ -90,29 +129,59 @@ class Segment {
   std::string name_;
   void* memory_ = nullptr;
   size_t bytes_ = 0;
-  bool owns_name_ = false;
+  File lock_;  // of the creator, while the segment has its name
 };
+
+// Removes the names that dead processes have left. Those of others' are none of our business.
+void remove_orphans() {
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator("/dev/shm", error)) {
+    const std::string name = entry.path().filename().string();
+    if (name.rfind(kPrefix, 0) != 0) continue;
+    const File file(shm_open(("/" + name).c_str(), O_RDWR, 0600));
+    if (!file.is_open() || flock(file.get(), LOCK_EX | LOCK_NB) != 0) continue;
+    struct stat info {};
+    // What has lost its name in the meantime may have given it to a new owner.
+    if (fstat(file.get(), &info) == 0 && info.st_nlink > 0) shm_unlink(("/" + name).c_str());
+  }
+}
 
 class ShmFabric final : public Fabric {
  public:
   ShmFabric(std::string token, int32_t rank, int32_t world, double timeout_seconds)
-      : token_(std::move(token)), rank_(rank), controls_(world), data_(world), grown_(world) {
+      : token_(std::move(token)),
+        rank_(rank),
+        controls_(world),
+        data_(world),
+        grown_(world),
+        processes_(world) {
+    remove_orphans();
     controls_[rank] = Segment::create(name_of(rank), sizeof(ControlBlock));
-    auto* own = new (controls_[rank].memory()) ControlBlock();
-    own->world = world;
-    set_build(*own);
-    own->hello.store(kControlMagic, std::memory_order_release);
-    const auto start = std::chrono::steady_clock::now();
-    for (int32_t peer = 0; peer < world; ++peer) {
-      if (peer != rank) open_peer(peer, start, timeout_seconds);
+    introduce(*new (controls_[rank].memory()) ControlBlock(), world);
+    try {
+      double waited = 0;
+      for (int32_t peer = 0; peer < world; ++peer) {
+        if (peer != rank) meet(peer, timeout_seconds, waited);
+      }
+    } catch (const Error& error) {
+      // What this rank tells those that it has met, the others learn from them.
+      for (const Segment& segment : controls_) {
+        if (segment.memory() != nullptr)
+          stop_owner(*block_of(segment), error.status(), error.what());
+      }
+      throw;
     }
   }
 
   const char* name() const override { return "shm"; }
-  ControlBlock* control(int32_t rank) const override {
-    return reinterpret_cast<ControlBlock*>(controls_[rank].memory());
-  }
+  ControlBlock* control(int32_t rank) const override { return block_of(controls_[rank]); }
   std::byte* data(int32_t rank) const override { return data_[rank].memory(); }
+
+  bool is_alive(int32_t rank) const override {
+    if (!processes_[rank].is_open()) return true;  // not known
+    pollfd process{.fd = processes_[rank].get(), .events = POLLIN, .revents = 0};
+    return poll(&process, 1, 0) <= 0;  // readable once the process has ended
+  }
 
   void allocate(int64_t bytes, uint32_t generation) override {
     grown_[rank_] = Segment::create(name_of(rank_, generation), static_cast<size_t>(bytes));
@@ -134,41 +203,50 @@ class ShmFabric final : public Fabric {
   }
 
  private:
+  static ControlBlock* block_of(const Segment& segment) {
+    return reinterpret_cast<ControlBlock*>(segment.memory());
+  }
   std::string name_of(int32_t rank) const {
-    return "/flashmoe-" + token_ + "-" + std::to_string(rank);
+    return std::string("/") + kPrefix + token_ + "-" + std::to_string(rank);
   }
   std::string name_of(int32_t rank, uint32_t generation) const {
     return name_of(rank) + ".g" + std::to_string(generation);
   }
 
-  void open_peer(int32_t peer, std::chrono::steady_clock::time_point start, double timeout) {
-    while (true) {
-      controls_[peer] = Segment::open(name_of(peer), sizeof(ControlBlock));
-      if (controls_[peer].memory() != nullptr &&
-          control(peer)->hello.load(std::memory_order_acquire) == kControlMagic) {
-        return check_peer(peer);
-      }
-      const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
-      if (timeout > 0 && waited.count() > timeout) {
-        fail(FM_TIMEOUT, "rank ", rank_, " waited ", timeout, " s for rank ", peer,
-             " to join the group '", token_, "'. Do all ranks make it, with the same token?");
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
+  // Waits for the peer's block and checks that it is one of the same group and build. `waited`: of
+  // all peers so far; they share one bound.
+  void meet(int32_t peer, double timeout, double& waited) {
+    const double before = waited;
+    spin_until(
+        [&] {
+          controls_[peer] = Segment::open(name_of(peer), kHeadBytes);
+          return controls_[peer].memory() != nullptr &&
+                 control(peer)->hello.load(std::memory_order_acquire) == kControlMagic;
+        },
+        [&](const Backoff& backoff) {
+          check_stopped(*control(rank_));
+          waited = before + backoff.seconds();
+          if (timeout <= 0 || waited < timeout) return;
+          fail(FM_TIMEOUT, "rank ", rank_, " waited ", timeout, " s for rank ", peer,
+               " to join the group '", token_, "'. Do all ranks make it, with the same token?");
+        },
+        kJoinSleep);
+    check_introduction(*control(peer), peer, *control(rank_), rank_);
+    watch(peer);
   }
 
-  void check_peer(int32_t peer) const {
-    const auto world = static_cast<int32_t>(controls_.size());
-    if (control(peer)->world != world) {
-      fail(FM_MISMATCH, "rank ", peer, " makes the group '", token_, "' of ", control(peer)->world,
-           " ranks, rank ", rank_, " of ", world);
-    }
-    check_build(*control(peer), peer, *control(rank_), rank_);
+  // A process can be watched from inside its own PID namespace, where the kernel can and may.
+  void watch(int32_t peer) {
+    const ControlBlock &own = *control(rank_), &other = *control(peer);
+    const bool known = own.process_space != 0 && own.process_space == other.process_space;
+    if (!known || own.process == other.process) return;
+    processes_[peer] = File(static_cast<int>(syscall(SYS_pidfd_open, other.process, 0)));
   }
 
   std::string token_;
   int32_t rank_;
   std::vector<Segment> controls_, data_, grown_;
+  std::vector<File> processes_;  // of the peers
 };
 
 }  // namespace

@@ -63,10 +63,7 @@ std::vector<std::unique_ptr<Fabric>> make_thread_fabrics(int32_t world) {
   auto hub = std::make_shared<Hub>(world);
   std::vector<std::unique_ptr<Fabric>> fabrics;
   for (int32_t rank = 0; rank < world; ++rank) {
-    ControlBlock& control = *hub->controls[rank];
-    control.world = world;
-    set_build(control);
-    control.hello.store(kControlMagic, std::memory_order_release);
+    introduce(*hub->controls[rank], world);
     fabrics.push_back(std::make_unique<ThreadFabric>(hub, rank));
   }
   return fabrics;

@@ -363,4 +363,4 @@ def test_killed_peer_ends_the_wait_of_the_other(tmp_path):
             process.kill()
             process.communicate()
     assert survivor.returncode == 1
-    assert "WaitTimeoutError" in error and "of rank 1" in error, error[-2000:]
+    assert "WaitTimeoutError" in error and "rank 1 is gone" in error, error[-2000:]
