@@ -196,8 +196,9 @@ class BasicView {
   template <class T>
   BasicView(std::vector<T>& data, Extents shape) : BasicView(std::span<Element<T>>(data), shape) {}
   // What is written may be read.
-  BasicView(const BasicView<void>& other)  // NOLINT(google-explicit-constructor)
-      requires(std::is_const_v<Void>)
+  template <class Other>
+  requires(std::is_same_v<Other, void>&& std::is_const_v<Void>)
+      BasicView(const BasicView<Other>& other)  // NOLINT(google-explicit-constructor)
       : tensor_(other.native()) {}
 
   // The same memory with these strides, in elements: transposed or padded tensors.
