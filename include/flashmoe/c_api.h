@@ -110,6 +110,11 @@ typedef struct fm_tensor {
   int64_t stride[3];
 } fm_tensor;
 
+typedef enum fm_device_type {
+  FM_DEVICE_HOST = 0,
+  FM_DEVICE_CUDA = 1 /* a launch is queued on the stream; fm_forward does not wait for it */
+} fm_device_type;
+
 /* Operands of one forward. Absent tensors have data NULL. Weights may have any strides in which one
  * of the last two dimensions is contiguous: a transposed checkpoint is passed as a transposed view.
  * Either (topk_ids, topk_weights) are inputs, or w_router is given and they are outputs. */
@@ -131,7 +136,10 @@ typedef struct fm_forward_args {
   fm_tensor logits; /* [T, E] f32 (f64) out, optional, with w_router only */
   fm_tensor tokens_per_expert; /* [E] i64 out, optional: slots this rank routed, drops included */
   fm_tensor dropped;           /* [1] i64 out, optional: slots of this rank over capacity */
-  fm_tensor z; /* [z_rows, G*I] dtype out, optional: pre-activations for the backward */
+  fm_tensor z;         /* [z_rows, G*I] dtype out, optional: pre-activations for the backward */
+  int32_t device_type; /* fm_device_type: where the data of all tensors lies */
+  int32_t device;      /* its index, 0 for the host */
+  void* stream;        /* the cudaStream_t to launch on, NULL: the default stream; unused on host */
 } fm_forward_args;
 
 /* Operands of one backward. grad_x is always written; other outputs that are absent are not
@@ -165,6 +173,9 @@ typedef struct fm_backward_args {
   fm_tensor grad_w_down;
   fm_tensor grad_b_up;
   fm_tensor grad_b_down;
+  int32_t device_type; /* these three as in fm_forward_args */
+  int32_t device;
+  void* stream;
 } fm_backward_args;
 
 typedef enum fm_backward_flags {
@@ -219,17 +230,26 @@ FM_API fm_status fm_group_abort(fm_group group, const char* reason);
 /* Takes part in the launch that the peers are in, as a rank that refuses it: they fail with
  * FM_MISMATCH and `reason`. For a caller that found an error before it could launch. */
 FM_API fm_status fm_group_refuse(fm_group group, const char* reason);
-/* key: "timeout_s" (0: no bound), "num_threads" (0: automatic), "epoch" (before the first launch,
- * the same on all ranks), "jitter_us" (tests: random delay before each task) */
+/* key: "timeout_s" (0: no bound), "num_threads" (0: automatic), "max_sms" (most multiprocessors of
+ * a CUDA launch, 0: all), "epoch" (before the first launch, the same on all ranks), "jitter_us"
+ * (tests: random delay before each task) */
 FM_API fm_status fm_group_set(fm_group group, const char* key, double value);
 FM_API fm_status fm_group_stats(fm_group group, fm_stats* out);
 
+/* On CUDA a launch that fails on the device (a wait that ran out, a router that gave NaN) is
+ * reported by the next call on this group and by fm_group_stats, once. */
 FM_API fm_status fm_forward(fm_group group, const fm_layer* layer, const fm_forward_args* args);
 FM_API fm_status fm_backward(fm_group group, const fm_layer* layer, const fm_backward_args* args);
 
 /* Rows a `z` tensor must have for a launch of `tokens` tokens on one rank. With several ranks the
  * rows depend on all ranks' routing: FM_UNSUPPORTED, the backward recomputes. */
 FM_API fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64_t* rows);
+
+/* How a forward of these operands would run (tiles, scratch, why not), a line for each fact;
+ * launches nothing and reads no operand. *text is valid until the thread's next call of this
+ * function. */
+FM_API fm_status fm_explain(fm_group group, const fm_layer* layer, const fm_forward_args* args,
+                            const char** text);
 
 FM_API const char* fm_last_error(void);
 FM_API const char* fm_version(void);

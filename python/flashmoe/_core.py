@@ -67,6 +67,15 @@ def layer(config: str, world: int, x: Any, w_up: Any, w_down: Any) -> int:
     return _layer(config, dtype, x.shape[1], w_down.shape[2], num_experts)
 
 
+def stream_of(x: Any) -> int:
+    """The ``cudaStream_t`` of torch's current stream on the device of ``x``; 0 on the CPU."""
+    if x.device.type != "cuda":
+        return 0
+    import torch
+
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
 def version() -> str:
     """Version of the compiled engine."""
     return engine().version()

@@ -405,6 +405,6 @@ def _run_numpy(operands: dict[str, Any], config: str, group: str) -> tuple[Any, 
             outputs["logits"] = numpy.empty((x.shape[0], num_experts), wide)
         handle = _core.layer(config, member.world, x, w_up, present["w_down"])
         tensors = {name: _core.from_numpy(array) for name, array in (present | outputs).items()}
-    _core.engine().forward(member.handle, handle, tensors)
+    _core.engine().forward(member.handle, handle, tensors, 0)
     names = ("y", "topk_ids", "topk_weights", "logits", "tokens_per_expert", "dropped")
     return (*(outputs.get(name) for name in names), None)

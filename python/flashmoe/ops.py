@@ -112,7 +112,8 @@ def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
     with groups.refusing(group):
         outputs = _empty_outputs(tensors, layer, group, save_z)
         handle = _core.layer(layer, member.world, tensors["x"], tensors["w_up"], tensors["w_down"])
-    _core.engine().forward(member.handle, handle, _present(tensors) | _present(outputs))
+    operands = _present(tensors) | _present(outputs)
+    _core.engine().forward(member.handle, handle, operands, _core.stream_of(tensors["x"]))
     return _filled(outputs, OUTPUTS, tensors["x"])
 
 
@@ -144,7 +145,8 @@ def _launch_backward(
         outputs = {f"grad_{name}": gradient for name, gradient in gradients.items()}
         # Every rank takes part in the exchange of dX, so the engine always writes it.
         outputs.setdefault("grad_x", torch.empty_like(operands["grad_y"]))
-    _core.engine().backward(member.handle, handle, operands | outputs, flags)
+    stream = _core.stream_of(tensors["x"])
+    _core.engine().backward(member.handle, handle, operands | outputs, flags, stream)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

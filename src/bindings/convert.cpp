@@ -61,25 +61,41 @@ int32_t to_dtype(std::string_view name, DLDataType given) {
                          "; accepted: float64, float32, bfloat16, float16 (ids: int32, int64)");
 }
 
-void check_device(std::string_view name, DLDevice device) {
-  if (device.device_type == kDLCPU) return;
-  const bool is_cuda = device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged;
-  const std::string where =
-      is_cuda ? "cuda:" + std::to_string(device.device_id)
-              : "DLPack device type " + std::to_string(static_cast<int>(device.device_type));
-  raise("TypeError",
-        std::string(name) + " is on " + where + "; accepted: cpu" +
-            (is_cuda ? " (cuda tensors need the CUDA engine, which this build does not have yet)"
-                     : ""));
+struct Device {
+  int32_t type = FM_DEVICE_HOST;
+  int32_t index = 0;
+
+  bool operator==(const Device&) const = default;
+  std::string name() const {
+    return type == FM_DEVICE_CUDA ? "cuda:" + std::to_string(index) : std::string("cpu");
+  }
+};
+
+Device to_device(std::string_view name, DLDevice device) {
+  switch (device.device_type) {
+    case kDLCPU:
+    case kDLCUDAHost:
+      return {};
+    case kDLCUDA:
+    case kDLCUDAManaged:
+      return {FM_DEVICE_CUDA, device.device_id};
+    default:
+      raise("TypeError", std::string(name) + " is on DLPack device type " +
+                             std::to_string(static_cast<int>(device.device_type)) +
+                             "; accepted: cpu, cuda");
+  }
 }
 
-fm_tensor to_tensor(std::string_view name, const ffi::Any& value) {
+const DLTensor& dlpack_of(std::string_view name, const ffi::Any& value) {
+  // The map keeps the tensor alive.
   const auto tensor = value.as<ffi::Tensor>();
   if (!tensor) {
     raise("TypeError", std::string(name) + " is " + value.GetTypeKey() + ", expected a tensor");
   }
-  const DLTensor& given = *tensor->GetDLTensorPtr();
-  check_device(name, given.device);
+  return *tensor->GetDLTensorPtr();
+}
+
+fm_tensor to_tensor(std::string_view name, const DLTensor& given) {
   fm_tensor out{};
   if (given.ndim > static_cast<int32_t>(std::size(out.shape))) {
     raise("ValueError", std::string(name) + " has " + std::to_string(given.ndim) +
@@ -112,13 +128,27 @@ auto find_field(const Fields& fields, std::string_view name, const char* what) {
 }
 
 template <class Args, class Fields>
-Args to_args(const ValueMap& tensors, const Fields& fields, const char* what) {
+Args to_args(const ValueMap& tensors, int64_t stream, const Fields& fields, const char* what) {
   Args args{};
   args.struct_size = sizeof(Args);
+  Device device;
+  std::string first;
   for (const auto& [key, value] : tensors) {
     const std::string_view name(key.data(), key.size());
-    args.*find_field(fields, name, what) = to_tensor(name, value);
+    const DLTensor& given = dlpack_of(name, value);
+    const Device where = to_device(name, given.device);
+    if (first.empty()) {
+      first = name;
+      device = where;
+    } else if (where != device) {
+      raise("TypeError", std::string(name) + " is on " + where.name() + " and " + first + " on " +
+                             device.name() + "; accepted: all on one device");
+    }
+    args.*find_field(fields, name, what) = to_tensor(name, given);
   }
+  args.device_type = device.type;
+  args.device = device.index;
+  args.stream = reinterpret_cast<void*>(stream);
   return args;
 }
 
@@ -158,12 +188,12 @@ fm_layer to_layer(const ValueMap& values) {
   return layer;
 }
 
-fm_forward_args to_forward_args(const ValueMap& tensors) {
-  return to_args<fm_forward_args>(tensors, kForwardFields, "fm_forward_args");
+fm_forward_args to_forward_args(const ValueMap& tensors, int64_t stream) {
+  return to_args<fm_forward_args>(tensors, stream, kForwardFields, "fm_forward_args");
 }
 
-fm_backward_args to_backward_args(const ValueMap& tensors) {
-  return to_args<fm_backward_args>(tensors, kBackwardFields, "fm_backward_args");
+fm_backward_args to_backward_args(const ValueMap& tensors, int64_t stream) {
+  return to_args<fm_backward_args>(tensors, stream, kBackwardFields, "fm_backward_args");
 }
 
 ValueMap from_stats(const fm_stats& stats) {

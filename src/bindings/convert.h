@@ -21,8 +21,9 @@ using ValueMap = tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any>;
 void check(fm_status status);
 
 fm_layer to_layer(const ValueMap& values);
-fm_forward_args to_forward_args(const ValueMap& tensors);
-fm_backward_args to_backward_args(const ValueMap& tensors);
+// stream: a cudaStream_t as a number, for tensors on a CUDA device.
+fm_forward_args to_forward_args(const ValueMap& tensors, int64_t stream);
+fm_backward_args to_backward_args(const ValueMap& tensors, int64_t stream);
 ValueMap from_stats(const fm_stats& stats);
 
 }  // namespace flashmoe::bindings

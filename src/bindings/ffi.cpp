@@ -135,20 +135,31 @@ auto convert_or_refuse(fm_group group, const Convert& convert) {
   }
 }
 
-void forward(int64_t group_handle, int64_t layer_handle, const ValueMap& tensors) {
+void forward(int64_t group_handle, int64_t layer_handle, const ValueMap& tensors, int64_t stream) {
   const GroupRef group = group_of(group_handle);
   const fm_layer layer = layer_of(layer_handle);
   const fm_forward_args args =
-      convert_or_refuse(group.get(), [&] { return to_forward_args(tensors); });
+      convert_or_refuse(group.get(), [&] { return to_forward_args(tensors, stream); });
   check(fm_forward(group.get(), &layer, &args));
 }
 
-void backward(int64_t group_handle, int64_t layer_handle, const ValueMap& tensors, int64_t flags) {
+void backward(int64_t group_handle, int64_t layer_handle, const ValueMap& tensors, int64_t flags,
+              int64_t stream) {
   const GroupRef group = group_of(group_handle);
   const fm_layer layer = layer_of(layer_handle);
-  fm_backward_args args = convert_or_refuse(group.get(), [&] { return to_backward_args(tensors); });
+  fm_backward_args args =
+      convert_or_refuse(group.get(), [&] { return to_backward_args(tensors, stream); });
   args.flags = static_cast<uint32_t>(flags);
   check(fm_backward(group.get(), &layer, &args));
+}
+
+ffi::String explain(int64_t group_handle, int64_t layer_handle, const ValueMap& tensors) {
+  const GroupRef group = group_of(group_handle);
+  const fm_layer layer = layer_of(layer_handle);
+  const fm_forward_args args = to_forward_args(tensors, 0);
+  const char* text = nullptr;
+  check(fm_explain(group.get(), &layer, &args, &text));
+  return text;
 }
 
 int64_t z_rows(int64_t group_handle, int64_t layer_handle, int64_t tokens) {
@@ -176,6 +187,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(group_set, group_set);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(group_stats, group_stats);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward, backward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, explain);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(z_rows, z_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, version);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(build_info, build_info);

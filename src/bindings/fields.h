@@ -111,8 +111,9 @@ inline constexpr std::array kStatsFields{
     NumberField<fm_stats>{"seconds", &fm_stats::seconds},
 };
 
-// struct_size and flags precede the tensors: a tensor added to the header must be added here too.
-static_assert(sizeof(fm_forward_args) == 8 + kForwardFields.size() * sizeof(fm_tensor));
-static_assert(sizeof(fm_backward_args) == 8 + kBackwardFields.size() * sizeof(fm_tensor));
+// struct_size and flags precede the tensors, device and stream follow: a tensor added to the header
+// must be added here too.
+static_assert(sizeof(fm_forward_args) == 8 + kForwardFields.size() * sizeof(fm_tensor) + 16);
+static_assert(sizeof(fm_backward_args) == 8 + kBackwardFields.size() * sizeof(fm_tensor) + 16);
 
 }  // namespace flashmoe::bindings

@@ -1,6 +1,7 @@
 // The C ABI: nothing but translation. Exceptions become statuses and the calling thread's error
 // text.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -11,7 +12,10 @@
 #include "base/env.h"
 #include "cpu/gemm.h"
 #include "cpu/launch.h"
+#include "cuda/engine/engine.h"
+#include "cuda/launch/device_info.h"
 #include "engine/check.h"
+#include "engine/cuda_call.h"
 #include "fabric/group.h"
 
 #if !defined(FLASHMOE_VERSION)
@@ -30,6 +34,7 @@ struct fm_group_s {
   flashmoe::fabric::Group group;
   flashmoe::cpu::Workspace workspace;
   flashmoe::cpu::ThreadPool pool;
+  flashmoe::cuda::Engine cuda;
   fm_stats stats{};
 };
 
@@ -98,24 +103,77 @@ void tell_refusal(flashmoe::fabric::Group& group, const char* reason) {
   }
 }
 
-// One launch: checks, then the walk. A call that is refused here is announced to the peers.
-template <class MakeCall>
-void launch(fm_group_s& g, MakeCall&& make_call) {
-  const flashmoe::fabric::LaunchTurn turn(g.group);
-  flashmoe::cpu::Call call;
+// What `check` gives; a call that it refuses is announced to the peers.
+template <class Check>
+auto checked(fm_group_s& g, Check&& check) {
   try {
-    call = make_call();
+    return check();
   } catch (const Error& error) {
     tell_refusal(g.group, error.what());
     throw;
   }
+}
+
+void launch_on_cpu(fm_group_s& g, const flashmoe::cpu::Call& call) {
   flashmoe::cpu::run_call(call, g.group, g.workspace, g.pool, g.stats);
+}
+
+flashmoe::cuda::LaunchOptions cuda_options(flashmoe::fabric::Group& group) {
+  return {.timeout_seconds = group.options().timeout_seconds, .max_sms = group.options().max_sms};
+}
+
+void launch_on_cuda(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {
+  g.cuda.forward(layer, args, cuda_options(g.group));
+  g.stats = {};
+  g.stats.epoch = g.group.begin_epoch();
+  g.stats.scratch_bytes = g.stats.allocated_bytes = g.cuda.scratch_bytes();
+}
+
+// One forward, on the device where its operands are.
+void run_forward(fm_group_s& g, const fm_layer* layer, const fm_forward_args* args) {
+  const flashmoe::fabric::LaunchTurn turn(g.group);
+  const auto known = checked(g, [&] { return take_versioned(layer, "fm_layer"); });
+  const auto given = checked(g, [&] { return take_versioned(args, "fm_forward_args"); });
+  if (checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); })) {
+    launch_on_cuda(g, known, checked(g, [&] {
+                     return flashmoe::engine::make_cuda_forward(g.group, known, given);
+                   }));
+  } else {
+    launch_on_cpu(
+        g, checked(g, [&] { return flashmoe::engine::make_forward_call(g.group, known, given); }));
+  }
+}
+
+void run_backward(fm_group_s& g, const fm_layer* layer, const fm_backward_args* args) {
+  const flashmoe::fabric::LaunchTurn turn(g.group);
+  launch_on_cpu(g, checked(g, [&] {
+                  const auto known = take_versioned(layer, "fm_layer");
+                  const auto given = take_versioned(args, "fm_backward_args");
+                  if (flashmoe::engine::is_on_cuda(given.device_type)) {
+                    flashmoe::engine::refuse_cuda_backward();
+                  }
+                  return flashmoe::engine::make_backward_call(g.group, known, given);
+                }));
+}
+
+std::string explain(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {
+  const flashmoe::fabric::LaunchTurn turn(g.group);
+  if (flashmoe::engine::is_on_cuda(args.device_type)) {
+    const auto checked = flashmoe::engine::make_cuda_forward(g.group, layer, args);
+    return g.cuda.explain(layer, checked, cuda_options(g.group));
+  }
+  const auto call = flashmoe::engine::make_forward_call(g.group, layer, args);
+  const auto tiles = flashmoe::cpu::choose_tiles(call.problem);
+  std::string text = "block: at most " + std::to_string(tiles.block.max_rows) + " rows";
+  text += "\nup tile: " + std::to_string(tiles.up_width) + " intermediate columns";
+  return text + "\ncolumn block: " + std::to_string(tiles.column_width) + " hidden columns";
 }
 
 void set_option(flashmoe::fabric::Group& group, const std::string& key, double value) {
   auto& options = group.options();
-  const bool whole = key == "num_threads" || key == "epoch" || key == "stop_in_phase";
-  const double most = key == "num_threads"     ? 1024.0
+  const bool few = key == "num_threads" || key == "max_sms";
+  const bool whole = few || key == "epoch" || key == "stop_in_phase";
+  const double most = few                      ? 1024.0
                       : key == "stop_in_phase" ? static_cast<double>(FM_PHASE_COMBINE) + 1
                                                : 4294967295.0;
   if (!(value >= 0 && value <= most) || (whole && value != std::floor(value))) {
@@ -128,13 +186,16 @@ void set_option(flashmoe::fabric::Group& group, const std::string& key, double v
     options.num_threads = static_cast<int>(value);
   } else if (key == "jitter_us") {
     options.jitter_us = value;
+  } else if (key == "max_sms") {
+    options.max_sms = static_cast<int>(value);
   } else if (key == "stop_in_phase") {
     options.stop_in_phase = static_cast<int>(value);
   } else if (key == "epoch") {
     group.set_epoch(static_cast<flashmoe::plan::Epoch>(value));
   } else {
-    fail(FM_INVALID_VALUE, "option '", key,
-         "' is unknown; known are timeout_s, num_threads, epoch, jitter_us, stop_in_phase");
+    fail(
+        FM_INVALID_VALUE, "option '", key,
+        "' is unknown; known are timeout_s, num_threads, max_sms, epoch, jitter_us, stop_in_phase");
   }
 }
 
@@ -215,28 +276,27 @@ fm_status fm_group_stats(fm_group group, fm_stats* out) {
     auto& g = take_group(group);
     const uint32_t size = take_versioned(out, "fm_stats").struct_size;
     const std::lock_guard lock(g.group.launch_mutex());
+    g.cuda.raise_reports();
     std::memcpy(static_cast<void*>(out), &g.stats, size);
     out->struct_size = size;
   });
 }
 
 fm_status fm_forward(fm_group group, const fm_layer* layer, const fm_forward_args* args) {
-  return guarded([&] {
-    auto& g = take_group(group);
-    launch(g, [&] {
-      return flashmoe::engine::make_forward_call(g.group, take_versioned(layer, "fm_layer"),
-                                                 take_versioned(args, "fm_forward_args"));
-    });
-  });
+  return guarded([&] { run_forward(take_group(group), layer, args); });
 }
 
 fm_status fm_backward(fm_group group, const fm_layer* layer, const fm_backward_args* args) {
+  return guarded([&] { run_backward(take_group(group), layer, args); });
+}
+
+fm_status fm_explain(fm_group group, const fm_layer* layer, const fm_forward_args* args,
+                     const char** text) {
   return guarded([&] {
-    auto& g = take_group(group);
-    launch(g, [&] {
-      return flashmoe::engine::make_backward_call(g.group, take_versioned(layer, "fm_layer"),
-                                                  take_versioned(args, "fm_backward_args"));
-    });
+    static thread_local std::string last;
+    last = explain(take_group(group), take_versioned(layer, "fm_layer"),
+                   take_versioned(args, "fm_forward_args"));
+    *text = last.c_str();
   });
 }
 
@@ -264,7 +324,11 @@ const char* fm_last_error(void) { return last_error.c_str(); }
 const char* fm_version(void) { return FLASHMOE_VERSION; }
 
 const char* fm_build_info(void) {
-  static const std::string text = std::string("cpu: ") + flashmoe::cpu::gemm_library();
+  static const std::string text = [] {
+    std::array<char, 512> cuda{};
+    flashmoe::cuda::device_info(cuda.data(), cuda.size());
+    return std::string("cpu: ") + flashmoe::cpu::gemm_library() + " | cuda: " + cuda.data();
+  }();
   return text.c_str();
 }
 

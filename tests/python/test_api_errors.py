@@ -1,7 +1,5 @@
 """Bad input: each message names the argument, what was given and what is accepted."""
 
-import ctypes
-
 import flashmoe
 import numpy as np
 import pytest
@@ -162,43 +160,6 @@ def test_two_devices_are_named(name):
         flashmoe.moe(**bad)
 
 
-class DLTensor(ctypes.Structure):
-    """The C struct of DLPack, and the deleter that follows it in DLManagedTensor."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-        ("manager", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    )
-
-
-def test_cuda_tensor_is_named():
-    """A tensor that says it is on a GPU: its memory is never touched."""
-    import tvm_ffi
-    from flashmoe import _core
-
-    shape = (ctypes.c_int64 * 1)(4)
-    tensor = DLTensor(device_type=2, device_id=1, ndim=1, code=2, bits=32, lanes=1, shape=shape)
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype = ctypes.py_object
-    new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    on_gpu = tvm_ffi.from_dlpack(new_capsule(ctypes.addressof(tensor), b"dltensor", None))
-    engine = _core.engine()
-    group, layer = engine.group_self(), engine.layer_create({})
-    with pytest.raises(TypeError, match=r"w_up is on cuda:1; accepted: cpu .*CUDA engine"):
-        engine.forward(group, layer, {"w_up": on_gpu})
-    engine.group_destroy(group)
-
-
 def test_numpy_dtype_is_named():
     arguments = {name: tensor.detach().numpy() for name, tensor in experts_arguments().items()}
     arguments["x"] = arguments["x"].astype(np.complex64)
@@ -232,9 +193,9 @@ def test_binding_names_an_unknown_tensor():
         LayerConfig(2).encode(), 1, x, torch.zeros(4, 16, 16), torch.zeros(4, 16, 8)
     )
     with pytest.raises(ValueError, match="'colour' is not a field"):
-        engine.forward(handle, layer, {"colour": x})
+        engine.forward(handle, layer, {"colour": x}, 0)
     with pytest.raises(TypeError, match="x is int, expected a tensor"):
-        engine.forward(handle, layer, {"x": 3})
+        engine.forward(handle, layer, {"x": 3}, 0)
     with pytest.raises(ValueError, match="'colour' is not a field"):
         engine.layer_create({"colour": 1})
     with pytest.raises(ValueError, match="layer handle 999 was never made"):

@@ -1,0 +1,224 @@
+#include "cuda/engine/workspace.h"
+
+#include <algorithm>
+#include <sstream>
+
+#include "cuda/launch/check.h"
+#include "cuda/launch/forward.h"
+
+namespace flashmoe::cuda {
+namespace {
+
+using launch::check;
+
+// The kernels are compiled for sm_90a, whose instructions exist on this architecture alone.
+constexpr int kMajor = 9;
+constexpr int kMinor = 0;
+
+cudaDeviceProp properties_of(int32_t device) {
+  int num_devices = 0;
+  const cudaError_t status = cudaGetDeviceCount(&num_devices);
+  if (status != cudaSuccess || num_devices == 0) {
+    fail(FM_UNSUPPORTED, "no usable CUDA device: ",
+         status == cudaSuccess ? "none found" : cudaGetErrorString(status),
+         "; the CUDA engine needs a Hopper GPU (sm_90: H100, H200) and its driver");
+  }
+  if (device < 0 || device >= num_devices) {
+    fail(FM_INVALID_VALUE, "device is ", device, ", expected 0..", num_devices - 1,
+         " (CUDA devices of this process)");
+  }
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties(", device, ")");
+  if (properties.major != kMajor || properties.minor != kMinor) {
+    fail(FM_UNSUPPORTED, "CUDA device ", device, " is ", properties.name, " (sm_", properties.major,
+         properties.minor, "); the CUDA engine needs a Hopper GPU (sm_90: H100, H200)");
+  }
+  return properties;
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status{};
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  if (status == cudaStreamCaptureStatusInvalidated) {
+    fail(FM_INVALID_VALUE, "stream is in a graph capture that has failed; end it first");
+  }
+  return status == cudaStreamCaptureStatusActive;
+}
+
+unsigned long long id_of(cudaStream_t stream) {
+  unsigned long long id = 0;
+  check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
+  return id;
+}
+
+uint64_t nanoseconds(double seconds) {
+  constexpr double kMost = 1e18;  // 30 years
+  return seconds > 0 ? static_cast<uint64_t>(std::min(seconds * 1e9, kMost)) : ~uint64_t{0};
+}
+
+fm_status status_of(sync::WaitTag tag) {
+  switch (tag) {
+    case sync::WaitTag::kUndefinedLogits:
+    case sync::WaitTag::kUndefinedBias:
+    case sync::WaitTag::kInvalidId:
+      return FM_ROUTING;
+    default:
+      return FM_TIMEOUT;
+  }
+}
+
+// What the launch left behind, for people.
+std::string describe(const sync::WaitReport& report, int32_t device) {
+  const auto tag = static_cast<sync::WaitTag>(report.tag);
+  std::ostringstream text;
+  text << "an earlier launch on CUDA device " << device << " failed, its outputs are not valid: ";
+  if (status_of(tag) == FM_ROUTING) {
+    text << sync::name_of(tag) << " (first seen in token " << report.block_idx << ")";
+  } else {
+    text << "a wait ran out of time: " << sync::name_of(tag) << " (block " << report.block_idx
+         << ", thread " << report.thread_idx << ", parity " << report.parity << ")";
+  }
+  return text.str();
+}
+
+}  // namespace
+
+DeviceGuard::DeviceGuard(int32_t device) : device_(device) {
+  check(cudaGetDevice(&before_), "cudaGetDevice");
+  if (before_ != device_) check(cudaSetDevice(device_), "cudaSetDevice(", device_, ")");
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (before_ != device_) cudaSetDevice(before_);
+}
+
+Workspace::Workspace(int32_t device)
+    : device_(device), num_sms_(properties_of(device).multiProcessorCount) {
+  const DeviceGuard guard(device_);
+  try {
+    check(cudaHostAlloc(&report_, sizeof(*report_), cudaHostAllocMapped),
+          "cudaHostAlloc of a launch report");
+    *report_ = {};
+    check(cudaHostGetDevicePointer(&device_report_, report_, 0), "cudaHostGetDevicePointer");
+    check(cudaEventCreateWithFlags(&last_, cudaEventDisableTiming), "cudaEventCreate");
+  } catch (const Error&) {
+    release();
+    throw;
+  }
+}
+
+Workspace::~Workspace() { release(); }
+
+// At the end of a process the driver may be gone before us: nothing here is checked.
+void Workspace::release() noexcept {
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(device_);
+  cudaFree(scratch_.memory);
+  for (const Scratch& one : retired_) cudaFree(one.memory);
+  cudaFreeHost(report_);
+  if (last_ != nullptr) cudaEventDestroy(last_);
+  cudaSetDevice(before);
+  cudaGetLastError();
+}
+
+void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
+                        const LaunchOptions& options) {
+  const DeviceGuard guard(device_);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  const bool capturing = is_capturing(stream);
+  raise_report(capturing);
+  if (const std::string reason = launch::reason_to_refuse(layer, args); !reason.empty()) {
+    fail(FM_UNSUPPORTED, "CUDA: ", reason);
+  }
+  reserve(launch::forward_scratch_bytes(layer, args), stream, capturing);
+  if (!capturing) follow_last(stream);
+  launch::launch_forward({.layer = layer,
+                          .operands = args,
+                          .scratch = scratch_.memory,
+                          .report = device_report_,
+                          .timeout_ns = nanoseconds(options.timeout_seconds),
+                          .max_sms = options.max_sms,
+                          .stream = stream});
+  if (capturing) {
+    scratch_.captured = true;
+    return;
+  }
+  check(cudaEventRecord(last_, stream), "cudaEventRecord");
+  last_stream_ = id_of(stream);
+  has_last_ = true;
+}
+
+// The scratch belongs to one launch at a time. Inside a capture there is nothing to wait for: a
+// graph must not depend on what ran before it was made.
+void Workspace::follow_last(cudaStream_t stream) const {
+  if (!has_last_ || id_of(stream) == last_stream_) return;
+  check(cudaStreamWaitEvent(stream, last_), "cudaStreamWaitEvent");
+}
+
+void Workspace::reserve(int64_t bytes, cudaStream_t stream, bool capturing) {
+  if (bytes <= scratch_.bytes) return;
+  if (capturing) {
+    fail(FM_INVALID_VALUE, "the stream is being captured, and this layer needs ", bytes,
+         " bytes of scratch where ", scratch_.bytes,
+         " are allocated: run the layer once at this size before capturing it");
+  }
+  if (scratch_.captured) {
+    retired_.push_back(scratch_);
+  } else {
+    check(cudaFree(scratch_.memory), "cudaFree of scratch");  // waits for what uses it
+  }
+  scratch_ = {};
+  void* memory = nullptr;
+  if (cudaMalloc(&memory, static_cast<size_t>(bytes)) != cudaSuccess) {
+    const cudaError_t status = cudaGetLastError();
+    fail(FM_OUT_OF_MEMORY, "device ", device_, " has no ", bytes, " bytes for scratch (",
+         cudaGetErrorString(status),
+         "): use fewer tokens, or give memory back (torch.cuda.empty_cache())");
+  }
+  scratch_ = {.memory = memory, .bytes = bytes};
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
+}
+
+void Workspace::raise_report(bool capturing) {
+  const auto tag =
+      static_cast<sync::WaitTag>(*static_cast<const volatile uint32_t*>(&report_->tag));
+  if (tag == sync::WaitTag::kNone) return;
+  if (!capturing) {
+    const DeviceGuard guard(device_);
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize after a failed launch");
+  }
+  const sync::WaitReport found = *report_;
+  if (!capturing) {
+    const DeviceGuard guard(device_);
+    for (const Scratch& one : retired_) {
+      check(cudaMemset(one.memory, 0, static_cast<size_t>(one.bytes)), "cudaMemset");
+    }
+    if (scratch_.memory != nullptr) {
+      check(cudaMemset(scratch_.memory, 0, static_cast<size_t>(scratch_.bytes)), "cudaMemset");
+    }
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    *report_ = {};
+  }
+  fail(status_of(tag), describe(found, device_));
+}
+
+std::string Workspace::explain(const fm_layer& layer, const fm_forward_args& args,
+                               const LaunchOptions& options) const {
+  if (const std::string reason = launch::reason_to_refuse(layer, args); !reason.empty()) {
+    fail(FM_UNSUPPORTED, "CUDA: ", reason);
+  }
+  const int32_t num_sms = options.max_sms > 0 ? std::min(options.max_sms, num_sms_) : num_sms_;
+  std::ostringstream text;
+  text << launch::describe_forward(layer, args, num_sms);
+  text << "\nscratch: " << launch::forward_scratch_bytes(layer, args) << " bytes";
+  return text.str();
+}
+
+int64_t Workspace::scratch_bytes() const {
+  int64_t bytes = scratch_.bytes;
+  for (const Scratch& one : retired_) bytes += one.bytes;
+  return bytes;
+}
+
+}  // namespace flashmoe::cuda

@@ -1,0 +1,68 @@
+// The memory of one group's launches on one device, and the order among them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/engine/engine.h"
+#include "cuda/sync/report.h"
+
+namespace flashmoe::cuda {
+
+// The current device, until the end of the scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  int device_;
+};
+
+class Workspace {
+ public:
+  // Throws FM_UNSUPPORTED when `device` has no kernels in this build, naming what it is.
+  explicit Workspace(int32_t device);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);
+
+  // Throws what a launch has left in the report. Unless `capturing`, waits for the device first and
+  // makes scratch and report as new, so that the next launch finds them clean.
+  void raise_report(bool capturing);
+
+  std::string explain(const fm_layer& layer, const fm_forward_args& args,
+                      const LaunchOptions& options) const;
+  int64_t scratch_bytes() const;
+
+ private:
+  struct Scratch {
+    void* memory = nullptr;
+    int64_t bytes = 0;
+    bool captured = false;  // a graph holds its address
+  };
+
+  void reserve(int64_t bytes, cudaStream_t stream, bool capturing);
+  void follow_last(cudaStream_t stream) const;
+  void release() noexcept;
+
+  int32_t device_;
+  int32_t num_sms_ = 0;
+  Scratch scratch_;
+  std::vector<Scratch> retired_;               // grown out of, but captured
+  sync::WaitReport* report_ = nullptr;         // host's address
+  sync::WaitReport* device_report_ = nullptr;  // device's address of the same
+  cudaEvent_t last_ = nullptr;                 // end of the last launch that was not captured
+  unsigned long long last_stream_ = 0;
+  bool has_last_ = false;
+};
+
+}  // namespace flashmoe::cuda
