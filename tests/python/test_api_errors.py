@@ -199,7 +199,7 @@ def test_binding_names_an_unknown_tensor():
     with pytest.raises(ValueError, match="'colour' is not a field"):
         engine.layer_create({"colour": 1})
     with pytest.raises(ValueError, match="layer handle 999 was never made"):
-        engine.forward(handle, 999, {})
+        engine.forward(handle, 999, {}, 0)
     engine.group_destroy(handle)
     with pytest.raises(ValueError, match=r"group handle .* is closed"):
         engine.group_rank(handle)
