@@ -18,6 +18,7 @@ from .functional import RoutingResult, experts, moe
 from .group import Group, local_group
 
 if TYPE_CHECKING:
+    from .launch import world_group as world_group
     from .layer import MoE as MoE
     from .run import run_moe as run_moe
 
@@ -34,10 +35,11 @@ __all__ = [
     "local_group",
     "moe",
     "run_moe",
+    "world_group",
 ]
 
 # Attributes that are imported when they are first used: MoE needs torch, run_moe the checks.
-_LAZY = {"MoE": "layer", "run_moe": "run"}
+_LAZY = {"MoE": "layer", "integrations": "integrations", "run_moe": "run", "world_group": "launch"}
 
 
 def __getattr__(name: str) -> Any:
@@ -45,7 +47,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'flashmoe' has no attribute '{name}'")
     from importlib import import_module
 
-    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    module = import_module(f".{_LAZY[name]}", __name__)
+    value = module if name == _LAZY[name] else getattr(module, name)
     globals()[name] = value
     return value
 
