@@ -2,9 +2,10 @@
 
     python scripts/run_gradcheck.py [--ranks N ...] [--quick] [--json]
     torchrun --nproc_per_node N scripts/run_gradcheck.py [--quick] [--json]
+    mpirun -np N python -u scripts/run_gradcheck.py [--quick] [--json]
 
-Without torchrun the ranks are threads, 1, 2 and 3 of them unless --ranks says otherwise; with it
-they are processes that meet in a gloo process group. Each layer is checked in three ways:
+Without a launcher the ranks are threads, 1, 2 and 3 of them unless --ranks says otherwise; under
+torchrun, mpirun or srun they are its processes. Each layer is checked in three ways:
 
 reference    each element against an independent fp64 PyTorch layer (flashmoe.reference), which sums
              in another order; accepted up to 2^-26 of the tensor's largest element: half of the
@@ -23,7 +24,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ from typing import Any
 
 import flashmoe
 import torch
-from flashmoe import passes, reference
+from flashmoe import launch, passes, reference
 from flashmoe.cases import Case
 from flashmoe.inputs import LAYOUTS, Operands, make_operands
 
@@ -413,14 +413,16 @@ def check(ranks: Ranks, quick: bool, show: Callable[[Row], None]) -> Iterator[Ro
             yield row
 
 
-def places(ranks: list[int]) -> Iterator[Ranks]:
-    """The process group that torchrun asks for, else ranks as threads; each closed after use."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        torch.distributed.init_process_group("gloo")
-        yield Ranks([], torch.distributed.group.WORLD)
-        torch.distributed.destroy_process_group()
+def places(ranks: list[int] | None) -> Iterator[Ranks]:
+    """The processes of the launcher, else ranks as threads; each closed after use."""
+    launched = launch.detect()
+    if launched is not None:
+        if ranks not in (None, [launched.world]):
+            raise ValueError(f"--ranks: {launched.kind} started {launched.world} processes")
+        with launch.torch_process_group() as process_group:
+            yield Ranks([], process_group)
         return
-    for world in ranks:
+    for world in ranks or [1, 2, 3]:
         groups = flashmoe.local_group(world)
         for group in groups:
             group.set("num_threads", 1)  # the layers are tiny
@@ -431,12 +433,13 @@ def places(ranks: list[int]) -> Iterator[Ranks]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Checks every gradient of the layer, in fp64.")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3], help="without torchrun")
+    parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 2 3, or the launcher's")
     parser.add_argument("--quick", action="store_true", help="few layers of each kind")
     parser.add_argument("--json", action="store_true", help="one object a row, last a summary")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are tiny
-    silent = int(os.environ.get("RANK", "0")) > 0
+    launched = launch.detect()
+    silent = launched is not None and launched.rank > 0
 
     def show(row: Row) -> None:
         if not silent:

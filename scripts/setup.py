@@ -29,6 +29,9 @@ HEADERS = {
     "libgtest-dev": ["gtest/gtest.h"],
 }
 
+# System package -> the program that it brings. A test says so where one is missing.
+OPTIONAL_PROGRAMS = {"openmpi-bin": "mpirun"}
+
 COMMAND = """\
 #!{python}
 import sys
@@ -69,16 +72,22 @@ def missing_packages() -> list[str]:
 
 def install_system_packages() -> None:
     missing = missing_packages()
-    if missing:
-        command = "apt-get install -y --no-install-recommends " + " ".join(missing)
-        if shutil.which("apt-get") is None:
-            raise SetupError("missing, by their Debian names: " + " ".join(missing))
-        if os.geteuid() != 0:
-            raise SetupError(f"run this, then try again:\nsudo apt-get update && sudo {command}")
-        print("setup: system packages", *missing, flush=True)
+    optional = [name for name, tool in OPTIONAL_PROGRAMS.items() if shutil.which(tool) is None]
+    may_install = shutil.which("apt-get") is not None and os.geteuid() == 0
+    command = "apt-get install -y --no-install-recommends " + " ".join(missing + optional)
+    if missing and shutil.which("apt-get") is None:
+        raise SetupError("missing, by their Debian names: " + " ".join(missing))
+    if missing and not may_install:
+        raise SetupError(f"run this, then try again:\nsudo apt-get update && sudo {command}")
+    if (missing or optional) and may_install:
+        print("setup: system packages", *missing, *optional, flush=True)
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for step in ("apt-get update -q", command + " -q"):
-            subprocess.run(step.split(), check=True, env=environment, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                step.split(), check=bool(missing), env=environment, stdout=subprocess.DEVNULL
+            )
+    elif optional:
+        print("setup: not installed, their tests are skipped:", *optional, flush=True)
     version = subprocess.run([compiler(), "-dumpversion"], capture_output=True, text=True)
     if int(version.stdout.split(".")[0]) < MIN_GXX:
         raise SetupError(

@@ -51,7 +51,12 @@ def add_run(commands):
         help="qwen3-30b-a3b, mixtral-8x7b, deepseek-v3, gpt-oss-20b, ... (--list)",
     )
     run.add_argument("--list", action="store_true", help="list the models and stop")
-    run.add_argument("--ranks", type=positive, default=2, metavar="N", help="default: 2")
+    run.add_argument(
+        "--ranks",
+        type=positive,
+        metavar="N",
+        help="default: 2, or what torchrun, mpirun or srun started",
+    )
     run.add_argument(
         "--processes",
         action="store_true",
@@ -153,7 +158,7 @@ def at_least(lowest, text):
 
 def command_run(arguments):
     """`flashmoe run`."""
-    from . import report
+    from . import launch, report
     from .models import MODELS
     from .run import run_moe
 
@@ -162,9 +167,12 @@ def command_run(arguments):
         return 0
     if arguments.device != "cpu":
         raise ValueError("device is cuda; accepted: cpu (no cuda engine in this build)")
+    ranks = arguments.ranks
+    if ranks is None and launch.detect() is None:
+        ranks = 2
     outcome = run_moe(
-        arguments.ranks if arguments.processes else 1,
-        ranks=arguments.ranks,
+        ranks if arguments.processes and ranks else 1,
+        ranks=ranks,
         model=arguments.model,
         tokens=arguments.tokens,
         dtype=arguments.dtype,
@@ -177,7 +185,7 @@ def command_run(arguments):
         repeats=arguments.repeat,
         quiet=arguments.json,
     )
-    if outcome is None:  # another rank of a torchrun reports
+    if outcome is None:  # rank 0 of the launcher's reports
         return 0
     if arguments.json:
         report.print_json(outcome.as_dict())

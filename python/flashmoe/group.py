@@ -1,7 +1,8 @@
 """Expert-parallel groups: one rank alone, ranks as threads, ranks as processes of one machine.
 
 Operators name their group by a string: ``self`` (one rank alone), ``local:<n>:<rank>/<world>`` (a
-rank of :func:`local_group`) or ``pg:<name>`` (a torch process group, by its name in torch).
+rank of :func:`local_group`), ``pg:<name>`` (a torch process group, by its name in torch),
+``mpi:<n>`` (an mpi4py communicator) or ``world`` (:func:`flashmoe.world_group`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +24,10 @@ SELF = "self"
 
 _lock = threading.RLock()
 _groups: dict[str, Group] = {}
+_making: dict[str, threading.Lock] = {}
 _process_groups: dict[str, weakref.ref] = {}
+_communicators: dict[str, Any] = {}
+_communicator_key: int | None = None  # the MPI attribute that holds a communicator's name
 _serial = itertools.count()
 
 
@@ -105,18 +110,21 @@ def local_group(num_ranks: int) -> list[Group]:
 
 
 def resolve(group: Any) -> tuple[str, int]:
-    """Name and world size of ``group=``: None, a :class:`Group` or a torch ProcessGroup.
+    """Name and world size of ``group=``: None, a :class:`Group`, a torch ProcessGroup or an mpi4py
+    communicator.
 
-    Creates nothing. Raises TypeError for anything else.
+    Creates nothing. Raises TypeError for anything else, ValueError for ``MPI.COMM_NULL``.
     """
     if group is None:
         return SELF, 1
     if isinstance(group, Group):
         return group.name, group.world
+    if _is_communicator(group):
+        return _resolve_communicator(group)
     if not hasattr(group, "group_name") or not hasattr(group, "size"):
         raise TypeError(
-            f"group is a {type(group).__name__}; accepted: None, a flashmoe.Group or a torch "
-            "ProcessGroup that this rank belongs to"
+            f"group is a {type(group).__name__}; accepted: None, a flashmoe.Group, or a torch "
+            "ProcessGroup or mpi4py intracommunicator that this rank belongs to"
         )
     world = group.size()
     return (SELF if world == 1 else f"pg:{group.group_name}"), world
@@ -128,16 +136,21 @@ def world_of(name: str) -> int:
         return 1
     if name.startswith("pg:"):
         return _torch_process_group(name).size()
+    if name.startswith("mpi:"):
+        return _communicator(name).Get_size()
     return lookup(name).world
 
 
 def lookup(name: str) -> Group:
-    """The group of this name. Makes the group of a torch process group at first use: collective.
+    """The group of this name. Makes the group of a torch process group or of a communicator at its
+    first use: collective.
 
     Raises ValueError if the group was closed, UnsupportedError if its ranks are on two machines.
     """
     if name.startswith("pg:"):
         return _of_process_group(name)
+    if name.startswith("mpi:"):
+        return _of_communicator(name)
     with _lock:
         if name == SELF and SELF not in _groups:
             Group(_core.engine().group_self(), SELF)
@@ -162,6 +175,24 @@ def refuse(name: str, error: BaseException) -> None:
         lookup(name).refuse(f"{type(error).__name__}: {error}")
 
 
+def made_once(name: str, is_current: Callable[[], bool], make: Callable[[], int]) -> Group:
+    """The group of this name; ``make`` gives its handle where there is none or what is there is not
+    current. ``make`` is collective: while it waits for the peers, only callers for the same name
+    wait for it."""
+    with _lock:
+        group = _groups.get(name)
+        if group is not None and is_current():
+            return group
+        turn = _making.setdefault(name, threading.Lock())
+    with turn:
+        group = _groups.get(name)
+        if group is not None and is_current():
+            return group
+        if group is not None:
+            group.close()
+        return Group(make(), name)
+
+
 def _torch_process_group(name: str) -> Any:
     from torch.distributed import distributed_c10d
 
@@ -170,33 +201,93 @@ def _torch_process_group(name: str) -> Any:
 
 def _of_process_group(name: str) -> Group:
     process_group = _torch_process_group(name)
-    with _lock:
+
+    # torch reuses names after destroy_process_group: what is cached may belong to a dead one.
+    def is_current() -> bool:
         made_for = _process_groups.get(name)
-        if made_for is not None and made_for() is process_group and name in _groups:
-            return _groups[name]
-        # torch reuses names after destroy_process_group: what is cached may belong to a dead one.
-        if name in _groups:
-            _groups[name].close()
-        group = Group(_make_shm(process_group), name)
+        return made_for is not None and made_for() is process_group
+
+    def gather(value: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        everyone: list[Any] = [None] * process_group.size()
+        dist.all_gather_object(everyone, value, group=process_group)
+        return everyone
+
+    def make() -> int:
+        handle = make_shm(process_group.rank(), process_group.size(), gather)
         _process_groups[name] = weakref.ref(process_group)
-        return group
+        return handle
+
+    return made_once(name, is_current, make)
 
 
-def _make_shm(process_group: Any) -> int:
-    """A shared-memory group over the ranks of a process group: collective over it."""
+def _is_communicator(group: Any) -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")  # who has a communicator has imported it
+    return mpi is not None and isinstance(group, mpi.Comm)
+
+
+def _resolve_communicator(communicator: Any) -> tuple[str, int]:
+    """Name and size of an mpi4py communicator, which keeps its name as an MPI attribute: gone with
+    it, and not copied to its duplicates."""
+    from mpi4py import MPI
+
+    global _communicator_key
+    if communicator == MPI.COMM_NULL:
+        raise ValueError("group is MPI.COMM_NULL; accepted: one that this rank belongs to")
+    if communicator.Is_inter():
+        raise TypeError("group is an MPI intercommunicator; accepted: an intracommunicator")
+    world = communicator.Get_size()
+    if world == 1:
+        return SELF, 1
+    with _lock:
+        if _communicator_key is None:
+            _communicator_key = MPI.Comm.Create_keyval(delete_fn=_forget_communicator)
+        name = communicator.Get_attr(_communicator_key)
+        if name is None:
+            name = f"mpi:{next(_serial)}"
+            communicator.Set_attr(_communicator_key, name)
+            _communicators[name] = communicator
+    return name, world
+
+
+def _forget_communicator(communicator: Any, key: int, name: str) -> None:
+    """MPI calls this when a communicator is freed."""
+    with _lock:
+        _communicators.pop(name, None)
+        group = _groups.get(name)
+    if group is not None:
+        group.close()
+
+
+def _communicator(name: str) -> Any:
+    with _lock:
+        if name not in _communicators:
+            raise ValueError(f"group '{name}': its communicator was freed; accepted: one in use")
+        return _communicators[name]
+
+
+def _of_communicator(name: str) -> Group:
+    communicator = _communicator(name)
+
+    def make() -> int:
+        return make_shm(communicator.Get_rank(), communicator.Get_size(), communicator.allgather)
+
+    return made_once(name, lambda: True, make)
+
+
+def make_shm(rank: int, world: int, gather: Callable[[Any], list[Any]]) -> int:
+    """Handle of a shared-memory group; collective. ``gather`` gives every rank what each of them
+    gave: plain lists of text. Raises UnsupportedError if the ranks are on two machines."""
     import secrets
 
-    import torch.distributed as dist
-
-    rank, world = process_group.rank(), process_group.size()
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, (secrets.token_hex(16), _machine()), group=process_group)
+    everyone = gather([secrets.token_hex(16), _machine()])
     machines = [machine for _, machine in everyone]
     others = [other for other in range(world) if machines[other] != machines[0]]
     if others:
         raise UnsupportedError(
             f"group spans machines: rank {others[0]} is not on the machine of rank 0; accepted: a "
-            "process group whose ranks share one machine"
+            "group whose ranks share one machine"
         )
     token, _ = everyone[0]
     return _core.engine().group_shm(token, rank, world)
@@ -214,6 +305,11 @@ def _machine() -> str:
 
 @atexit.register
 def _close_all() -> None:
+    mpi = sys.modules.get("mpi4py.MPI")
+    for communicator in list(_communicators.values()):
+        # MPI would call back into Python when it ends, after Python has.
+        if mpi is not None and not mpi.Is_finalized():
+            communicator.Delete_attr(_communicator_key)
     for group in list(_groups.values()):
         group.close()
 
@@ -223,7 +319,9 @@ def _forget() -> None:
     global _lock
     _lock = threading.RLock()
     _groups.clear()
+    _making.clear()
     _process_groups.clear()
+    _communicators.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -27,7 +27,7 @@ class Spec:
     dtype: str
     ranks: int
     scale: int  # 0: explicit sizes
-    launch: str = "threads"  # threads, processes or torchrun
+    launch: str = "threads"  # threads, processes, or the kind of a Launch
     seed: int = 0
     repeats: int = 3
 
@@ -91,23 +91,23 @@ def run_moe(
     checks every output and gradient against the reference, prints a report and returns it.
 
     n_processes: above 1, that many processes over shared memory, one rank each; else `ranks`
-    (default 1) ranks as threads of this process. Under torchrun its processes are the ranks.
-    tokens: of each rank. scale: divides the model's sizes; None chooses one for this machine.
-    hidden, intermediate, experts, top_k: explicit sizes. quiet: print nothing.
-    Raises ValueError for sizes that do not go together. The report is None on ranks other than 0 of
-    a torchrun.
+    (default 1) ranks as threads of this process. Under torchrun, mpirun or srun the processes that
+    they started are the ranks. tokens: of each rank. scale: divides the model's sizes; None chooses
+    one for this machine. hidden, intermediate, experts, top_k: explicit sizes. quiet: print
+    nothing.
+
+    Raises ValueError for sizes that do not go together, and for a number of ranks that is not the
+    launcher's. The report is None on ranks other than 0 of a launcher.
     """
-    launch = launch_kind(n_processes)
-    ranks = {
-        "torchrun": int(os.environ.get("WORLD_SIZE", 1)),
-        "processes": n_processes,
-        "threads": ranks or 1,
-    }[launch]
+    from .launch import detect
+
+    launched = detect()
+    launch, ranks = launch_kind(launched, n_processes, ranks)
     explicit = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k}
     spec = make_spec(model, ranks, tokens, dtype, scale, explicit)
     spec = replace(spec, launch=launch, seed=seed, repeats=repeats)
-    run = {"threads": run_threads, "processes": run_processes, "torchrun": run_torchrun}[launch]
-    with progress(quiet) as advance:
+    run = {"threads": run_threads, "processes": run_processes}.get(launch, run_launched)
+    with progress(quiet or (launched is not None and launched.rank > 0)) as advance:
         report = run(spec, advance)
     if report is not None and not quiet:
         from .report import print_run
@@ -116,11 +116,18 @@ def run_moe(
     return report
 
 
-def launch_kind(n_processes):
-    """How the ranks are started."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
-        return "torchrun"
-    return "processes" if n_processes > 1 else "threads"
+def launch_kind(launched, n_processes, ranks):
+    """How the ranks are started, and their number. Raises ValueError where more or fewer are asked
+    for than the launcher has started."""
+    asked = n_processes if n_processes > 1 else ranks
+    if launched is None:
+        return ("processes" if n_processes > 1 else "threads"), asked or 1
+    if asked not in (None, launched.world):
+        raise ValueError(
+            f"ranks is {asked}; accepted: {launched.world}, the processes that {launched.kind} "
+            "started"
+        )
+    return launched.kind, launched.world
 
 
 def make_spec(name, ranks, tokens, dtype, scale, explicit):
@@ -270,14 +277,13 @@ def run_in_process_group(spec, rank):
     return run_one_rank(spec, operands_of(spec), rank, process_group, lambda: lookup(name).stats())
 
 
-def run_torchrun(spec, advance):
-    """The processes that torchrun started; rank 0 makes the report."""
+def run_launched(spec, advance):
+    """The processes that a launcher started; rank 0 makes the report."""
     import torch.distributed as dist
 
-    started_here = not dist.is_initialized()
-    if started_here:
-        dist.init_process_group("gloo")
-    try:
+    from .launch import torch_process_group
+
+    with torch_process_group():
         rank = dist.get_rank()
         advance(STAGES[1])
         result = run_in_process_group(spec, rank)
@@ -286,9 +292,6 @@ def run_torchrun(spec, advance):
         report = judge(spec, operands_of(spec), results, advance) if rank == 0 else None
         dist.barrier()
         return report
-    finally:
-        if started_here:
-            dist.destroy_process_group()
 
 
 def operands_of(spec):

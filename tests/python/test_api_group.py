@@ -235,22 +235,9 @@ def test_torch_process_group(tmp_path):
     assert outputs[1][0].split() == ["UnsupportedError", "done"]
 
 
-def test_ranks_on_two_machines_are_refused(monkeypatch):
-    import torch.distributed as dist
-
-    class TwoMachines:
-        def rank(self):
-            return 0
-
-        def size(self):
-            return 2
-
-    def gather(everyone, mine, group):
-        everyone[:] = [mine, ("token", "another machine")]
-
-    monkeypatch.setattr(dist, "all_gather_object", gather)
+def test_ranks_on_two_machines_are_refused():
     with pytest.raises(UnsupportedError, match="rank 1 is not on the machine of rank 0"):
-        groups._make_shm(TwoMachines())
+        groups.make_shm(0, 2, lambda mine: [mine, ["token", "another machine"]])
 
 
 def test_forked_child_makes_its_own_group():
