@@ -20,6 +20,8 @@ COMPARED = ("values", "gradients")
 ALL_DTYPES = ("fp64", "fp32", "bf16", "fp16")
 MAIN_DTYPES = ("fp64", "fp32", "bf16")
 WORK_DTYPES = ("fp32", "bf16")
+CUDA_DTYPES = ("bf16", "fp16")
+CUDA_SIZE_UNIT = 64  # the CUDA engine takes multiples of it as hidden and intermediate size
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ class Case:
             return self
         rows = (*self.rows, *(0,) * (experts - self.experts)) if self.rows else ()
         return replace(self, experts=experts, rows=rows)
+
+    def on_cuda(self):
+        """The case with hidden and intermediate sizes that the CUDA engine takes."""
+        hidden = math.ceil(self.hidden / CUDA_SIZE_UNIT) * CUDA_SIZE_UNIT
+        intermediate = math.ceil(self.intermediate / CUDA_SIZE_UNIT) * CUDA_SIZE_UNIT
+        return replace(self, hidden=hidden, intermediate=intermediate)
 
     def key(self, dtype, ranks):
         """What `--case` matches: name, dtype and ranks."""

@@ -1,23 +1,26 @@
 """`flashmoe check`: the case table against the reference.
 
-Every case runs twice, the second time on one thread a rank and (W > 1) with random delays; both
-runs must agree in every bit. The first is compared with the reference (`compare`).
+Every case runs twice, the second time on one thread a rank and (W > 1) with random delays, on CUDA
+on a few multiprocessors; both runs must agree in every bit. The first is compared with the
+reference (`compare`), which runs on the same device.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 import torch
 
-from . import compare, errors, local_group
-from .cases import CASES, select
+from . import _core, compare, errors, local_group
+from .cases import CASES, CUDA_DTYPES, select
 from .defects import spoil
-from .inputs import DTYPES, make_operands
+from .inputs import DTYPES, make_operands, on_device
 from .passes import call_layer, engine_pass, on_all_ranks, rank_call, reference_pass
 
 JITTER_US = 20  # longest random delay before a task in the second run
+FEW_SMS = 6  # multiprocessors of the second run on CUDA
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Record:
     bitwise: bool | None = None  # the second run gave the same bits
     flips: int = 0  # tokens whose near-tied choice rounding decided otherwise than in fp64
     seconds: float = 0.0
+    device: str = "cpu"
     outputs: dict = field(default_factory=dict)  # name -> error, yardstick, ratio, bar
 
     def fail(self, reason):
@@ -51,10 +55,10 @@ class GroupPool:
         self.groups = {}
 
     def get(self, ranks):
-        """The groups of `ranks` ranks, with automatic threads and no jitter."""
+        """The groups of `ranks` ranks, with automatic threads, all multiprocessors, no jitter."""
         if ranks not in self.groups:
             self.groups[ranks] = local_group(ranks)
-        return self.tuned(ranks, num_threads=0, jitter_us=0)
+        return self.tuned(ranks, num_threads=0, max_sms=0, jitter_us=0)
 
     def tuned(self, ranks, **values):
         """The same groups with options set."""
@@ -85,9 +89,9 @@ def run_checks(pattern="*", *, gradients=False, ranks=None, dtype=None, device="
     # the reference's operators are tiny here: waking threads for them would take most of the time
     torch.set_num_threads(1)
     try:
-        for mode, case, one_dtype, num_ranks in planned(pattern, gradients, ranks, dtype):
-            record = Record(case.name, one_dtype, num_ranks, mode)
-            missing = missing_for(case, num_ranks, device)
+        for mode, case, one_dtype, num_ranks in planned(pattern, gradients, ranks, dtype, device):
+            record = Record(case.name, one_dtype, num_ranks, mode, device=device)
+            missing = missing_for(case, one_dtype, num_ranks, device, gradients)
             if missing:
                 record.status, record.reason = "skipped", missing
             else:
@@ -98,22 +102,53 @@ def run_checks(pattern="*", *, gradients=False, ranks=None, dtype=None, device="
         pool.close()
 
 
-def planned(pattern="*", gradients=False, ranks=None, dtype=None):
+def planned(pattern="*", gradients=False, ranks=None, dtype=None, device="cpu"):
     """(mode, case, dtype, ranks) of every check that `run_checks` makes."""
     modes = ("gradients",) if gradients else ("values", "support")
-    return [(mode, *chosen) for mode in modes for chosen in select(pattern, mode, ranks, dtype)]
+    if device == "cpu":
+        return [(mode, *chosen) for mode in modes for chosen in select(pattern, mode, ranks, dtype)]
+    return [
+        (mode, case.on_cuda(), one, ranks or 1)
+        for mode in modes
+        for case in CASES
+        if mode in case.modes
+        for one in ((dtype,) if dtype else cuda_dtypes(case))
+        if fnmatchcase(case.name, pattern) or fnmatchcase(case.key(one, ranks or 1), pattern)
+    ]
 
 
-def missing_for(case, ranks, device):
+def cuda_dtypes(case):
+    """The dtypes of a case on CUDA: its own 16-bit ones, bf16 where it has none."""
+    return [name for name in case.dtypes if name in CUDA_DTYPES] or ["bf16"]
+
+
+def missing_for(case, dtype, ranks, device, gradients=False):
     """What a case needs and does not have; "" if it can run."""
-    if device != "cpu":
-        return f"no {device} engine in this build"
+    if device == "cuda" and (missing := missing_on_cuda(case, dtype, ranks, gradients)):
+        return missing
     if case.refused:
         return "" if ranks in case.ranks else f"needs {' or '.join(map(str, case.ranks))} ranks"
     if case.save_z and ranks > 1:
         return "saving Z needs one rank"
     if case.ids == "one_rank" and ranks == 1:
         return "needs more than one rank"
+    return ""
+
+
+def missing_on_cuda(case, dtype, ranks, gradients):
+    """What a case needs and the CUDA engine does not have; "" if it can run."""
+    if not torch.cuda.is_available():
+        return "no CUDA device that torch can use (cuda)"
+    if "built without CUDA" in _core.build_info():
+        return "no CUDA engine in this build (cuda)"
+    if gradients:
+        return "no backward on CUDA yet"
+    if ranks > 1:
+        return "several ranks on CUDA are not supported yet"
+    if dtype not in CUDA_DTYPES:
+        return f"the CUDA engine takes {' and '.join(CUDA_DTYPES)}"
+    if case.save_z and not case.refused:
+        return "no saved Z on CUDA yet"
     return ""
 
 
@@ -124,10 +159,24 @@ def check_case(case, record, pool):
         judge = {"isolated_nan": check_isolated_nan}.get(case.probe, check_compared)
         judge = check_refused if case.refused else judge
         judge(case, record, pool)
+        if record.device == "cuda":
+            settle(pool.get(record.ranks)[0], record.device)
     except Exception as error:  # whatever a case raises is its failure, not the run's
         record.fail(f"{type(error).__name__}: {error}")
         pool.drop(record.ranks)
     record.seconds = time.perf_counter() - start
+
+
+def settle(group, device):
+    """Raises what a launch on CUDA reported; on the CPU its call has done so."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        group.stats()
+
+
+def operands_of(case, tokens, record, seed=0):
+    """Operands on the record's device."""
+    return on_device(make_operands(case, tokens, record.dtype, seed=seed), record.device)
 
 
 def check_compared(case, record, pool):
@@ -137,10 +186,11 @@ def check_compared(case, record, pool):
     tallies = {}
     record.bitwise = True
     for step, tokens in enumerate(case.steps(record.ranks)):
-        operands = make_operands(case, tokens, record.dtype, seed=step)
+        operands = operands_of(case, tokens, record, step)
         first = engine_pass(case, operands, record.dtype, pool.get(record.ranks), gradients)
         jitter_us = JITTER_US if record.ranks > 1 else 0
-        groups = pool.tuned(record.ranks, num_threads=1, jitter_us=jitter_us)
+        few = {"num_threads": 1, "max_sms": FEW_SMS}
+        groups = pool.tuned(record.ranks, jitter_us=jitter_us, **few)
         second = engine_pass(case, operands, record.dtype, groups, gradients)
         compare_bits(record, first.outputs, second.outputs)
         topk_ids = operands.topk_ids
@@ -195,7 +245,7 @@ def check_routing(case, record, operands, routed, dtype):
 def check_isolated_nan(case, record, pool):
     """A token of NaN and one of inf: their own output rows are not finite, every other token's is
     bitwise unchanged."""
-    operands = make_operands(case, case.steps(record.ranks)[0], record.dtype)
+    operands = operands_of(case, case.steps(record.ranks)[0], record)
     groups = pool.get(record.ranks)
     clean = engine_pass(case, operands, record.dtype, groups, False).outputs["y"]
     poisoned = [x.clone() for x in operands.x]
@@ -218,12 +268,18 @@ def check_refused(case, record, pool):
     works afterwards."""
     ranks, dtype = record.ranks, record.dtype
     groups = pool.get(ranks)
-    operands = make_operands(case, case.steps(ranks)[0], dtype)
+    operands = operands_of(case, case.steps(ranks)[0], record)
     calls = [
         spoil(case, rank_call(case, operands, dtype, rank, ranks, group), rank, ranks, group)
         for rank, group in enumerate(groups)
     ]
-    answers = on_all_ranks(lambda rank: call_layer(calls[rank]), ranks)
+
+    def answer_of(rank):
+        answer = call_layer(calls[rank])
+        settle(groups[rank], record.device)
+        return answer
+
+    answers = on_all_ranks(answer_of, ranks)
     for rank, answer in enumerate(answers):
         kinds = {kind.__name__ for kind in type(answer).__mro__}
         if not kinds & set(case.refused):
@@ -241,7 +297,7 @@ def check_group_works(record, groups):
     ranks = len(groups)
     case = next(case for case in CASES if case.name == "ranks/many")
     case = replace(case, experts=2 * ranks, top_k=2)
-    operands = make_operands(case, case.steps(ranks)[0], record.dtype)
+    operands = operands_of(case, case.steps(ranks)[0], record)
     try:
         engine_pass(case, operands, record.dtype, groups, False)
     except (errors.FlashMoEError, ValueError, TypeError) as error:

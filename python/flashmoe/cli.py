@@ -44,11 +44,14 @@ def add_run(commands):
     about = "run one layer of a named model over several ranks, and check it"
     run = commands.add_parser("run", help=about, description=about)
     run.set_defaults(command=command_run)
-    run.add_argument(
+    what = run.add_mutually_exclusive_group()
+    what.add_argument(
         "--model",
-        default="qwen3-30b-a3b",
         metavar="NAME",
-        help="qwen3-30b-a3b, mixtral-8x7b, deepseek-v3, gpt-oss-20b, ... (--list)",
+        help="qwen3-30b-a3b (default), mixtral-8x7b, deepseek-v3, gpt-oss-20b, ... (--list)",
+    )
+    what.add_argument(
+        "--config", metavar="FILE", help="sizes from a published flashmoe_config.json"
     )
     run.add_argument("--list", action="store_true", help="list the models and stop")
     run.add_argument(
@@ -65,16 +68,19 @@ def add_run(commands):
     run.add_argument(
         "--tokens",
         type=natural,
-        default=256,
         metavar="T",
-        help="tokens of each rank (default: 256)",
+        help="tokens of each rank (default: 256, or what the file says)",
     )
-    run.add_argument("--dtype", default="bf16", choices=("fp64", "fp32", "bf16", "fp16"))
+    run.add_argument(
+        "--dtype",
+        choices=("fp64", "fp32", "bf16", "fp16"),
+        help="default: bf16, or what the file says",
+    )
     run.add_argument(
         "--scale",
         type=positive,
         metavar="S",
-        help="divide the model's sizes by S (default: whatever takes seconds here)",
+        help="divide the sizes by S (default: for a model, whatever takes seconds here)",
     )
     for size in ("hidden", "intermediate", "experts", "top-k"):
         run.add_argument(
@@ -174,6 +180,7 @@ def command_run(arguments):
         ranks if arguments.processes and ranks else 1,
         ranks=ranks,
         model=arguments.model,
+        config=arguments.config,
         tokens=arguments.tokens,
         dtype=arguments.dtype,
         scale=arguments.scale,
@@ -197,7 +204,9 @@ def command_check(arguments):
     from . import report
     from .check import planned, run_checks
 
-    chosen = planned(arguments.case, arguments.gradients, arguments.ranks, arguments.dtype)
+    chosen = planned(
+        arguments.case, arguments.gradients, arguments.ranks, arguments.dtype, arguments.device
+    )
     if not chosen:
         raise ValueError(f"no case matches {arguments.case!r}")
     require_engine(arguments.device)

@@ -79,6 +79,17 @@ def make_operands(case, tokens, dtype, seed=0):
     return add_external_routing(operands, case, draw)
 
 
+def on_device(operands, device):
+    """The same operands on a torch device."""
+
+    def moved(value):
+        if isinstance(value, list):
+            return [one.to(device) for one in value]
+        return value if value is None else value.to(device)
+
+    return Operands(**{name: moved(value) for name, value in vars(operands).items()})
+
+
 class Draw:
     """Normal and uniform numbers from one generator, rounded to the layer's dtype, kept in fp64."""
 

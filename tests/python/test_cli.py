@@ -193,7 +193,7 @@ def test_a_skip_names_what_is_missing(capsys):
     assert code == 0
     assert summary == {"passed": 0, "failed": 0, "skipped": 1}
     assert record["reason"] == "needs more than one rank"
-    _, [record, _] = run_json(capsys, "check", "--case", "tokens/3:fp32:w1", "--device", "cuda")
+    _, [record, _] = run_json(capsys, "check", "--case", "tokens/3:bf16:w1", "--device", "cuda")
     assert record["status"] == "skipped"
     assert "cuda" in record["reason"]
 

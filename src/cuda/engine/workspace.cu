@@ -73,7 +73,8 @@ std::string describe(const sync::WaitReport& report, int32_t device) {
   std::ostringstream text;
   text << "an earlier launch on CUDA device " << device << " failed, its outputs are not valid: ";
   if (status_of(tag) == FM_ROUTING) {
-    text << sync::name_of(tag) << " (first seen in token " << report.block_idx << ")";
+    const bool of_caller = tag == sync::WaitTag::kInvalidId;
+    text << (of_caller ? "topk_ids: " : "") << sync::name_of(tag) << " (first seen in token " << report.block_idx << ")";
   } else {
     text << "a wait ran out of time: " << sync::name_of(tag) << " (block " << report.block_idx
          << ", thread " << report.thread_idx << ", parity " << report.parity << ")";
