@@ -257,6 +257,7 @@ bool try_launch(const Call& call, fabric::Group& group, Workspace& workspace, Th
     launch.widen_router_weight();
     Walk<T> walk(launch);
     walk.run(pool);
+    waiter.check_abort();  // a rank that had no need to wait fails in the same call as its peers
     group.finish_epoch(launch.epoch);
     report(launch, walk.busy_seconds(), seconds_since(start), stats);
     return true;
