@@ -98,8 +98,8 @@ def print_what_ran(out, report):
     sizes = report.sizes
     scale = f"scaled down by {report.scale}" if report.scale > 1 else "full size"
     out.print(
-        f"[bold]{report.model}[/bold] ({scale}): one mixture-of-experts layer, forward and "
-        f"backward, {report.dtype}"
+        f"[bold]{report.model}[/bold] ({scale}): one mixture-of-experts layer, "
+        f"{' and '.join(report.times)}, {report.dtype}"
     )
     out.print(
         f"tokens {sizes['tokens_per_rank']} a rank · hidden {sizes['hidden']} · intermediate "

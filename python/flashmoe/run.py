@@ -1,5 +1,5 @@
-"""`flashmoe run` and `flashmoe.run_moe`: one layer of a named model over several ranks, forward and
-backward, measured and checked against the reference."""
+"""`flashmoe run` and `flashmoe.run_moe`: one layer of a named model or of a configuration file over
+several ranks, forward and backward, measured and checked against the reference."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from . import models
 from .cases import ALL_DTYPES, Case
 
+DEFAULT_MODEL = "qwen3-30b-a3b"
 PHASES = ("route", "plan", "push", "up", "down", "weight", "return", "combine")  # fm_phase
 TRAFFIC = ("rows_sent", "rows_sent_plain", "bytes_sent", "bytes_sent_plain")
 
@@ -27,6 +28,9 @@ class Spec:
     dtype: str
     ranks: int
     scale: int  # 0: explicit sizes
+    remark: str = ""
+    gradients: bool = True  # forward and backward
+    step: dict | None = None  # of a configuration file
     launch: str = "threads"  # threads, processes, or the kind of a Launch
     seed: int = 0
     repeats: int = 3
@@ -39,7 +43,7 @@ class RankResult:
     outputs: dict  # name -> tensor, local experts only
     routed: object  # RoutingResult
     forward: list  # fm_stats of each repeat
-    backward: list
+    backward: list  # empty without gradients
     bitwise: bool  # all repeats gave the same bits
 
 
@@ -65,6 +69,7 @@ class Report:
     flips: int
     passed: bool
     reasons: list[str] = field(default_factory=list)
+    step: dict | None = None  # with a configuration file: PublishedConfig.step
 
     def as_dict(self):
         """The report as plain data."""
@@ -74,10 +79,11 @@ class Report:
 def run_moe(
     n_processes=1,
     *,
-    model="qwen3-30b-a3b",
+    model=None,
+    config=None,
     ranks=None,
-    tokens=256,
-    dtype="bf16",
+    tokens=None,
+    dtype=None,
     scale=None,
     hidden=None,
     intermediate=None,
@@ -87,24 +93,34 @@ def run_moe(
     repeats=3,
     quiet=False,
 ):
-    """Builds inputs for one layer of `model`, runs it forward and backward over several ranks,
-    checks every output and gradient against the reference, prints a report and returns it.
+    """Builds inputs for one layer, runs it forward and backward over several ranks, checks every
+    output and gradient against the reference, prints a report and returns it.
+
+    model: a name of `flashmoe run --list`, by default qwen3-30b-a3b, in bf16 with 256 tokens a
+    rank; or config: the path of a file of the published form (see `config_file`), which says
+    dtype and tokens too, and whether there is a backward. `tokens` and `dtype` count where given.
 
     n_processes: above 1, that many processes over shared memory, one rank each; else `ranks`
     (default 1) ranks as threads of this process. Under torchrun, mpirun or srun the processes that
-    they started are the ranks. tokens: of each rank. scale: divides the model's sizes; None chooses
-    one for this machine. hidden, intermediate, experts, top_k: explicit sizes. quiet: print
+    they started are the ranks. scale: divides the model's sizes; None chooses one for this machine,
+    but takes a file at its word. hidden, intermediate, experts, top_k: explicit sizes. quiet: print
     nothing.
 
-    Raises ValueError for sizes that do not go together, and for a number of ranks that is not the
-    launcher's. The report is None on ranks other than 0 of a launcher.
+    Raises ValueError for sizes that do not go together, for a file that is not right, and for a
+    number of ranks that is not the launcher's. The report is None on the launcher's other ranks
+    than 0.
     """
     from .launch import detect
 
     launched = detect()
     launch, ranks = launch_kind(launched, n_processes, ranks)
     explicit = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k}
-    spec = make_spec(model, ranks, tokens, dtype, scale, explicit)
+    if config is None:
+        spec = model_spec(model or DEFAULT_MODEL, ranks, tokens, dtype, scale, explicit)
+    elif model is None:
+        spec = config_spec(config, ranks, tokens, dtype, scale, explicit)
+    else:
+        raise ValueError(f"model is {model} with a config file; accepted: one of the two")
     spec = replace(spec, launch=launch, seed=seed, repeats=repeats)
     run = {"threads": run_threads, "processes": run_processes}.get(launch, run_launched)
     with progress(quiet or (launched is not None and launched.rank > 0)) as advance:
@@ -130,15 +146,11 @@ def launch_kind(launched, n_processes, ranks):
     return launched.kind, launched.world
 
 
-def make_spec(name, ranks, tokens, dtype, scale, explicit):
-    """The `Spec` of a run. Raises ValueError where sizes do not go together."""
-    if ranks < 1:
-        raise ValueError(f"ranks is {ranks}; accepted: 1 or more")
-    if tokens < 0:
-        raise ValueError(f"tokens is {tokens}; accepted: 0 or more")
-    if dtype not in ALL_DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(ALL_DTYPES)}")
+def model_spec(name, ranks, tokens, dtype, scale, explicit):
+    """The `Spec` of a named model. Raises ValueError where sizes do not go together."""
+    tokens = 256 if tokens is None else tokens
     model = models.find(name)
+    check_options(ranks, tokens, dtype)
     sizes = {what: value for what, value in explicit.items() if value is not None}
     if scale is None:
         scale = (
@@ -146,7 +158,79 @@ def make_spec(name, ranks, tokens, dtype, scale, explicit):
         )
     model = replace(models.scaled(model, scale, ranks), **sizes)
     check_sizes(model, ranks)
-    return Spec(name, model.case(tokens), dtype, ranks, scale)
+    return Spec(name, model.case(tokens), dtype or "bf16", ranks, scale, model.remark)
+
+
+def config_spec(path, ranks, tokens, dtype, scale, explicit):
+    """The `Spec` of a configuration file. Raises ValueError, also where the check of the result
+    would not fit into this machine's memory."""
+    from . import config_file
+
+    config = config_file.load(path)
+    tokens = config.tokens if tokens is None else tokens
+    check_options(ranks, tokens, dtype)
+    model = models.Model(
+        Path(path).name,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_experts,
+        config.expert_top_k,
+        activation=config.activation,
+        bias=True,
+    )
+    sizes = {what: value for what, value in explicit.items() if value is not None}
+    whole = replace(model, **sizes)
+    model = replace(models.scaled(model, scale, ranks) if scale else model, **sizes)
+    check_sizes(model, ranks)
+    check_memory(model, whole, ranks, tokens)
+    factor = config.factor(tokens, model.experts, model.top_k)
+    step = config.step()
+    capacity = config.capacity(tokens, model.experts, model.top_k)
+    remark = (
+        f"a step over the file's global batch: {step['micro_batches']} micro-batches x "
+        f"{step['moe_layers']} MoE layers, {step['launches']} such launches a rank; capacity "
+        f"{'unlimited' if capacity is None else f'{capacity} slots of a rank for an expert'}"
+    )
+    return Spec(
+        model.name,
+        model.case(tokens, capacity_factor=factor),
+        dtype or config.dtype,
+        ranks,
+        scale or 1,
+        remark,
+        gradients=bool(config.is_training),
+        step=step,
+    )
+
+
+def check_options(ranks, tokens, dtype):
+    """Raises ValueError for options out of range."""
+    if ranks < 1:
+        raise ValueError(f"ranks is {ranks}; accepted: 1 or more")
+    if tokens < 0:
+        raise ValueError(f"tokens is {tokens}; accepted: 0 or more")
+    if dtype not in (None, *ALL_DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(ALL_DTYPES)}")
+
+
+def check_memory(model, whole, ranks, tokens):
+    """Raises ValueError where the operands, gradients and activations of the fp64 reference are
+    more than this machine's memory, with the scale of `whole` that fits."""
+    memory = memory_bytes()
+
+    def needed(one):
+        rows = tokens * ranks
+        return 8 * (5 * one.parameters + 6 * rows * (one.top_k * one.intermediate + one.hidden))
+
+    if needed(model) <= memory:
+        return
+    scale = 2
+    while scale < 64 and needed(models.scaled(whole, scale, ranks)) > memory / 2:
+        scale *= 2
+    raise ValueError(
+        f"sizes: the check against fp64 needs about {needed(model) / 2**30:.0f} GiB, this machine "
+        f"has {memory / 2**30:.0f}; accepted: fewer tokens, or scale {scale}"
+    )
 
 
 def check_sizes(model, ranks):
@@ -166,8 +250,12 @@ def check_sizes(model, ranks):
 def fitting_scale(model, ranks, tokens):
     """`models.fitting_scale` for this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return models.fitting_scale(model, ranks, tokens, cores or 1, memory)
+    return models.fitting_scale(model, ranks, tokens, cores or 1, memory_bytes())
+
+
+def memory_bytes():
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextmanager
@@ -210,7 +298,7 @@ def run_threads(spec, advance):
 
 
 def run_one_rank(spec, operands, rank, group, stats):
-    """Forward and backward of one rank, `repeats` times after a warm-up."""
+    """Forward and, where wanted, backward of one rank, `repeats` times after a warm-up."""
     from .check import same_bits
     from .passes import rank_call, run_rank
 
@@ -218,11 +306,12 @@ def run_one_rank(spec, operands, rank, group, stats):
     first, bitwise = None, True
     for _ in range(spec.repeats + 1):
         call = rank_call(spec.case, operands, spec.dtype, rank, spec.ranks, group)
-        outputs, routed = run_rank(call, True, lambda: forward.append(stats()))
+        outputs, routed = run_rank(call, spec.gradients, lambda: forward.append(stats()))
         if first is None:
             first = outputs
         bitwise &= all(same_bits(value, first[name]) for name, value in outputs.items())
-        backward.append(stats())
+        if spec.gradients:
+            backward.append(stats())
     routed = type(routed)(*(part.detach() for part in routed))
     return RankResult(first, routed, forward[1:], backward[1:], bitwise)
 
@@ -313,9 +402,9 @@ def judge(spec, operands, results, advance):
     engine = gather(case, [one.outputs for one in results], [one.routed for one in results])
     ids = [routed.topk_ids for routed in engine.routed]
     advance(STAGES[2])
-    oracle = reference_pass(case, operands, ids, torch.float64, True, mirrored=True)
+    oracle = reference_pass(case, operands, ids, torch.float64, spec.gradients, mirrored=True)
     advance(STAGES[3])
-    plain = reference_pass(case, operands, ids, dtype, True)
+    plain = reference_pass(case, operands, ids, dtype, spec.gradients)
     tallies = {}
     compare.tally(tallies, case, ids, engine.outputs, oracle, plain)
     flips, problem = compare.id_problem(case, operands, ids, dtype)
@@ -324,10 +413,13 @@ def judge(spec, operands, results, advance):
     bitwise = all(one.bitwise for one in results)
     if not bitwise:
         reasons.append("two runs on the same inputs differ")
+    ran = {"forward": [one.forward for one in results]}
+    if spec.gradients:
+        ran["backward"] = [one.backward for one in results]
     return Report(
         model=spec.model,
         scale=spec.scale,
-        remark=models.find(spec.model).remark,
+        remark=spec.remark,
         sizes=sizes_of(case, spec.ranks),
         dtype=spec.dtype,
         ranks=spec.ranks,
@@ -335,20 +427,15 @@ def judge(spec, operands, results, advance):
         engine=_core.build_info(),
         tokens_per_expert=sum(one.tokens_per_expert for one in engine.routed).tolist(),
         dropped=sum(int(one.dropped) for one in engine.routed),
-        traffic={
-            "forward": traffic_of([one.forward[-1] for one in results]),
-            "backward": traffic_of([one.backward[-1] for one in results]),
-        },
-        times={
-            "forward": times_of([one.forward for one in results]),
-            "backward": times_of([one.backward for one in results]),
-        },
+        traffic={name: traffic_of([ran[-1] for ran in one]) for name, one in ran.items()},
+        times={name: times_of(one) for name, one in ran.items()},
         errors={name: one.record() for name, one in tallies.items()},
         error_ratio=max(one.ratio for one in tallies.values()),
         bitwise=bitwise,
         flips=flips,
         passed=not reasons,
         reasons=reasons,
+        step=spec.step,
     )
 
 
