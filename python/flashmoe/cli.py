@@ -1,4 +1,4 @@
-"""The command `flashmoe`: run, check and bench. Errors of the user are one line and exit code 2."""
+"""The command `flashmoe`: run, check, bench, doctor. Errors of the user: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ def parser():
     top = argparse.ArgumentParser(
         prog="flashmoe", description="A mixture-of-experts layer, forward and backward, over ranks."
     )
-    commands = top.add_subparsers(title="commands", required=True, metavar="run | check | bench")
+    commands = top.add_subparsers(
+        title="commands", required=True, metavar="run | check | bench | doctor"
+    )
     add_run(commands)
     add_check(commands)
     add_bench(commands)
+    add_doctor(commands)
     return top
 
 
@@ -134,6 +137,13 @@ def add_bench(commands):
     bench.add_argument("--write", action="store_true", help="append to benchmarks/results")
     bench.add_argument("--plot", metavar="FILE", help="write a PNG")
     add_common(bench)
+
+
+def add_doctor(commands):
+    about = "say what works on this machine, and what to do about what does not"
+    doctor = commands.add_parser("doctor", help=about, description=about)
+    doctor.set_defaults(command=command_doctor)
+    doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def add_common(command):
@@ -260,6 +270,19 @@ def command_bench(arguments):
     if arguments.plot:
         bench.plot_records(records, arguments.plot)
     return 0
+
+
+def command_doctor(arguments):
+    """`flashmoe doctor`."""
+    import json
+
+    from . import doctor
+
+    checks = list(doctor.examine())
+    summary = doctor.summary(checks)
+    text = json.dumps(summary) if arguments.json else "\n".join(doctor.lines(checks))
+    print(text)
+    return 0 if summary["passed"] else 1
 
 
 def require_engine(device):
