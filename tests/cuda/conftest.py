@@ -9,8 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 
 @pytest.fixture(autouse=True)
-def needs_gpu():
-    import cuda_products
+def needs_gpu(request):
+    if request.module.__name__.startswith("test_layer"):
+        from layer_common import what_is_missing
+    else:
+        from cuda_products import what_is_missing
 
-    if missing := cuda_products.what_is_missing():
+    if missing := what_is_missing():
         pytest.skip(f"needs {missing}")

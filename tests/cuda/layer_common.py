@@ -1,0 +1,93 @@
+"""What the GPU tests of the layer share: a small layer on the GPU, and what a machine may lack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import flashmoe
+import torch
+from flashmoe import _core
+
+
+@cache
+def what_is_missing() -> str | None:
+    """Why the layer cannot run here on CUDA tensors, in one line; None if it can."""
+    if not torch.cuda.is_available():
+        return "a CUDA GPU that torch can use"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return f"a Hopper GPU (sm_90): this is {torch.cuda.get_device_name()}"
+    if "built without CUDA" in _core.build_info():
+        return "a build of flashmoe with CUDA (FLASHMOE_CUDA=ON)"
+    return None
+
+
+@dataclass
+class Layer:
+    """Operands and options of one layer with a fused router on the GPU."""
+
+    x: torch.Tensor
+    w_router: torch.Tensor
+    w_up: torch.Tensor
+    w_down: torch.Tensor
+    top_k: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, group=None, x=None):
+        """(y, RoutingResult) of one call."""
+        x = self.x if x is None else x
+        weights = (self.w_router, self.w_up, self.w_down)
+        return flashmoe.moe(x, *weights, top_k=self.top_k, group=group, **self.options)
+
+    def outputs(self, group=None, x=None):
+        """All outputs of one call, copied."""
+        y, routed = self(group, x)
+        return [tensor.clone() for tensor in (y, *routed)]
+
+    def with_x(self, *shape, seed):
+        """The same layer on other tokens."""
+        generator = torch.Generator("cuda").manual_seed(seed)
+        x = torch.randn(*shape, self.x.shape[-1], device="cuda", generator=generator)
+        return replace(self, x=x.to(self.x.dtype))
+
+
+def make_layer(
+    tokens=300,
+    hidden=256,
+    intermediate=192,
+    experts=16,
+    top_k=4,
+    dtype=torch.bfloat16,
+    seed=0,
+    **options,
+):
+    """A layer with a gated SiLU, drawn from a seed."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        values = torch.randn(*shape, device="cuda", generator=generator) * scale
+        return values.to(dtype)
+
+    return Layer(
+        x=normal(tokens, hidden),
+        w_router=normal(experts, hidden, scale=1.5 * hidden**-0.5),
+        w_up=normal(experts, 2 * intermediate, hidden, scale=hidden**-0.5),
+        w_down=normal(experts, hidden, intermediate, scale=intermediate**-0.5),
+        top_k=top_k,
+        options=options,
+    )
+
+
+def same_bits(one, other):
+    """Whether two lists of tensors agree in every bit (NaN too)."""
+    return all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def finish(group):
+    """Waits for the GPU and raises what a launch of the group reported."""
+    torch.cuda.synchronize()
+    group.stats()

@@ -1,0 +1,152 @@
+"""The layer on CUDA tensors: values of the case table and of more sizes, outputs and scratch
+poisoned. Errors are against fp64, with plain PyTorch on the same GPU as the yardstick."""
+
+import math
+from dataclasses import replace
+
+import flashmoe
+import pytest
+import torch
+from flashmoe import check, ops
+from flashmoe.cases import Case
+from flashmoe.config import Activation, Routing
+from flashmoe.errors import UnsupportedError
+from flashmoe.inputs import make_operands, on_device
+from flashmoe.passes import engine_pass
+from layer_common import finish, make_layer
+
+TOKENS = (0, 1, 3, 63, 64, 65, 127, 128, 129, 1000, 8191)
+POISON = -77
+TABLE = [
+    (case.key(dtype, ranks), mode, case, dtype)
+    for mode, case, dtype, ranks in check.planned(device="cuda")
+    if not check.missing_for(case, dtype, ranks, "cpu") and not (case.save_z and not case.refused)
+    if "rank_" not in case.defect and 1 in (case.ranks if case.refused else (1,))
+]
+SIZES = [
+    Case("size/e1024_k32", experts=1024, top_k=32, hidden=64, intermediate=64, tokens=(65,)),
+    Case("size/e1024_k1", experts=1024, top_k=1, hidden=128, intermediate=64, tokens=(300,)),
+    Case("size/smallest", experts=1, top_k=1, hidden=64, intermediate=64, tokens=(1,)),
+    Case("size/k32", experts=32, top_k=32, hidden=192, intermediate=64, tokens=(70,)),
+    Case("size/gpt_oss", experts=4, hidden=2880, intermediate=2880, tokens=(130,),
+         activation="gpt_oss", bias=True, router_bias=True, layout="interleaved_transposed"),
+    Case("size/wide", experts=4, hidden=7168, intermediate=64, tokens=(40,)),
+    Case("size/deep", experts=4, hidden=64, intermediate=4096, tokens=(200,)),
+    Case("size/uneven", experts=6, top_k=3, hidden=832, intermediate=448, tokens=(333,)),
+]  # fmt: skip
+# one option of each kind in every row: kinds meet that the case table has one by one
+MIXED = [
+    Case("mixed/0", routing=Routing(score="sigmoid", num_groups=4, top_groups=2, scale=2.5),
+         selection_bias=True, experts=16, top_k=4, layout="interleaved", bias=True),
+    Case("mixed/1", routing=Routing(score="topk_softmax"), router_bias=True, top_k=4,
+         activation=Activation(alpha=1.702, limit=0.5, up_offset=1.0), bias=True,
+         layout="interleaved_transposed", capacity_factor=0.7),
+    Case("mixed/2", routing=Routing(score="sigmoid", renormalize=False), top_k=1,
+         weight_on_input=True, layout="transposed", activation="geglu"),
+    Case("mixed/3", routing=Routing(score="sqrt_softplus", scale=1.5), selection_bias=True,
+         activation=Activation(limit=0.7), layout="separate", capacity_factor=1.0),
+    Case("mixed/4", ids="sentinels", top_k=3, activation="relu2", bias=True, layout="transposed",
+         capacity_factor=0.6),
+    Case("mixed/5", ids="duplicates", top_k=3, activation="geglu_tanh", layout="strided",
+         weight_on_input=True, bias=True),
+    Case("mixed/6", wide_router=True, router_bias=True, activation="reglu",
+         layout="separate_transposed", bias=True),
+    Case("mixed/7", routing=Routing(num_groups=2, top_groups=1, group_top=1), selection_bias=True,
+         activation="gelu", layout="transposed_view", bias=True, weight_on_input=True),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """One group, and so one scratch, for all cases: what one leaves behind, the next one finds."""
+    pool = check.GroupPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Outputs hold NaN, integers -77, before the engine writes them."""
+    allocate = ops._empty_outputs
+
+    def poisoned(*args):
+        outputs = allocate(*args)
+        for tensor in outputs.values():
+            if tensor is not None:
+                tensor.fill_(math.nan if tensor.is_floating_point() else POISON)
+        return outputs
+
+    monkeypatch.setattr(ops, "_empty_outputs", poisoned)
+
+
+def run_case(case, dtype, pool, mode="values"):
+    record = check.Record(case.name, dtype, 1, mode, device="cuda")
+    check.check_case(case, record, pool)
+    assert record.status == "passed", record.reason
+
+
+@pytest.mark.parametrize(
+    ("mode", "case", "dtype"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
+def test_case_table(mode, case, dtype, pool):
+    run_case(case, dtype, pool, mode)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_tokens(tokens, dtype, pool):
+    case = Case("tokens", tokens=(tokens,), hidden=128, intermediate=192, experts=16, top_k=4)
+    run_case(case, dtype, pool)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("case", SIZES + MIXED, ids=lambda case: case.name)
+def test_sizes_and_mixtures(case, dtype, pool):
+    run_case(replace(case, hidden=max(case.hidden, 64)), dtype, pool)
+
+
+def test_scratch_of_nan_changes_nothing():
+    """A launch whose tokens are all NaN leaves NaN in every row of the scratch."""
+    case = Case("poison", ids="uniform", tokens=(200,), hidden=192, intermediate=128, top_k=3)
+    operands = on_device(make_operands(case, (200,), "bf16"), "cuda")
+    spoiled = replace(operands, x=[torch.full_like(operands.x[0], math.nan)])
+    [group] = flashmoe.local_group(1)
+    with group:
+        clean = engine_pass(case, operands, "bf16", [group], False).outputs["y"][0]
+        engine_pass(case, spoiled, "bf16", [group], False)
+        after = engine_pass(case, operands, "bf16", [group], False).outputs["y"][0]
+        finish(group)
+    assert check.same_bits(clean, after)
+
+
+def test_module_and_leading_dimensions():
+    module = flashmoe.MoE(128, 64, 8, 2, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(3, 50, 128, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y, routing = module(x, return_routing=True)
+    assert y.shape == x.shape and y.device == x.device
+    assert routing.topk_ids.device == x.device
+    assert int(routing.tokens_per_expert.sum()) == 300
+    assert torch.equal(y[1], module(x[1]).detach())
+
+
+def test_backward_says_that_there_is_none():
+    layer = make_layer()
+    layer.x.requires_grad_()
+    y, _ = layer()
+    with pytest.raises(UnsupportedError, match="backward of CUDA tensors does not exist yet"):
+        y.sum().backward()
+
+
+def test_operands_on_two_devices_are_named():
+    layer = make_layer()
+    layer.w_down = layer.w_down.cpu()
+    with pytest.raises(TypeError, match="w_down is on cpu; accepted: cuda:0"):
+        layer()
+
+
+def test_sizes_that_are_not_multiples_of_64_are_named():
+    with pytest.raises(UnsupportedError, match="hidden"):
+        make_layer(hidden=136)()
+    with pytest.raises(UnsupportedError, match="intermediate"):
+        make_layer(intermediate=72)()
