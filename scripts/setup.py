@@ -30,7 +30,7 @@ HEADERS = {
 }
 
 # System package -> the program that it brings. A test says so where one is missing.
-OPTIONAL_PROGRAMS = {"openmpi-bin": "mpirun"}
+OPTIONAL_PROGRAMS = {"openmpi-bin": "mpirun", "spin": "spin"}
 
 COMMAND = """\
 #!{python}
