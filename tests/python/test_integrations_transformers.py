@@ -323,6 +323,35 @@ def test_gradient_checkpointing_gives_the_same_bits():
     assert all(torch.equal(recomputed[key], expected[key]) for key in expected)
 
 
+def test_llama4_inside_a_model_of_images():
+    """The choice reaches the text model by name, by text_config, and back."""
+    text = make_config("Llama-4")
+    vision = tf.Llama4VisionConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vision_output_dim=16,
+        image_size=28,
+        patch_size=14,
+        projector_input_dim=16,
+        projector_output_dim=16,
+    )
+    config = tf.Llama4Config(
+        text_config=text,
+        vision_config=vision,
+        boi_token_index=60,
+        eoi_token_index=61,
+        image_token_index=62,
+    )
+    model = tf.Llama4ForConditionalGeneration(config).eval().to(DEVICE)
+    for chosen in ("flashmoe", "eager", {"text_config": "flashmoe"}):
+        model.set_experts_implementation(chosen)
+        expected = chosen if isinstance(chosen, str) else "flashmoe"
+        assert model.get_experts_implementation()["text_config"] == expected
+    assert len(integration.check(model)) == 2
+
+
 def test_slots_of_other_ranks_are_skipped():
     """Expert parallelism of transformers: ids that are not here arrive as the number of experts."""
     module = experts_of(make_model("Mixtral", "flashmoe"))[0]

@@ -72,9 +72,7 @@ def register() -> None:
     _wrap(PreTrainedModel, "get_correct_experts_implementation", _refuse_unserved_model)
     _wrap(modeling_llama4.Llama4TextExperts, "forward", _llama4_experts)
     _wrap(modeling_llama4.Llama4TextMoe, "forward", _llama4_moe)
-    modeling_llama4.Llama4PreTrainedModel._can_set_experts_implementation = classmethod(
-        lambda cls: True
-    )
+    _wrap(modeling_llama4.Llama4PreTrainedModel, "set_experts_implementation", _llama4_set)
 
 
 def check(model: nn.Module) -> list[str]:
@@ -246,7 +244,8 @@ def _wrap(owner: type, name: str, wrapper: Callable[..., Callable]) -> None:
 
 def _refuse_unserved_model(original: Callable) -> Callable:
     def get_correct_experts_implementation(self: Any, requested_experts: str | None) -> str:
-        if requested_experts == NAME and not self._can_set_experts_implementation():
+        served = self._can_set_experts_implementation() or _is_llama4(self)
+        if requested_experts == NAME and not served:
             holders = (self.config, getattr(self.config, "ffn_config", None))
             counts = [getattr(holder, name, None) for holder in holders for name in _COUNTS]
             if any(isinstance(count, int) and count > 1 for count in counts):
@@ -259,7 +258,7 @@ def _refuse_unserved_model(original: Callable) -> Callable:
 
 
 def _is_llama4(module: Any) -> bool:
-    return type(module).__name__ == "Llama4TextExperts"
+    return type(module).__module__ == "transformers.models.llama4.modeling_llama4"
 
 
 def _llama4_experts(original: Callable) -> Callable:
@@ -278,12 +277,27 @@ def _llama4_experts(original: Callable) -> Callable:
     return forward
 
 
+def _llama4_set(original: Callable) -> Callable:
+    """The choice reaches the text model, which transformers takes for one without a choice."""
+
+    def set_experts_implementation(self: Any, experts_implementation: str | dict) -> None:
+        original(self, experts_implementation)
+        chosen: Any = experts_implementation
+        if isinstance(chosen, dict):
+            chosen = chosen.get("text_config", chosen.get(""))
+        for module in self.modules():
+            if chosen is not None and hasattr(module, "shared_expert"):
+                module.shared_expert.config._experts_implementation_internal = chosen
+
+    return set_experts_implementation
+
+
 def _llama4_moe(original: Callable) -> Callable:
     def forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.shared_expert.config._experts_implementation != NAME:
             return original(self, hidden_states)
         if not _is_llama4(self.experts):
-            raise _unsupported(self.experts, "it is no Llama4TextExperts")
+            raise _unsupported(self.experts, "it is no Llama4TextExperts of transformers")
         x = hidden_states.reshape(-1, self.hidden_dim)
         scores, logits = self.router(x)  # [T, E], zero where an expert is not chosen
         topk_ids = logits.topk(self.top_k, dim=1).indices

@@ -1,0 +1,161 @@
+"""Runs the model tests of Hugging Face transformers with eager experts and with flashmoe's, and
+compares test by test.
+
+    python scripts/run_transformers_suite.py [--checkout DIR] [--models NAME ...] [-k EXPRESSION]
+
+Without --checkout: the common model tests (`test_modeling_common.py`, `test_training_mixin.py`) of
+the source distribution of the installed version, from PyPI, on the eight small models of
+`transformers_suite_models.py`. The source distribution holds neither the tests of the single models
+nor those of generation; what the common tests import from those is left empty.
+With --checkout: `tests/models/NAME/test_modeling_NAME.py` of a git checkout of transformers at the
+installed version, whole.
+
+Every test runs twice, and every model in it uses the implementation unless the test chooses one.
+The exit code is 1 if a test passes with eager and not with flashmoe. Needs `parameterized`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parent
+VARIABLE = "TRANSFORMERS_SUITE_EXPERTS"
+IMPLEMENTATIONS = ("eager", "flashmoe")
+MODELS = (
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "llama4",
+    "phimoe",
+)
+# Modules that the common tests import and the source distribution lacks: file -> class.
+ABSENT = {
+    "exporters/test_export.py": "ExportTesterMixin",
+    "generation/test_utils.py": "GenerationTesterMixin",
+}
+
+
+def pytest_configure() -> None:
+    """In the process of the tests: the implementation of every model that was told none."""
+    import flashmoe
+    from transformers.modeling_utils import PreTrainedModel
+
+    flashmoe.integrations.transformers.register()
+    chosen = os.environ[VARIABLE]
+    checked = PreTrainedModel.get_correct_experts_implementation
+
+    def get_correct_experts_implementation(self, requested_experts):
+        return checked(self, chosen if requested_experts is None else requested_experts)
+
+    PreTrainedModel.get_correct_experts_implementation = get_correct_experts_implementation
+
+
+def source_tests(into: Path) -> Path:
+    """The tests of the source distribution under `into`, with our models; returns their file."""
+    version = metadata.version("transformers")
+    download = [sys.executable, "-m", "pip", "download", f"transformers=={version}", "--no-deps"]
+    download += ["--no-binary", "transformers", "--no-build-isolation", "--quiet"]
+    subprocess.run([*download, "--dest", str(into)], check=True)
+    with tarfile.open(next(into.glob("transformers-*.tar.gz"))) as archive:
+        archive.extractall(into, filter="data")
+    tests = into / f"transformers-{version}" / "tests"
+    for name, mixin in ABSENT.items():
+        path = tests / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"class {mixin}:\n    pass\n")
+        (path.parent / "__init__.py").touch()
+    (tests / "__init__.py").touch()
+    return Path(shutil.copy(SCRIPTS / "transformers_suite_models.py", tests / "test_suite.py"))
+
+
+def run(implementation: str, targets: list[Path], root: Path, options: list[str]) -> dict[str, str]:
+    """Runs the targets with one implementation: outcome by test."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", SCRIPTS_PLUGIN]
+        command += ["-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={report}", *options]
+        environment = {
+            **os.environ,
+            VARIABLE: implementation,
+            "PYTHONPATH": os.pathsep.join((str(SCRIPTS), os.environ.get("PYTHONPATH", ""))),
+            "HF_HUB_OFFLINE": "1",
+            "RUN_TRAINING_TESTS": "1",
+        }
+        log = root / f"{implementation}.log"
+        with log.open("w") as output:
+            subprocess.run(
+                [*command, *map(str, targets)],
+                cwd=root,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        if not report.exists():
+            raise SystemExit(log.read_text()[-4000:])
+        cases = ElementTree.parse(report).iter("testcase")
+        return {f"{case.get('classname')}::{case.get('name')}": outcome(case) for case in cases}
+
+
+SCRIPTS_PLUGIN = Path(__file__).stem
+
+
+def outcome(case: ElementTree.Element) -> str:
+    for word in ("failure", "error", "skipped"):
+        if case.find(word) is not None:
+            return word
+    return "passed"
+
+
+def compare(eager: dict[str, str], ours: dict[str, str]) -> list[str]:
+    """Prints the counts of both; the tests that end differently with flashmoe."""
+    for name, outcomes in zip(IMPLEMENTATIONS, (eager, ours), strict=True):
+        print(
+            f"{name:10}", ", ".join(f"{n} {word}" for word, n in Counter(outcomes.values()).items())
+        )
+    both = [test for test in eager if eager[test] in ("failure", "error")]
+    for test in both:
+        print(f"fails with eager, {ours.get(test, 'missing')} with flashmoe: {test}")
+    names = sorted({*eager, *ours})
+    return [test for test in names if eager.get(test) != ours.get(test)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="transformers' model tests with flashmoe.")
+    parser.add_argument("--checkout", type=Path, help="a git checkout of transformers")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="with --checkout")
+    parser.add_argument("-k", dest="select", help="as in pytest")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.checkout:
+            root = options.checkout.resolve()
+            targets = [
+                root / "tests" / "models" / name / f"test_modeling_{name}.py"
+                for name in options.models
+            ]
+        else:
+            target = source_tests(Path(folder))
+            root, targets = target.parents[1], [target]
+        select = ["-k", options.select] if options.select else []
+        eager, ours = (run(name, targets, root, select) for name in IMPLEMENTATIONS)
+    different = compare(eager, ours)
+    for test in different:
+        print(f"{eager.get(test)} with eager, {ours.get(test)} with flashmoe: {test}")
+    print(f"{len(eager)} tests, {len(different)} differ")
+    return 1 if different or not eager else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
