@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import flashmoe
 import numpy as np
@@ -65,6 +66,12 @@ def test_the_published_file_is_read():
         "launches": 512,
         "dense_parameters": 2048 * (12 * 2048 + 13 + 32000 + 2048),
     }
+
+
+def test_the_example_has_every_key():
+    path = Path(__file__).parents[2] / "examples" / "flashmoe_config.json"
+    assert json.loads(path.read_text()).keys() == PUBLISHED.keys()
+    assert config_file.load(path).step()["launches"] == 2 * 256 * 4
 
 
 def test_sizes_alone_are_enough():
