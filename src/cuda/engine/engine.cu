@@ -12,7 +12,10 @@ namespace flashmoe::cuda {
 struct Engine::State {
   std::map<int32_t, Workspace> workspaces;  // by device
 
-  Workspace& on(int32_t device) { return workspaces.try_emplace(device, device).first->second; }
+  Workspace& of(const fm_forward_args& args) {
+    const auto stream = static_cast<cudaStream_t>(args.stream);
+    return workspaces.try_emplace(args.device, args.device, stream).first->second;
+  }
 };
 
 namespace {
@@ -35,7 +38,7 @@ Engine::~Engine() = default;
 
 void Engine::forward(const fm_layer& layer, const fm_forward_args& args,
                      const LaunchOptions& options) {
-  contained([&] { state_->on(args.device).forward(layer, args, options); });
+  contained([&] { state_->of(args).forward(layer, args, options); });
 }
 
 void Engine::raise_reports() {
@@ -46,7 +49,7 @@ void Engine::raise_reports() {
 
 std::string Engine::explain(const fm_layer& layer, const fm_forward_args& args,
                             const LaunchOptions& options) {
-  return contained([&] { return state_->on(args.device).explain(layer, args, options); });
+  return contained([&] { return state_->of(args).explain(layer, args, options); });
 }
 
 int64_t Engine::scratch_bytes() const {

@@ -56,6 +56,13 @@ uint64_t nanoseconds(double seconds) {
   return seconds > 0 ? static_cast<uint64_t>(std::min(seconds * 1e9, kMost)) : ~uint64_t{0};
 }
 
+[[noreturn]] void refuse_to_grow() {
+  fail(
+      FM_INVALID_VALUE,
+      "the stream is being captured, and scratch for this layer has still to be allocated: run the "
+      "layer once at this size before capturing it");
+}
+
 fm_status status_of(sync::WaitTag tag) {
   switch (tag) {
     case sync::WaitTag::kUndefinedLogits:
@@ -74,7 +81,8 @@ std::string describe(const sync::WaitReport& report, int32_t device) {
   text << "an earlier launch on CUDA device " << device << " failed, its outputs are not valid: ";
   if (status_of(tag) == FM_ROUTING) {
     const bool of_caller = tag == sync::WaitTag::kInvalidId;
-    text << (of_caller ? "topk_ids: " : "") << sync::name_of(tag) << " (first seen in token " << report.block_idx << ")";
+    text << (of_caller ? "topk_ids: " : "") << sync::name_of(tag) << " (first seen in token "
+         << report.block_idx << ")";
   } else {
     text << "a wait ran out of time: " << sync::name_of(tag) << " (block " << report.block_idx
          << ", thread " << report.thread_idx << ", parity " << report.parity << ")";
@@ -93,9 +101,10 @@ DeviceGuard::~DeviceGuard() {
   if (before_ != device_) cudaSetDevice(before_);
 }
 
-Workspace::Workspace(int32_t device)
+Workspace::Workspace(int32_t device, cudaStream_t stream)
     : device_(device), num_sms_(properties_of(device).multiProcessorCount) {
   const DeviceGuard guard(device_);
+  if (is_capturing(stream)) refuse_to_grow();
   try {
     check(cudaHostAlloc(&report_, sizeof(*report_), cudaHostAllocMapped),
           "cudaHostAlloc of a launch report");
@@ -159,11 +168,7 @@ void Workspace::follow_last(cudaStream_t stream) const {
 
 void Workspace::reserve(int64_t bytes, cudaStream_t stream, bool capturing) {
   if (bytes <= scratch_.bytes) return;
-  if (capturing) {
-    fail(FM_INVALID_VALUE, "the stream is being captured, and this layer needs ", bytes,
-         " bytes of scratch where ", scratch_.bytes,
-         " are allocated: run the layer once at this size before capturing it");
-  }
+  if (capturing) refuse_to_grow();
   if (scratch_.captured) {
     retired_.push_back(scratch_);
   } else {

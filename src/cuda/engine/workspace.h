@@ -27,8 +27,9 @@ class DeviceGuard {
 
 class Workspace {
  public:
-  // Throws FM_UNSUPPORTED when `device` has no kernels in this build, naming what it is.
-  explicit Workspace(int32_t device);
+  // Throws FM_UNSUPPORTED when `device` has no kernels in this build, naming what it is, and
+  // FM_INVALID_VALUE when `stream` is being captured: nothing can be allocated then.
+  Workspace(int32_t device, cudaStream_t stream);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;

@@ -1,0 +1,113 @@
+"""The layer in CUDA graphs and under torch.compile."""
+
+import flashmoe
+import pytest
+import torch
+from cuda_products import count_graph_nodes
+from flashmoe import ops
+from flashmoe.config import LayerConfig
+from layer_common import finish, make_layer, same_bits
+
+REPLAYS = 1000
+
+
+def captured(call, **options):
+    """(graph, what the call returned) of a capture on torch's capture stream."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(**options)
+    with torch.cuda.graph(graph):
+        made = call()
+    return graph, made
+
+
+@pytest.fixture
+def group():
+    [one] = flashmoe.local_group(1)
+    with one:
+        yield one
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 300, 8192])
+def test_one_kernel_node(tokens, group):
+    layer = make_layer(tokens=tokens)
+    layer(group)
+    graph, _ = captured(lambda: layer(group), keep_graph=True)
+    assert count_graph_nodes(graph) == ["kernel"]
+
+
+def test_replays_follow_inputs_and_routing(group):
+    layer = make_layer(tokens=500, capacity_factor=0.9)
+    layer(group)
+    graph, (y, routed) = captured(lambda: layer(group))
+    generator = torch.Generator("cuda").manual_seed(4)
+    differs = torch.zeros(1, dtype=torch.int64, device="cuda")
+    for replay in range(REPLAYS):
+        layer.x.normal_(generator=generator)
+        if replay % 7 == 0:
+            layer.w_router.copy_(layer.w_router.roll(1, dims=0))
+        for tensor in (y, *routed):
+            tensor.fill_(-1)
+        graph.replay()
+        y_again, routed_again = layer()  # the group "self": other scratch, not captured
+        for one, other in zip((y, *routed), (y_again, *routed_again), strict=True):
+            differs += (one.view(torch.uint8) != other.view(torch.uint8)).any()
+    finish(group)
+    assert int(differs) == 0
+
+
+def test_a_graph_survives_growth_of_the_scratch(group):
+    layer, large = make_layer(tokens=100), make_layer(tokens=6000)
+    expected = layer.outputs(group)
+    graph, (y, routed) = captured(lambda: layer(group))
+    large(group)
+    y.fill_(-1)
+    graph.replay()
+    finish(group)
+    assert same_bits([y, *routed], expected)
+
+
+def test_growth_inside_a_capture_says_what_to_do(group):
+    layer = make_layer()
+    with pytest.raises(ValueError, match="run the layer once at this size before capturing"):
+        captured(lambda: layer(group))
+    torch.cuda.synchronize()
+    layer(group)
+    finish(group)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile(mode):
+    layer = make_layer(tokens=256)
+
+    def block(x):
+        y, routed = flashmoe.moe(x * 2, layer.w_router, layer.w_up, layer.w_down, top_k=4)
+        return x + y, routed.topk_ids
+
+    compiled = torch.compile(block, fullgraph=True, mode=mode)
+    for seed in range(5):
+        x = layer.with_x(256, seed=seed).x
+        expected = block(x)
+        torch.compiler.cudagraph_mark_step_begin()
+        assert same_bits([tensor.clone() for tensor in compiled(x)], expected)
+
+
+def test_compile_of_another_number_of_tokens():
+    layer = make_layer()
+    compiled = torch.compile(lambda x: layer(x=x)[0], fullgraph=True, dynamic=True)
+    for tokens in (64, 65, 500):
+        x = layer.with_x(tokens, seed=tokens).x
+        assert same_bits([compiled(x)], [layer(x=x)[0]])
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["router", "ids"])
+def test_opcheck(fused):
+    layer = make_layer(tokens=40)
+    inputs = dict.fromkeys(ops.OPERANDS)
+    inputs |= {"x": layer.x, "w_up": layer.w_up, "w_down": layer.w_down}
+    if fused:
+        inputs["w_router"] = layer.w_router
+    else:
+        inputs["topk_ids"] = torch.randint(16, (40, 4), device="cuda")
+        inputs["topk_weights"] = torch.rand(40, 4, device="cuda")
+    config = LayerConfig(top_k=4).encode()
+    torch.library.opcheck(ops.forward, (*inputs.values(), config, "self", False))

@@ -1,0 +1,91 @@
+"""Streams and threads that share one scratch, and launches that fail on the GPU."""
+
+import threading
+
+import flashmoe
+import pytest
+import torch
+from flashmoe.errors import RoutingError, WaitTimeoutError
+from layer_common import finish, make_layer, same_bits
+
+ROUNDS = 30
+
+
+@pytest.fixture
+def group():
+    [one] = flashmoe.local_group(1)
+    with one:
+        yield one
+
+
+def test_streams_in_turn(group):
+    layers = [make_layer(tokens=800, seed=seed) for seed in range(3)]
+    expected = [layer.outputs(group) for layer in layers]
+    streams = [torch.cuda.Stream() for _ in layers]
+    torch.cuda.synchronize()
+    made = []
+    for _ in range(ROUNDS):
+        for layer, stream in zip(layers, streams, strict=True):
+            with torch.cuda.stream(stream):
+                made.append(layer.outputs(group))
+    finish(group)
+    for idx, outputs in enumerate(made):
+        assert same_bits(outputs, expected[idx % len(layers)]), f"launch {idx}"
+
+
+def test_threads_with_streams_of_their_own(group):
+    layers = [make_layer(tokens=800, seed=seed) for seed in range(3)]
+    expected = [layer.outputs(group) for layer in layers]
+    torch.cuda.synchronize()
+    failures = []
+
+    def work(idx):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            made = [layers[idx].outputs(group) for _ in range(ROUNDS)]
+            torch.cuda.current_stream().synchronize()
+        if not all(same_bits(outputs, expected[idx]) for outputs in made):
+            failures.append(idx)
+
+    threads = [threading.Thread(target=work, args=(idx,)) for idx in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    finish(group)
+    assert not failures
+
+
+def test_a_wait_that_runs_out_is_raised_once_and_the_group_works_on(group):
+    layer = make_layer(tokens=2000, experts=64, hidden=1024)
+    expected = layer.outputs(group)
+    group.set("timeout_s", 1e-9)
+    layer(group)
+    torch.cuda.synchronize()
+    group.set("timeout_s", 30)
+    with pytest.raises(WaitTimeoutError, match=r"a wait ran out of time: .*block \d+, thread \d+"):
+        layer(group)
+    assert same_bits(layer.outputs(group), expected)
+    finish(group)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_undefined_logits_are_raised_by_the_next_call(value, group):
+    layer = make_layer()
+    expected = layer.outputs(group)
+    spoiled = layer.x.clone()
+    spoiled[37, 5] = value
+    layer(group, spoiled)
+    torch.cuda.synchronize()
+    with pytest.raises(RoutingError, match="router logits"):
+        group.stats()
+    assert same_bits(layer.outputs(group), expected)
+    finish(group)
+
+
+def test_the_current_device_stays():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with torch.cuda.device(1):
+        layer = make_layer()
+    layer()
+    assert torch.cuda.current_device() == 0
