@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .launch import world_group as world_group
     from .layer import MoE as MoE
     from .run import run_moe as run_moe
+    from .weight_grads import WeightGradQueue as WeightGradQueue
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "MoE",
     "Routing",
     "RoutingResult",
+    "WeightGradQueue",
     "errors",
     "experts",
     "local_group",

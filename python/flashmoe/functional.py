@@ -66,6 +66,7 @@ def experts(
     capacity_factor: float | None = None,
     group: Any = None,
     save_z: bool = False,
+    weight_grad_queue: Any = None,
 ) -> Any:
     """The experts of a layer on tokens that are already routed.
 
@@ -90,6 +91,8 @@ def experts(
         capacity_factor: c keeps the first ceil(c*T*k/E) slots of each (rank, expert); None: all.
         group: None, a :class:`flashmoe.Group` or a torch ProcessGroup; all its ranks call together.
         save_z: keep the pre-activations for the backward instead of computing them again (W = 1).
+        weight_grad_queue: a :class:`flashmoe.WeightGradQueue`, whose ``backward_dw()`` computes the
+            gradients of the expert weights after the backward.
 
     Returns:
         y, with the shape and dtype of x.
@@ -123,6 +126,7 @@ def experts(
         capacity_factor=capacity_factor,
         group=group,
         save_z=save_z,
+        weight_grad_queue=weight_grad_queue,
     )[0]
 
 
@@ -147,6 +151,7 @@ def moe(
     capacity_factor: float | None = None,
     group: Any = None,
     save_z: bool = False,
+    weight_grad_queue: Any = None,
 ) -> tuple[Any, RoutingResult]:
     """The whole layer: router and experts.
 
@@ -186,6 +191,7 @@ def moe(
         capacity_factor=capacity_factor,
         group=group,
         save_z=save_z,
+        weight_grad_queue=weight_grad_queue,
     )
     return y, RoutingResult(*routed)
 
@@ -199,6 +205,7 @@ def _call(
     transposed: bool,
     group: Any,
     save_z: bool,
+    weight_grad_queue: Any,
     **options: Any,
 ) -> tuple[Any, ...]:
     """Checks the arguments and runs the layer; a rank that finds an error tells its peers."""
@@ -207,6 +214,8 @@ def _call(
         library = _check_operands(operands, required)
         flag("transposed", transposed)
         flag("save_z", save_z)
+        if weight_grad_queue is not None:
+            _check_queue(library, weight_grad_queue)
         if save_z and world > 1:
             raise UnsupportedError(
                 f"save_z is True on a group of {world} ranks, where the rows of z depend on all "
@@ -221,7 +230,7 @@ def _call(
     except Exception as error:
         groups.refuse(name, error)
         raise
-    return _run(library, operands, config, name, transposed, save_z)
+    return _run(library, operands, config, name, transposed, save_z, weight_grad_queue)
 
 
 def _config(
@@ -328,12 +337,29 @@ def _check_torch(operands: dict[str, Any]) -> None:
             raise TypeError(f"{name} is on {tensor.device}; accepted: {device}, where x is")
 
 
+def _check_queue(library: str, queue: Any) -> None:
+    if library != "torch":
+        raise TypeError("weight_grad_queue is given with NumPy arrays; accepted: None")
+    from .weight_grads import WeightGradQueue
+
+    if not isinstance(queue, WeightGradQueue):
+        raise TypeError(
+            f"weight_grad_queue is a {type(queue).__name__}; accepted: a flashmoe.WeightGradQueue"
+        )
+
+
 def _run(
-    library: str, operands: dict[str, Any], config: str, group: str, transposed: bool, save_z: bool
+    library: str,
+    operands: dict[str, Any],
+    config: str,
+    group: str,
+    transposed: bool,
+    save_z: bool,
+    queue: Any,
 ) -> tuple[Any, ...]:
     """All outputs of the forward operator, y in the shape of x."""
     x = operands["x"]
-    owners = _main_grad_owners(operands, transposed) if library == "torch" else {}
+    owners = _weight_owners(operands, transposed, queue) if library == "torch" else {}
     flat = {name: _operand(name, tensor, transposed) for name, tensor in operands.items()}
     if library == "numpy":
         outputs = _run_numpy(flat, config, group)
@@ -342,7 +368,9 @@ def _run(
 
         inputs = [flat.get(name) for name in ops.OPERANDS]
         if owners:
-            outputs = ops.forward_with_main_grad(owners, *inputs, config, group, save_z)
+            from .weight_grads import forward_with_owners
+
+            outputs = forward_with_owners(owners, queue, *inputs, config, group, save_z)
         else:
             outputs = ops.forward(*inputs, config, group, save_z)
     y, *others = outputs
@@ -362,8 +390,13 @@ def _operand(name: str, tensor: Any, transposed: bool) -> Any:
     return tensor
 
 
-def _main_grad_owners(operands: dict[str, Any], transposed: bool) -> dict[str, Any]:
-    """The expert weights whose gradient goes into ``main_grad``, by name."""
+def has_main_grad(weight: Any) -> bool:
+    """Whether the gradient of a parameter goes into a tensor of its own."""
+    return getattr(weight, "main_grad", None) is not None or hasattr(weight, "get_main_grad")
+
+
+def _weight_owners(operands: dict[str, Any], transposed: bool, queue: Any) -> dict[str, Any]:
+    """The expert weights whose gradient does not go through autograd, by name."""
     import torch
 
     owners: dict[str, Any] = {}
@@ -373,11 +406,11 @@ def _main_grad_owners(operands: dict[str, Any], transposed: bool) -> dict[str, A
         weight = operands[name]
         if weight is None or not weight.requires_grad:
             continue
-        if getattr(weight, "main_grad", None) is None and not hasattr(weight, "get_main_grad"):
+        if queue is None and not has_main_grad(weight):
             continue
-        from .ops import MainGradOwner
+        from .weight_grads import WeightOwner
 
-        owners[name] = MainGradOwner(name, weight, transposed)
+        owners[name] = WeightOwner(name, weight, transposed)
     return owners
 
 

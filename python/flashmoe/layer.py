@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from . import group as groups
 from .config import Activation, Routing, count, flag, resolve_activation
 from .functional import _DEFAULT_ROUTING, RoutingResult, moe
+from .weight_grads import WeightGradQueue
 
 
 class MoE(nn.Module):
@@ -25,6 +27,9 @@ class MoE(nn.Module):
 
     The weights start as those of nn.Linear: uniform within 1 / sqrt(fan_in). The router is the same
     on all ranks only if the caller makes it so (same seed, or a broadcast).
+
+    With ``delay_wgrad`` a backward leaves the gradients of w_up and w_down to :meth:`backward_dw`,
+    and the two parameters carry Megatron's mark for that, ``skip_backward_post_hook``.
 
     Raises TypeError or ValueError, naming the argument. See :func:`flashmoe.moe` for the options.
     """
@@ -49,6 +54,7 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
         device: Any = None,
         save_z: bool = False,
+        delay_wgrad: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(hidden_size, intermediate_size, num_experts, top_k)
@@ -57,6 +63,7 @@ class MoE(nn.Module):
             ("router_bias", router_bias),
             ("selection_bias", selection_bias),
             ("transposed", transposed),
+            ("delay_wgrad", delay_wgrad),
         ):
             flag(name, value)
         _, world = groups.resolve(group)
@@ -81,6 +88,10 @@ class MoE(nn.Module):
             num_experts // world, bias, router_bias, selection_bias, dtype, device
         )
         self.reset_parameters()
+        self.weight_grad_queue = WeightGradQueue() if delay_wgrad else None
+        self._after_backward_dw: list[Callable[[], None]] = []
+        if delay_wgrad:
+            self.w_up.skip_backward_post_hook = self.w_down.skip_backward_post_hook = True
 
     def _make_parameters(
         self,
@@ -152,8 +163,51 @@ class MoE(nn.Module):
             capacity_factor=self.capacity_factor,
             group=self.group,
             save_z=self.save_z,
+            weight_grad_queue=self.weight_grad_queue,
         )
         return (y, routing) if return_routing else y
+
+    def need_backward_dw(self) -> bool:
+        """Whether the layer was made with ``delay_wgrad``."""
+        return self.weight_grad_queue is not None
+
+    def backward_dw(self) -> None:
+        """Computes the gradients of w_up and w_down of the oldest backward that waits for them,
+        then calls the hooks. See :meth:`flashmoe.WeightGradQueue.backward_dw`; nothing happens in a
+        layer without ``delay_wgrad``."""
+        if self.weight_grad_queue is None:
+            return
+        self.weight_grad_queue.backward_dw()
+        for hook in self._after_backward_dw:
+            hook()
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
+        """Has ``hook()`` called after each :meth:`backward_dw`: where Megatron's data parallelism
+        learns that the gradients are there."""
+        self._after_backward_dw.append(hook)
+
+    @torch.no_grad()
+    def update_selection_bias(self, tokens_per_expert: torch.Tensor, rate: float = 1e-3) -> None:
+        """Balances the experts without an auxiliary loss: raises the selection bias of each expert
+        with fewer slots than the mean by ``rate``, lowers it where there are more
+        (Wang et al. 2024, arXiv 2408.15664).
+
+        Args:
+            tokens_per_expert: [E] slots since the last update: the sum of
+                ``RoutingResult.tokens_per_expert`` over microbatches and data-parallel ranks, the
+                same on all ranks.
+
+        Raises ValueError if the layer has no selection bias, or for another shape.
+        """
+        if self.selection_bias is None:
+            raise ValueError("update_selection_bias: the layer was made without selection_bias")
+        if tokens_per_expert.shape != self.selection_bias.shape:
+            raise ValueError(
+                f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}; accepted: "
+                f"{tuple(self.selection_bias.shape)}"
+            )
+        counts = tokens_per_expert.to(self.selection_bias)
+        self.selection_bias += rate * torch.sign(counts.mean() - counts)
 
     def extra_repr(self) -> str:
         """The sizes, and the options that are not at their default."""
@@ -174,6 +228,8 @@ class MoE(nn.Module):
         for name in ("interleaved", "transposed", "weight_on_input", "save_z"):
             if getattr(self, name):
                 parts.append(f"{name}=True")
+        if self.need_backward_dw():
+            parts.append("delay_wgrad=True")
         if self.capacity_factor is not None:
             parts.append(f"capacity_factor={self.capacity_factor}")
         if self.group is not None:

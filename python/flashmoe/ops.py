@@ -1,4 +1,4 @@
-"""The torch operators ``flashmoe::forward`` and ``flashmoe::backward``, and ``main_grad``.
+"""The torch operators ``flashmoe::forward`` and ``flashmoe::backward``.
 
 An operator takes tensors, a layer as the text of a :class:`~flashmoe.config.LayerConfig` and a
 group by name. What an operator does not produce in a call is returned with no elements, because a
@@ -34,9 +34,6 @@ SAVED = (*OPERANDS, "logits", "z")
 INCOMING = ("grad_y", "grad_weights", "grad_logits")
 DIFFERENTIABLE = tuple(name for name in OPERANDS if name not in ("selection_bias", "topk_ids"))
 WEIGHTS = ("w_gate", "w_up", "w_down")
-
-# fm_backward_flags
-_ACCUMULATE = {"w_gate": 1, "w_up": 2, "w_down": 4}
 
 _REQUIRED = {"x", "w_up", "w_down"}
 
@@ -81,7 +78,7 @@ def _empty_outputs(tensors: Tensors, layer: str, group: str, save_z: bool) -> Te
     return outputs
 
 
-def _empty_gradients(tensors: Tensors, needs: list[str]) -> Tensors:
+def empty_gradients(tensors: Tensors, needs: list[str]) -> Tensors:
     """Gradients of the operands in ``needs``; those of the weights keep the weights' strides."""
     gradients: Tensors = {}
     for name in needs:
@@ -112,27 +109,27 @@ def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
     with groups.refusing(group):
         outputs = _empty_outputs(tensors, layer, group, save_z)
         handle = _core.layer(layer, member.world, tensors["x"], tensors["w_up"], tensors["w_down"])
-    operands = _present(tensors) | _present(outputs)
-    _core.engine().forward(member.handle, handle, operands, _core.stream_of(tensors["x"]))
+    present = _present(tensors) | _present(outputs)
+    _core.engine().forward(member.handle, handle, present, _core.stream_of(tensors["x"]))
     return _filled(outputs, OUTPUTS, tensors["x"])
 
 
 def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
     *operands, _, _, needs = args
     tensors = dict(zip(SAVED, operands, strict=False))
-    return _filled(_empty_gradients(tensors, needs.split(",")), DIFFERENTIABLE, tensors["x"])
+    return _filled(empty_gradients(tensors, needs.split(",")), DIFFERENTIABLE, tensors["x"])
 
 
 def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
     *operands, layer, group, needs = args
     tensors = dict(zip((*SAVED, *INCOMING), operands, strict=True))
     with groups.refusing(group):
-        gradients = _empty_gradients(tensors, needs.split(","))
-    _launch_backward(tensors, gradients, layer, group)
+        gradients = empty_gradients(tensors, needs.split(","))
+    launch_backward(tensors, gradients, layer, group)
     return _filled(gradients, DIFFERENTIABLE, tensors["x"])
 
 
-def _launch_backward(
+def launch_backward(
     tensors: Tensors, gradients: Tensors, layer: str, group: str, flags: int = 0
 ) -> None:
     member = groups.lookup(group)
@@ -149,7 +146,7 @@ def _launch_backward(
     _core.engine().backward(member.handle, handle, operands | outputs, flags, stream)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     """Keeps what the backward needs: operands, the routing and, if it was asked for, z."""
     *operands, ctx.layer, ctx.group, save_z = inputs
     tensors = dict(zip(OPERANDS, operands, strict=True))
@@ -168,7 +165,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def _incoming(ctx: Any, grads: tuple[torch.Tensor | None, ...]) -> Tensors | None:
+def incoming(ctx: Any, grads: tuple[torch.Tensor | None, ...]) -> Tensors | None:
     """Saved tensors and arriving gradients by name; None if no gradient arrives."""
     by_output = dict(zip(OUTPUTS, grads, strict=True))
     grad_y, grad_weights, grad_logits = (by_output[k] for k in ("y", "topk_weights", "logits"))
@@ -181,14 +178,15 @@ def _incoming(ctx: Any, grads: tuple[torch.Tensor | None, ...]) -> Tensors | Non
     return tensors
 
 
-def _needs(needs_input_grad: tuple[bool, ...]) -> list[str]:
+def needed(needs_input_grad: tuple[bool, ...]) -> list[str]:
+    """The operands whose gradient autograd asks for."""
     wanted = [name for name, needed in zip(OPERANDS, needs_input_grad, strict=False) if needed]
     return [name for name in wanted if name in DIFFERENTIABLE]
 
 
 def _backward_formula(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    tensors = _incoming(ctx, grads)
-    needs = _needs(ctx.needs_input_grad)
+    tensors = incoming(ctx, grads)
+    needs = needed(ctx.needs_input_grad)
     nothing = (None,) * (len(OPERANDS) + 3)
     if tensors is None or not needs:
         return nothing
@@ -198,7 +196,8 @@ def _backward_formula(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tens
     return (*(by_name[name] if name in needs else None for name in OPERANDS), None, None, None)
 
 
-def _refuse_double_backward(*unused: Any) -> None:
+def refuse_double_backward(*unused: Any) -> None:
+    """Raises UnsupportedError."""
     raise UnsupportedError(
         "double backward: flashmoe has no gradient of its backward; call backward without "
         "create_graph=True, or detach what depends on the first gradient"
@@ -210,7 +209,7 @@ def _save_nothing(*, ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _save_forward(*, ctx: Any, inputs: Any, output: Any) -> None:
-    _save(ctx, inputs, output)
+    save(ctx, inputs, output)
 
 
 forward = torch.library.custom_op(
@@ -234,89 +233,4 @@ backward = torch.library.custom_op(
     ),
 )
 backward.register_fake(_backward_fake)
-backward.register_autograd(_refuse_double_backward, setup_context=_save_nothing)
-
-
-class _MainGrad(torch.autograd.Function):
-    """The layer with weight gradients that go into ``main_grad`` of their parameters.
-
-    An operator sees tensors only, so the parameter objects travel here, on the autograd node;
-    ``main_grad`` is read from them in the backward and never saved. Eager mode only.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, owners: dict[str, Any], *inputs: Any) -> tuple[torch.Tensor, ...]:
-        outputs = forward(*inputs)
-        _save(ctx, inputs, outputs)
-        ctx.owners = owners
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            _refuse_double_backward()
-        tensors = _incoming(ctx, grads)
-        needs = _needs(ctx.needs_input_grad[1:])
-        if tensors is None or not needs:
-            return (None,) * (len(OPERANDS) + 4)
-        owners = {name: owner for name, owner in ctx.owners.items() if name in needs}
-        with groups.refusing(ctx.group):
-            gradients = _empty_gradients(tensors, [name for name in needs if name not in owners])
-            into = {name: owner.main_grad(tensors[name]) for name, owner in owners.items()}
-        flags = sum(_ACCUMULATE[name] for name, owner in owners.items() if not owner.overwrites)
-        _launch_backward(tensors, gradients | into, ctx.layer, ctx.group, flags)
-        for name, owner in owners.items():
-            gradients[name] = owner.finish(tensors[name])
-        return (None, *(gradients.get(name) for name in OPERANDS), None, None, None)
-
-
-class MainGradOwner:
-    """A weight parameter with ``main_grad``: where its gradient is added up, and what is returned.
-
-    The protocol of Megatron's fused weight gradients: ``main_grad`` (or ``get_main_grad()``) is
-    added to, or overwritten when ``overwrite_main_grad`` is set. If the parameter has
-    ``grad_added_to_main_grad``, it is set to True and a dummy gradient is returned (zeros when
-    ``zero_out_wgrad`` is set, else memory of any content); otherwise no gradient is returned.
-    """
-
-    def __init__(self, name: str, parameter: torch.Tensor, transposed: bool) -> None:
-        self.name = name
-        self.parameter = parameter
-        self.transposed = transposed
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether the gradient replaces ``main_grad`` instead of being added to it."""
-        return bool(getattr(self.parameter, "overwrite_main_grad", False))
-
-    def main_grad(self, weight: torch.Tensor) -> torch.Tensor:
-        """The accumulator in the layout of ``weight``. Raises TypeError or ValueError."""
-        getter = getattr(self.parameter, "get_main_grad", None)
-        into = self.parameter.main_grad if getter is None else getter()
-        if not isinstance(into, torch.Tensor):
-            raise TypeError(f"{self.name}.main_grad is a {type(into).__name__}; accepted: a tensor")
-        into = into.to_local() if hasattr(into, "to_local") else into
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        if into.dtype != wide:
-            raise TypeError(f"{self.name}.main_grad has dtype {into.dtype}; accepted: {wide}")
-        into = into.transpose(1, 2) if self.transposed and into.dim() == 3 else into
-        if into.shape != weight.shape:
-            raise ValueError(
-                f"{self.name}.main_grad has shape {tuple(into.shape)}; accepted: "
-                f"{tuple(weight.shape)}, the shape of {self.name}"
-            )
-        return into
-
-    def finish(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """Marks the parameter; returns the gradient that autograd is given for it."""
-        if not hasattr(self.parameter, "grad_added_to_main_grad"):
-            return None
-        self.parameter.grad_added_to_main_grad = True
-        zero = getattr(self.parameter, "zero_out_wgrad", False)
-        return torch.zeros_like(weight) if zero else torch.empty_like(weight)
-
-
-@torch.compiler.disable
-def forward_with_main_grad(owners: dict[str, MainGradOwner], *inputs: Any) -> Any:
-    """``forward`` for weights with ``main_grad``; under torch.compile it runs as a graph break."""
-    return _MainGrad.apply(owners, *inputs)
+backward.register_autograd(refuse_double_backward, setup_context=_save_nothing)
