@@ -40,8 +40,14 @@ __all__ = [
     "world_group",
 ]
 
-# Attributes that are imported when they are first used: MoE needs torch, run_moe the checks.
-_LAZY = {"MoE": "layer", "integrations": "integrations", "run_moe": "run", "world_group": "launch"}
+# Attributes that are imported when they are first used: some need torch, run_moe the checks.
+_LAZY = {
+    "MoE": "layer",
+    "WeightGradQueue": "weight_grads",
+    "integrations": "integrations",
+    "run_moe": "run",
+    "world_group": "launch",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -174,8 +174,9 @@ class MoE(nn.Module):
     def backward_dw(self) -> None:
         """Computes the gradients of w_up and w_down of the oldest backward that waits for them,
         then calls the hooks. See :meth:`flashmoe.WeightGradQueue.backward_dw`; nothing happens in a
-        layer without ``delay_wgrad``."""
-        if self.weight_grad_queue is None:
+        layer without ``delay_wgrad`` or with both weights frozen."""
+        trained = self.w_up.requires_grad or self.w_down.requires_grad
+        if self.weight_grad_queue is None or not trained:
             return
         self.weight_grad_queue.backward_dw()
         for hook in self._after_backward_dw:
