@@ -136,30 +136,30 @@ enum class Dtype : int32_t {
 };
 
 // The dtype of an element type. C++20 has no 16-bit floating types: specialise it for yours
-// (`template <> struct flashmoe::ElementType<__nv_bfloat16> { static constexpr auto dtype = ...`),
+// (`template <> struct flashmoe::ElementType<__nv_bfloat16> { static constexpr auto kDtype = ...`),
 // or name the dtype when you make the view.
 template <class T>
 struct ElementType;
 template <>
 struct ElementType<double> {
-  static constexpr Dtype dtype = Dtype::f64;
+  static constexpr Dtype kDtype = Dtype::f64;
 };
 template <>
 struct ElementType<float> {
-  static constexpr Dtype dtype = Dtype::f32;
+  static constexpr Dtype kDtype = Dtype::f32;
 };
 template <>
 struct ElementType<int32_t> {
-  static constexpr Dtype dtype = Dtype::i32;
+  static constexpr Dtype kDtype = Dtype::i32;
 };
 template <>
 struct ElementType<int64_t> {
-  static constexpr Dtype dtype = Dtype::i64;
+  static constexpr Dtype kDtype = Dtype::i64;
 };
 
 using Extents = std::initializer_list<int64_t>;
 
-// A strided tensor of up to three dimensions in host memory that somebody else owns. Void is void
+// A strided tensor of up to three dimensions that somebody else owns. Void is void
 // for tensors that a launch writes, const void for those that it reads. Empty: absent.
 template <class Void>
 class BasicView {
@@ -183,7 +183,7 @@ class BasicView {
   }
   template <class T>
   requires(!std::is_void_v<T> && std::is_convertible_v<T*, Void*>) BasicView(T* data, Extents shape)
-      : BasicView(data, ElementType<std::remove_const_t<T>>::dtype, shape) {}
+      : BasicView(data, ElementType<std::remove_const_t<T>>::kDtype, shape) {}
   // Raises InvalidValueError unless the span has as many elements as the extents.
   template <class T>
   requires(std::is_convertible_v<T*, Void*>) BasicView(std::span<T> data, Extents shape)
@@ -269,6 +269,8 @@ class Group {
   int32_t rank() const { return place().first; }
   int32_t world() const { return place().second; }
 
+  // The options of fm_group_set.
+  void set(const char* key, double value) { detail::check(fm_group_set(get(), key, value)); }
   // Bound of every wait; zero: none.
   void set_timeout(std::chrono::duration<double> timeout) { set("timeout_s", timeout.count()); }
   // Compute threads of this rank; 0: automatic.
@@ -294,7 +296,6 @@ class Group {
   explicit Group(fm_group handle)
       : handle_(handle, [](fm_group last) { fm_group_destroy(last); }) {}
 
-  void set(const char* key, double value) { detail::check(fm_group_set(get(), key, value)); }
   std::pair<int32_t, int32_t> place() const {
     std::pair<int32_t, int32_t> place;
     detail::check(fm_group_rank(get(), &place.first, &place.second));
@@ -405,7 +406,7 @@ struct MoeBackward {
 // A layer on a group. All ranks of the group call the same functions in the same order.
 class Layer {
  public:
-  Layer(Group group, const LayerConfig& config) : group_(std::move(group)), layer_{} {
+  Layer(Group group, const LayerConfig& config) : group_(std::move(group)) {
     layer_.struct_size = sizeof(layer_);
     layer_.dtype = static_cast<int32_t>(config.dtype);
     layer_.hidden = config.hidden;
@@ -426,6 +427,15 @@ class Layer {
     layer_.num_groups = config.routing.num_groups;
     layer_.top_groups = config.routing.top_groups;
     layer_.group_top = config.routing.group_top;
+  }
+
+  // From now on all tensors lie on a CUDA device and launches are queued on `stream` (a
+  // cudaStream_t; null: the default stream). Nothing waits for them: what fails on the device is
+  // raised by the next call of this group and by Group::stats, once.
+  void use_cuda(int32_t device, void* stream) {
+    device_type_ = FM_DEVICE_CUDA;
+    device_ = device;
+    stream_ = stream;
   }
 
   void experts(const ExpertsForward& call) {
@@ -466,7 +476,7 @@ class Layer {
  private:
   // What both forwards, and both backwards, have in common.
   template <class Args, class Call>
-  static Args shared_args(const Call& call) {
+  Args shared_args(const Call& call) const {
     Args args{};
     args.struct_size = sizeof(args);
     args.x = call.x.native();
@@ -478,10 +488,13 @@ class Layer {
     args.b_up = call.experts.b_up.native();
     args.b_down = call.experts.b_down.native();
     args.z = call.z.native();
+    args.device_type = device_type_;
+    args.device = device_;
+    args.stream = stream_;
     return args;
   }
   template <class Call>
-  static fm_forward_args forward_args(const Call& call) {
+  fm_forward_args forward_args(const Call& call) const {
     auto args = shared_args<fm_forward_args>(call);
     args.y = call.y.native();
     args.tokens_per_expert = call.tokens_per_expert.native();
@@ -489,7 +502,7 @@ class Layer {
     return args;
   }
   template <class Call>
-  static fm_backward_args backward_args(const Call& call) {
+  fm_backward_args backward_args(const Call& call) const {
     auto args = shared_args<fm_backward_args>(call);
     args.flags = call.flags;
     args.grad_y = call.grad_y.native();
@@ -514,7 +527,10 @@ class Layer {
   }
 
   Group group_;
-  fm_layer layer_;
+  fm_layer layer_{};
+  int32_t device_type_ = FM_DEVICE_HOST;
+  int32_t device_ = 0;
+  void* stream_ = nullptr;
 };
 
 inline std::string version() { return fm_version(); }

@@ -80,6 +80,9 @@ TEST(PublicHeader, GroupsCarryTheErrorsOfTheLibrary) {
                                .y = {&one, {1, 1}}};
   EXPECT_THROW(layer.experts(call), Error);  // y is x
   EXPECT_THROW(layer.z_rows(1), UnsupportedError);
+  EXPECT_THROW(groups[1].set("speed", 1), InvalidValueError);
+  layer.use_cuda(1 << 20, nullptr);
+  EXPECT_THROW(layer.experts(call), Error) << "there is no such device";
 }
 
 TEST(PublicHeader, EveryOperandReachesItsPlace) {
