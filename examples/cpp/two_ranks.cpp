@@ -1,9 +1,14 @@
 // Two ranks as threads, four experts on each: every rank gets what one rank alone would give.
 #include <flashmoe/flashmoe.h>
 
+#include <algorithm>
+#include <cmath>
+#include <functional>
 #include <iostream>
 #include <random>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
