@@ -8,6 +8,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "base/env.h"
 #include "cpu/gemm.h"
@@ -77,6 +78,13 @@ Struct take_versioned(const Struct* given, const char* name) {
   Struct taken{};
   std::memcpy(static_cast<void*>(&taken), given, given->struct_size);
   return taken;
+}
+
+// Where a result goes.
+template <class Out>
+Out& take_out(Out* given, const char* name) {
+  if (given == nullptr) fail(FM_INVALID_VALUE, name, " is null: the result needs a place");
+  return *given;
 }
 
 fm_group_s& take_group(fm_group group) {
@@ -208,18 +216,22 @@ fm_status fm_group_create_self(fm_group* out) { return fm_group_create_local(1, 
 fm_status fm_group_create_local(int32_t world, fm_group* out) {
   return guarded([&] {
     check_world(world);
+    take_out(out, "out");
     const auto options = default_options();
     auto fabrics = flashmoe::fabric::make_thread_fabrics(world);
+    std::vector<std::unique_ptr<fm_group_s>> made;
     for (int32_t rank = 0; rank < world; ++rank) {
       auto& fabric = fabrics[static_cast<size_t>(rank)];
-      out[rank] = new fm_group_s(std::move(fabric), rank, world, options);
+      made.push_back(std::make_unique<fm_group_s>(std::move(fabric), rank, world, options));
     }
+    for (auto& group : made) *out++ = group.release();
   });
 }
 
 fm_status fm_group_create_shm(const char* token, int32_t rank, int32_t world, fm_group* out) {
   return guarded([&] {
     check_world(world);
+    take_out(out, "out");
     if (rank < 0 || rank >= world) {
       fail(FM_INVALID_VALUE, "rank is ", rank, ", expected 0..", world - 1);
     }
@@ -242,8 +254,9 @@ fm_status fm_group_destroy(fm_group group) {
 
 fm_status fm_group_rank(fm_group group, int32_t* rank, int32_t* world) {
   return guarded([&] {
-    *rank = take_group(group).group.rank();
-    *world = take_group(group).group.world();
+    const auto& g = take_group(group).group;
+    take_out(rank, "rank") = g.rank();
+    take_out(world, "world") = g.world();
   });
 }
 
@@ -293,6 +306,7 @@ fm_status fm_backward(fm_group group, const fm_layer* layer, const fm_backward_a
 fm_status fm_explain(fm_group group, const fm_layer* layer, const fm_forward_args* args,
                      const char** text) {
   return guarded([&] {
+    take_out(text, "text");
     static thread_local std::string last;
     last = explain(take_group(group), take_versioned(layer, "fm_layer"),
                    take_versioned(args, "fm_forward_args"));
@@ -310,12 +324,13 @@ fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64
            " ranks: its rows depend on all ranks' routing; let the backward recompute it");
     }
     flashmoe::plan::Problem problem;
+    flashmoe::engine::check_tokens(tokens, known.top_k);
     problem.tokens = tokens;
     problem.hidden = known.hidden;
     problem.intermediate = known.intermediate;
     problem.num_experts = known.num_experts;
     problem.top_k = known.top_k;
-    *rows = flashmoe::cpu::max_rows_alone(problem);
+    take_out(rows, "rows") = flashmoe::cpu::max_rows_alone(problem);
   });
 }
 

@@ -11,6 +11,9 @@ namespace flashmoe::engine {
 namespace {
 
 constexpr int64_t kMostSlots = (int64_t{1} << 31) - 1;  // slot and row indices are 32-bit
+// Bounds that no machine reaches, so that no product of sizes overflows below them.
+constexpr int64_t kMostColumns = (int64_t{1} << 31) - 1;  // of hidden and intermediate
+constexpr int64_t kMostElements = int64_t{1} << 47;       // that a tensor spans
 
 const char* dtype_name(int32_t dtype) {
   constexpr const char* kNames[] = {"float64", "float32", "bfloat16", "float16", "int32", "int64"};
@@ -37,6 +40,19 @@ void check_dtype(const char* name, const fm_tensor& tensor,
   fail(FM_INVALID_TYPE, name, " is ", dtype_name(tensor.dtype), ", expected ", names);
 }
 
+// The tensor lies within an address space: later arithmetic on its strides does not overflow.
+void check_span(const char* name, const fm_tensor& tensor) {
+  double span = 1;
+  for (int32_t i = 0; i < tensor.ndim; ++i) {
+    span += std::max(0.0, static_cast<double>(tensor.shape[i]) - 1) *
+            std::abs(static_cast<double>(tensor.stride[i]));
+  }
+  if (span <= static_cast<double>(kMostElements)) return;
+  fail(FM_INVALID_VALUE, name, " has shape ", shape_text(tensor.shape, tensor.ndim),
+       " and strides ", shape_text(tensor.stride, tensor.ndim),
+       ": it spans more elements than memory can hold");
+}
+
 // Presence, number of dimensions and shape; gives size-1 dimensions their canonical strides, which
 // callers leave arbitrary.
 void check_shape(const char* name, fm_tensor& tensor, std::initializer_list<int64_t> shape) {
@@ -53,8 +69,9 @@ void check_shape(const char* name, fm_tensor& tensor, std::initializer_list<int6
            expected);
     }
     if (tensor.shape[i] == 1) tensor.stride[i] = elements;
-    elements *= std::max<int64_t>(tensor.shape[i], 1);
+    if (elements < kMostElements) elements *= std::max<int64_t>(tensor.shape[i], 1);
   }
+  check_span(name, tensor);
   const auto address = reinterpret_cast<uintptr_t>(tensor.data);
   if (address % static_cast<uintptr_t>(cpu::dtype_bytes(tensor.dtype)) != 0) {
     fail(FM_INVALID_VALUE, name, " is not aligned to its element size of ",
@@ -219,12 +236,9 @@ class Checker {
   void check_tokens(fm_tensor& x) {
     require("x", x);
     if (x.ndim != 2) fail(FM_INVALID_VALUE, "x has ", x.ndim, " dimensions, expected 2: [T, H]");
-    if (x.shape[0] < 0) fail(FM_INVALID_VALUE, "x has ", x.shape[0], " tokens");
+    engine::check_tokens(x.shape[0], p().top_k);
     p().tokens = x.shape[0];
     rows("x", x);
-    if (p().slots() > kMostSlots) {
-      fail(FM_INVALID_VALUE, "x has ", p().tokens, " tokens: tokens * top_k must be below 2^31");
-    }
   }
 
   void rows(const char* name, fm_tensor& tensor) {
@@ -375,8 +389,10 @@ void check_layer(const fm_layer& layer, int32_t world) {
   };
   check_number("dtype", layer.dtype >= FM_F64 && layer.dtype <= FM_F16, layer.dtype,
                "float64, float32, bfloat16 or float16");
-  check_number("hidden", layer.hidden >= 1, number(layer.hidden), "at least 1");
-  check_number("intermediate", layer.intermediate >= 1, number(layer.intermediate), "at least 1");
+  check_number("hidden", layer.hidden >= 1 && layer.hidden <= kMostColumns, number(layer.hidden),
+               "1..2147483647");
+  check_number("intermediate", layer.intermediate >= 1 && layer.intermediate <= kMostColumns,
+               number(layer.intermediate), "1..2147483647");
   check_number("num_experts", layer.num_experts >= 1 && layer.num_experts <= cpu::kMaxExperts,
                number(layer.num_experts), "1..1024");
   if (layer.num_experts % world != 0) {
@@ -399,6 +415,12 @@ void check_layer(const fm_layer& layer, int32_t world) {
                layer.capacity_factor >= 0 && std::isfinite(layer.capacity_factor),
                layer.capacity_factor, "0 (dropless) or a positive number");
   check_router(layer);
+}
+
+void check_tokens(int64_t tokens, int64_t top_k) {
+  if (tokens >= 0 && tokens <= kMostSlots / top_k) return;
+  fail(FM_INVALID_VALUE, "x has ", tokens,
+       " tokens, expected at least 0 and tokens * top_k below 2^31");
 }
 
 cpu::Call make_forward_call(const fabric::Group& group, const fm_layer& layer,

@@ -11,6 +11,8 @@ namespace flashmoe::engine {
 
 // Throws FM_INVALID_VALUE when the layer makes no sense on `world` ranks.
 void check_layer(const fm_layer& layer, int32_t world);
+// Throws FM_INVALID_VALUE unless a rank may have this many tokens.
+void check_tokens(int64_t tokens, int64_t top_k);
 
 // Checks every operand against the layer and gives the call as the engines take it. Throws
 // FM_INVALID_VALUE or FM_INVALID_TYPE before anything has been touched.

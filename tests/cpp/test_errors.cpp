@@ -289,6 +289,39 @@ TEST(GroupArguments, ZRowsNeedARankAlone) {
   EXPECT_GE(rows, 20);
 }
 
+TEST(GroupArguments, ResultsNeedAPlace) {
+  const fm_layer layer = plain_layer(FM_F32, 8, 4, 4, 2);
+  const Ranks group(1);
+  int32_t number = 0;
+  expect_error(outcome(fm_group_create_local(2, nullptr)), FM_INVALID_VALUE, {"out is null"});
+  expect_error(outcome(fm_group_create_shm("token", 0, 1, nullptr)), FM_INVALID_VALUE,
+               {"out is null"});
+  expect_error(outcome(fm_group_rank(group[0], nullptr, &number)), FM_INVALID_VALUE, {"rank"});
+  expect_error(outcome(fm_group_rank(group[0], &number, nullptr)), FM_INVALID_VALUE, {"world"});
+  expect_error(outcome(fm_z_rows(group[0], &layer, 10, nullptr)), FM_INVALID_VALUE, {"rows"});
+}
+
+TEST(GroupArguments, SizesThatOverflowAreRefused) {
+  constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
+  const Ranks group(1);
+  int64_t rows = 0;
+  fm_layer layer = plain_layer(FM_F32, 8, 4, 4, 2);
+  for (const int64_t tokens : {int64_t{-1}, int64_t{1} << 30, kHuge}) {
+    expect_error(outcome(fm_z_rows(group[0], &layer, tokens, &rows)), FM_INVALID_VALUE,
+                 {std::to_string(tokens).c_str(), "2^31"});
+  }
+  layer.intermediate = kHuge;
+  expect_error(outcome(fm_z_rows(group[0], &layer, 1, &rows)), FM_INVALID_VALUE, {"intermediate"});
+}
+
+TEST_F(BadInput, ATensorThatNoMemoryHoldsIsRefused) {
+  constexpr int64_t kHuge = std::numeric_limits<int64_t>::max() / 2;
+  expect_forward([](fm_layer&, fm_forward_args& a) { a.x.stride[0] = kHuge; }, FM_INVALID_VALUE,
+                 {"x has shape", "memory"});
+  expect_forward([](fm_layer&, fm_forward_args& a) { a.topk_ids.stride[0] = -kHuge; },
+                 FM_INVALID_VALUE, {"topk_ids has shape", "memory"});
+}
+
 TEST(Environment, ABadValueIsNamed) {
   setenv("FLASHMOE_TIMEOUT_S", "soon", 1);
   fm_group group = nullptr;
