@@ -3,11 +3,8 @@
     python benchmarks/cuda_grouped_product.py [--cases qwen3-30b,...] [--output FILE]
 
 Ours and torch._grouped_mm get ragged experts (random routing); torch.bmm, the reference, gets the
-same number of rows split evenly. Two figures each:
-
-- sustained: contenders in turn (A B C A B C ...) without a pause, medians. The card is then at its
-  power limit and lowers its clock; the SM clock is read beside it. `us` and `ratio` are these.
-- burst: medians of a few launches after a pause, contender by contender.
+same number of rows split evenly. Two figures each, sustained (`us` and `ratio`) and burst, see
+python/flashmoe/gpu_timing.py.
 
 Every timed product is first checked against fp64, with its output poisoned.
 """
@@ -18,10 +15,7 @@ import argparse
 import datetime
 import json
 import math
-import statistics
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +26,9 @@ sys.path.insert(0, str(ROOT / "python"))
 
 from cuda_products import Form, GroupedProduct, errors_against_fp64, group_offsets  # noqa: E402
 from flashmoe.bench import source_hash  # noqa: E402
+from flashmoe.gpu_timing import burst, sustained  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BURST_LAUNCHES = 9
-BURST_PAUSE_S = 0.15
-BURST_ROUNDS = 2
 BITWISE_LAUNCHES = 40
 REFERENCE = "torch.bmm"
 PEER = "torch._grouped_mm"
@@ -94,34 +86,6 @@ VARIANTS = {
 }
 
 
-class ClockReader(threading.Thread):
-    """Reads the SM clock (MHz) and the power (W) while it runs."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        import pynvml
-
-        pynvml.nvmlInit()
-        self.nvml = pynvml
-        self.device = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        self.driver = pynvml.nvmlSystemGetDriverVersion()
-        self.samples = []
-        self.over = threading.Event()
-
-    def run(self):
-        while not self.over.wait(0.01):
-            clock = self.nvml.nvmlDeviceGetClockInfo(self.device, self.nvml.NVML_CLOCK_SM)
-            power = self.nvml.nvmlDeviceGetPowerUsage(self.device) / 1e3
-            self.samples.append((clock, power))
-
-    def stop(self):
-        """(median clock in MHz, median power in W) of the second half of the samples."""
-        self.over.set()
-        self.join()
-        late = self.samples[len(self.samples) // 2 :] or [(0, 0.0)]
-        return tuple(statistics.median(values) for values in zip(*late, strict=True))
-
-
 def make_operands(case, variant, dtype):
     """Rows sorted by expert, weights in the variant's layout, and where experts begin."""
     generator = torch.Generator("cuda").manual_seed(7)
@@ -154,54 +118,6 @@ def make_contenders(product, variant):
     if tokens.dtype == torch.bfloat16:
         contenders[PEER] = peer
     return contenders
-
-
-def timed(contender):
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    contender()
-    end.record()
-    return start, end
-
-
-def microseconds(pairs):
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 for start, end in pairs]
-
-
-def burst(contenders):
-    """Name -> median after a pause, over rounds in which every contender has its turn."""
-    times = {name: [] for name in contenders}
-    for _ in range(BURST_ROUNDS):
-        for name, contender in contenders.items():
-            torch.cuda.synchronize()
-            time.sleep(BURST_PAUSE_S)
-            contender()
-            contender()
-            times[name] += microseconds([timed(contender) for _ in range(BURST_LAUNCHES)])
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def sustained(contenders, seconds):
-    """(name -> median, clock, power) with the contenders in turn and no pause; the first third is
-    warm-up."""
-    clocks = ClockReader()
-    clocks.start()
-    rounds = []
-    start = time.monotonic()
-    while time.monotonic() - start < seconds:
-        pairs = {name: timed(contender) for name, contender in contenders.items()}
-        rounds.append(pairs)
-        if len(rounds) % 4 == 0:
-            rounds[-3][OURS][1].synchronize()  # the queue stays short, and never empty
-    torch.cuda.synchronize()
-    clock, power = clocks.stop()
-    late = rounds[len(rounds) // 3 :]
-    medians = {
-        name: statistics.median(microseconds([pairs[name] for pairs in late]))
-        for name in contenders
-    }
-    return medians, clock, power, clocks.driver
 
 
 def quality(product):

@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("src/bindings/libflashmoe_ffi.so", "src/cuda/libflashmoe_cuda_bench.so")
+LIBRARIES = ("libflashmoe_ffi.so", "src/cuda/libflashmoe_cuda_bench.so")
 TARGETS = ("flashmoe_ffi", "flashmoe_cuda_bench")
 BINDING = "apache-tvm-ffi"
 OPTIONS = {

@@ -126,13 +126,17 @@ def add_bench(commands):
     bench = commands.add_parser("bench", help=about, description=about)
     bench.set_defaults(command=command_bench)
     bench.add_argument("--case", default="*", metavar="PATTERN", help="cases by name")
-    bench.add_argument("--dtype", choices=("fp32", "bf16"), help="instead of both")
+    bench.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 and bf16; on cuda, bf16"
+    )
     bench.add_argument(
         "--seconds",
         type=float,
-        default=8.0,
         metavar="S",
-        help="timed seconds for each line (default: 8)",
+        help="timed seconds for each line (default: 8; on cuda, 1 a measurement)",
+    )
+    bench.add_argument(
+        "--explain", action="store_true", help="say how the cases would run, and time nothing"
     )
     bench.add_argument("--write", action="store_true", help="append to benchmarks/results")
     bench.add_argument("--plot", metavar="FILE", help="write a PNG")
@@ -182,7 +186,9 @@ def command_run(arguments):
         report.print_models(MODELS.values(), arguments.json)
         return 0
     if arguments.device != "cpu":
-        raise ValueError("device is cuda; accepted: cpu (no cuda engine in this build)")
+        raise ValueError(
+            "device is cuda; accepted: cpu (a run has a backward, which CUDA lacks yet)"
+        )
     ranks = arguments.ranks
     if ranks is None and launch.detect() is None:
         ranks = 2
@@ -245,6 +251,10 @@ def command_bench(arguments):
     """`flashmoe bench`."""
     from . import bench, report
 
+    if arguments.explain:
+        return explain_bench(arguments)
+    if arguments.device == "cuda":
+        return command_bench_cuda(arguments)
     count = bench.planned(arguments.case, arguments.dtype)
     if not count:
         raise ValueError(f"no speed case matches {arguments.case!r}")
@@ -256,8 +266,7 @@ def command_bench(arguments):
         for record in bench.run_bench(
             arguments.case,
             dtype=arguments.dtype,
-            device=arguments.device,
-            budget_s=arguments.seconds,
+            budget_s=arguments.seconds or 8.0,
         ):
             records.append(record)
             advance(f"{record['case']} {record['dtype']}")
@@ -269,6 +278,50 @@ def command_bench(arguments):
         print(f"appended to {bench.write_records(records)}", file=sys.stderr)
     if arguments.plot:
         bench.plot_records(records, arguments.plot)
+    return 0
+
+
+def command_bench_cuda(arguments):
+    """`flashmoe bench --device cuda`."""
+    from . import bench_cuda, report
+
+    bench_cuda.check_device()
+    chosen = bench_cuda.planned(arguments.case)
+    if not chosen:
+        raise ValueError(f"no GPU case matches {arguments.case!r}")
+    options = {"dtype": arguments.dtype or "bf16", "seconds": arguments.seconds or 1.0}
+    records = []
+    with progress(arguments.json, len(chosen), "cases") as advance:
+        for record in bench_cuda.run_bench(arguments.case, **options):
+            records.append(record)
+            advance(record["case"])
+            if arguments.json:
+                report.print_json(record)
+    if not arguments.json:
+        print(bench_cuda.table(records))
+    if arguments.write:
+        print(f"appended to {bench_cuda.write_records(records)}", file=sys.stderr)
+    if arguments.plot:
+        bench_cuda.plot_roofline(records, arguments.plot)
+    return 0
+
+
+def explain_bench(arguments):
+    """`flashmoe bench --explain`."""
+    from . import bench_cuda, local_group
+    from .cases import select
+
+    if arguments.device == "cuda":
+        bench_cuda.check_device()
+        chosen = [(case, arguments.dtype or "bf16") for case in bench_cuda.planned(arguments.case)]
+    else:
+        chosen = [row[:2] for row in select(arguments.case, "speed", dtype=arguments.dtype)]
+    [group] = local_group(1)
+    with group:
+        for case, dtype in chosen:
+            print(f"{case.name} {dtype}")
+            text = bench_cuda.explain(case, dtype, group, arguments.device)
+            print("  " + text.replace("\n", "\n  "))
     return 0
 
 

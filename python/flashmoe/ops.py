@@ -114,6 +114,19 @@ def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
     return _filled(outputs, OUTPUTS, tensors["x"])
 
 
+def explain(tensors: Tensors, layer: str, group: str) -> str:
+    """How a forward of these operands would run, a line for each fact; launches nothing.
+
+    Raises UnsupportedError where it would not run.
+    """
+    operands = dict.fromkeys(OPERANDS) | tensors
+    outputs = _empty_outputs(operands, layer, group, False)
+    member = groups.lookup(group)
+    handle = _core.layer(layer, member.world, operands["x"], operands["w_up"], operands["w_down"])
+    present = _present(operands) | _present(outputs)
+    return str(_core.engine().explain(member.handle, handle, present))
+
+
 def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
     *operands, _, _, needs = args
     tensors = dict(zip(SAVED, operands, strict=False))

@@ -1,0 +1,460 @@
+"""`flashmoe bench --device cuda`: the whole layer on a GPU against cuBLAS's bare products.
+
+The reference is torch.bmm of the up and the down product with balanced experts and nothing else:
+no router, no gather, no activation, no sum. Ours and the peers run the whole layer, router
+included, with random routing (softmax of random logits). Everything is timed twice, as replays of
+CUDA graphs and eagerly, in turn (`gpu_timing`), with a cold L2 cache. Before it is timed, ours is
+compared with an fp64 layer and run twice.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from . import functional, local_group, models, ops, reference
+from .bench import ROOT, source_hash
+from .cases import Case
+from .check import same_bits
+from .gpu_timing import burst, microseconds, sustained, timed
+from .inputs import DTYPES, LAYOUTS
+from .passes import RankCall, call_layer, call_options
+
+REFERENCE = "torch.bmm"
+PEER = "torch.grouped_mm"
+OURS = "ours"
+DECODE_TOKENS = (1, 8, 64, 256)
+
+
+def gpu_cases():
+    """Name -> Case: the layers whose speed is followed."""
+    found = models.find
+    deepseek = models.Model("deepseek-v3-ep8", 7168, 2048, 32, 8, routing=models.SIGMOID)
+    seed = models.Model("seed", 2048, 2048, 64, 2)
+    qwen3, mixtral = found("qwen3-30b-a3b"), found("mixtral-8x7b")
+    cases = {
+        "qwen3-30b": qwen3.case(8192),
+        "mixtral": mixtral.case(8192),
+        "scout": found("llama4-scout").case(8192),
+        "olmoe": found("olmoe").case(8192),
+        "deepseek-v3-ep8": deepseek.case(8192),
+        "seed": seed.case(8192),
+        "gpt-oss-20b": found("gpt-oss-20b").case(8192),
+        "qwen3-30b-t32768": qwen3.case(32768),
+    }
+    for name, model in (("qwen3-30b", qwen3), ("mixtral", mixtral)):
+        cases |= {f"{name}-t{tokens}": model.case(tokens) for tokens in DECODE_TOKENS}
+    return {name: replace(case, name=name) for name, case in cases.items()}
+
+
+def planned(pattern="*"):
+    """The cases that `pattern` names: globs, separated by commas."""
+    from fnmatch import fnmatchcase
+
+    patterns = pattern.split(",")
+    return [
+        case for name, case in gpu_cases().items() if any(fnmatchcase(name, p) for p in patterns)
+    ]
+
+
+def check_device():
+    """Raises ValueError where the layer cannot run on a GPU, naming what is missing."""
+    from ._core import build_info
+
+    if not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees no CUDA device")
+    if "(sm_90" not in build_info():
+        raise ValueError(f"device is cuda, but there is no Hopper GPU to use: {build_info()}")
+
+
+def run_bench(pattern="*", *, dtype="bf16", seconds=1.0):
+    """Yields a record (a dict) for every case. seconds: of each sustained measurement, two a case.
+
+    Raises ValueError without a GPU that the layer can use.
+    """
+    check_device()
+    ceilings = measure_ceilings()
+    [group] = local_group(1)
+    try:
+        for case in planned(pattern):
+            yield bench_case(case, dtype, group, seconds, ceilings)
+            torch.cuda.empty_cache()
+    finally:
+        group.close()
+
+
+@torch.no_grad()
+def bench_case(case, dtype, group, seconds, ceilings):
+    """The record of one case."""
+    call = make_call(case, DTYPES[dtype], group)
+    quality = measure_quality(case, call)
+    eager = make_contenders(case, call)
+    graphs = {name: graphed(one) for name, one in eager.items()}
+    graphs = {name: one for name, one in graphs.items() if one is not None}
+    cold = make_flush()
+    by_graph, clock, power, driver = sustained(graphs, seconds, cold)
+    by_call, *_ = sustained(eager, seconds, cold)
+    short = burst(graphs, cold)
+    group.stats()  # raises what a launch has reported
+    experts_hit = quality["experts_hit"]
+    floor = floor_us(case, experts_hit, ceilings)
+    us = by_graph[OURS]
+    return {
+        "case": case.name,
+        "direction": "forward",
+        "tokens": case.tokens[0],
+        "hidden": case.hidden,
+        "intermediate": case.intermediate,
+        "experts": case.experts,
+        "top_k": case.top_k,
+        "dtype": dtype,
+        "ranks": 1,
+        "device": "cuda",
+        "gpu": torch.cuda.get_device_name(),
+        "us": round(us, 1),
+        "reference": REFERENCE,
+        "reference_us": round(by_graph[REFERENCE], 1),
+        "ratio": round(by_graph[REFERENCE] / us, 4),
+        **quality,
+        "launches": launches_of(eager[OURS]),
+        "peers": peers_of(by_graph),
+        "source": source_hash(),
+        "date": datetime.date.today().isoformat(),
+        "part": "layer",
+        "layout": case.layout,
+        "eager_us": round(by_call[OURS], 1),
+        "eager_reference_us": round(by_call[REFERENCE], 1),
+        "eager_ratio": round(by_call[REFERENCE] / by_call[OURS], 4),
+        "eager_peers": peers_of(by_call),
+        "burst_us": round(short[OURS], 1),
+        "burst_reference_us": round(short[REFERENCE], 1),
+        "burst_ratio": round(short[REFERENCE] / short[OURS], 4),
+        "burst_peers": peers_of(short),
+        "floor_us": round(floor, 1),
+        "over_floor": round(us / floor, 4),
+        "tflops": round(flops(case) / us / 1e6, 1),
+        "gbytes": round(least_bytes(case, experts_hit) / 1e9, 4),
+        **ceilings,
+        "sm_clock_mhz": clock,
+        "power_w": round(power, 1),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+    }
+
+
+def peers_of(times):
+    """The times of neither ours nor the reference."""
+    return {name: round(us, 1) for name, us in times.items() if name not in (OURS, REFERENCE)}
+
+
+# ---- operands ---------------------------------------------------------------------------------
+
+
+def make_call(case: Case, dtype, group, device="cuda"):
+    """The operands of a case, drawn on the device: random tokens and router, so random logits."""
+    generator = torch.Generator(device).manual_seed(7)
+    order, transposed, _ = LAYOUTS[case.layout]
+    tokens, hidden, inner = case.tokens[0], case.hidden, case.intermediate
+
+    def normal(*shape, scale=1.0, wide=False):
+        values = torch.empty(shape, device=device, dtype=torch.float32 if wide else dtype)
+        return values.normal_(std=scale, generator=generator)
+
+    def weight(rows, columns):
+        shape = (columns, rows) if transposed else (rows, columns)
+        return normal(case.experts, *shape, scale=columns**-0.5)
+
+    width = inner * (2 if case.activation_spec.gated and order != "separate" else 1)
+    weights = {"w_up": weight(width, hidden), "w_down": weight(hidden, inner)}
+    if order == "separate":
+        weights["w_gate"] = weight(inner, hidden)
+    if case.bias:
+        weights["b_up"] = normal(case.experts, width, scale=0.5)
+        weights["b_down"] = normal(case.experts, hidden, scale=0.5)
+    routing = {"w_router": normal(case.experts, hidden, scale=hidden**-0.5)}
+    if case.router_bias:
+        routing["router_bias"] = normal(case.experts, scale=0.5)
+    if case.selection_bias:
+        routing["selection_bias"] = normal(case.experts, scale=0.1, wide=True)
+    x = normal(tokens, hidden)
+    return RankCall(x, routing, weights, call_options(case, group), grad_y=x)
+
+
+def explain(case, dtype, group, device="cuda"):
+    """How the layer of a case runs, as text."""
+    call = make_call(case, DTYPES[dtype], group, device)
+    keys = ("activation", "num_experts", "interleaved", "weight_on_input", "capacity_factor")
+    options = {key: call.options[key] for key in keys}
+    has_w_gate = "w_gate" in call.weights
+    config = functional._config(case.top_k, case.routing, has_w_gate, **options).encode()
+    tensors = {
+        name: functional._operand(name, tensor, call.options["transposed"])
+        for name, tensor in ({"x": call.x} | call.routing | call.weights).items()
+    }
+    return ops.explain(tensors, config, group.name)
+
+
+# ---- contenders -------------------------------------------------------------------------------
+
+
+def make_contenders(case, call):
+    """Name -> function of no arguments that runs once."""
+    contenders = {OURS: lambda: call_layer(call), REFERENCE: bare_products(case, call)}
+    # the peer is written for the plain form; in fp16 it is a loop on the host
+    plain = not case.bias and LAYOUTS[case.layout][0] == "concatenated"
+    if plain and call.x.dtype == torch.bfloat16:
+        contenders[PEER] = grouped_layer(case, call)
+    return contenders
+
+
+def as_matrices(call, name):
+    """An expert weight as [E, in, out]."""
+    weight = call.weights[name]
+    return weight if call.options["transposed"] else weight.transpose(1, 2)
+
+
+def bare_products(case, call):
+    """The up and the down product with the same number of rows for every expert."""
+    rows = math.ceil(case.tokens[0] * case.top_k / case.experts)
+    up, down = as_matrices(call, "w_up"), as_matrices(call, "w_down")
+    x = call.x.new_empty(case.experts, rows, case.hidden).normal_()
+    a = call.x.new_empty(case.experts, rows, case.intermediate).normal_()
+
+    def products():
+        return torch.bmm(x, up), torch.bmm(a, down)
+
+    return products
+
+
+def grouped_layer(case, call):
+    """A layer around torch's grouped product, as a model file writes it: rows sorted by expert."""
+    grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    up, down = as_matrices(call, "w_up"), as_matrices(call, "w_down")
+    x, w_router = call.x, call.routing["w_router"]
+    every_slot = torch.arange(x.shape[0] * case.top_k, device=x.device)
+
+    def layer():
+        logits = F.linear(x, w_router).float()
+        scores = logits.sigmoid() if case.routing.score == "sigmoid" else logits.softmax(-1)
+        weights, ids = scores.topk(case.top_k, dim=-1)
+        if case.routing.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        sorted_ids, slots = ids.flatten().sort(stable=True)
+        ends = torch.searchsorted(sorted_ids, every_expert, right=True).to(torch.int32)
+        weight = weights.flatten()[slots, None].to(x.dtype)
+        rows = x[slots // case.top_k]
+        rows = rows * weight if case.weight_on_input else rows
+        hidden = reference.activate(grouped_mm(rows, up, offs=ends), case.activation_spec)
+        out = grouped_mm(hidden, down, offs=ends)
+        out = out if case.weight_on_input else out * weight
+        back = torch.empty_like(slots).scatter_(0, slots, every_slot)
+        return out[back].view(*ids.shape, -1).sum(1)
+
+    every_expert = torch.arange(case.experts, device=x.device)
+    return layer
+
+
+def graphed(contender):
+    """The contender as the replay of a CUDA graph; None if it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        contender()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = contender()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+
+    def replay(made=kept):  # the outputs live as long as the graph
+        graph.replay()
+        return made
+
+    return replay
+
+
+def launches_of(contender):
+    """Nodes of the graph that a call becomes."""
+    from cuda.bindings import runtime
+
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        contender()
+    _, _, count = runtime.cudaGraphGetNodes(runtime.cudaGraph_t(graph.raw_cuda_graph()), 0)
+    return count
+
+
+def make_flush():
+    """A function that leaves nothing of the operands in the L2 cache."""
+    size = torch.cuda.get_device_properties().L2_cache_size
+    memory = torch.empty(2 * size, dtype=torch.int8, device="cuda")
+    return memory.zero_
+
+
+# ---- quality and ceilings ---------------------------------------------------------------------
+
+
+def measure_quality(case, call):
+    """error_ratio of y (plain PyTorch is 1, both against fp64), bits of two runs, the load."""
+    y, routed = call_layer(call)
+    y, ids = y.clone(), routed.topk_ids.clone()
+    again, _ = call_layer(call)
+    oracle = reference_layer(case, call, ids, torch.float64)
+    plain = reference_layer(case, call, ids, call.x.dtype)
+    norms = [torch.linalg.vector_norm(one.double() - oracle) for one in (y, plain)]
+    counts = torch.bincount(ids.flatten(), minlength=case.experts)
+    return {
+        "error_ratio": round(float(norms[0] / norms[1]), 4),
+        "bitwise": same_bits(y, again),
+        "load_most_over_mean": round(float(counts.max() / counts.double().mean()), 3),
+        "experts_hit": int((counts > 0).sum()),
+    }
+
+
+def reference_layer(case, call, topk_ids, dtype):
+    """y of plain PyTorch in a dtype, for given ids."""
+    order, transposed, _ = LAYOUTS[case.layout]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = {name: tensor.to(dtype) for name, tensor in call.weights.items()}
+    routing = {name: tensor.to(dtype) for name, tensor in call.routing.items()}
+    if "selection_bias" in routing:
+        routing["selection_bias"] = call.routing["selection_bias"].to(wide)
+    y, _ = reference.moe(
+        call.x.to(dtype),
+        **routing,
+        **tensors,
+        top_k=case.top_k,
+        routing=case.routing,
+        topk_ids=topk_ids,
+        activation=case.activation_spec,
+        interleaved=order == "interleaved",
+        transposed=transposed,
+        weight_on_input=case.weight_on_input,
+    )
+    return y
+
+
+def measure_ceilings():
+    """What the card does at best: a large bf16 product, and reading memory."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product, *_ = sustained({"product": lambda: a @ b}, 0.6)
+    large = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    readers = (lambda: large.sum(), lambda: large.amax())
+    for reader in readers:
+        reader()
+    read_us = min(min(microseconds([timed(reader) for _ in range(5)])) for reader in readers)
+    return {
+        "peak_tflops": round(2 * 8192**3 / product["product"] / 1e6, 1),
+        "read_gb_per_s": round(large.nbytes / read_us / 1e3, 1),
+    }
+
+
+def flops(case):
+    """Floating-point operations of the expert products."""
+    products = 3 if case.activation_spec.gated else 2
+    return 2 * products * case.tokens[0] * case.top_k * case.hidden * case.intermediate
+
+
+def least_bytes(case, experts_hit):
+    """Bytes that a layer moves at least: weights of the experts that are hit, x, y and router."""
+    products = 3 if case.activation_spec.gated else 2
+    weights = products * experts_hit * case.hidden * case.intermediate
+    return 2 * (weights + 2 * case.tokens[0] * case.hidden + case.experts * case.hidden)
+
+
+def floor_us(case, experts_hit, ceilings):
+    """The larger of operations over the measured rate and bytes over the measured bandwidth."""
+    by_rate = flops(case) / ceilings["peak_tflops"] / 1e6
+    by_bytes = least_bytes(case, experts_hit) / ceilings["read_gb_per_s"] / 1e3
+    return max(by_rate, by_bytes)
+
+
+# ---- what is shown and kept -------------------------------------------------------------------
+
+
+def results_path(record, folder=None):
+    """Where records of this GPU are appended. Raises ValueError outside a checkout."""
+    if folder is None:
+        if not (ROOT / "include" / "flashmoe").is_dir():
+            raise ValueError("--write needs a source checkout: results are in benchmarks/results")
+        folder = ROOT / "benchmarks" / "results"
+    slug = re.sub(r"[^a-z0-9]+", "-", record["gpu"].lower().removeprefix("nvidia ")).strip("-")
+    return folder / f"{slug}-layer.jsonl"
+
+
+def write_records(records, folder=None):
+    """Appends records to the results of their GPU; returns the path."""
+    path = results_path(records[0], folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def table(records):
+    """The records as aligned text, a line each."""
+    lines = [
+        f"{'case':17}{'us':>9}{'bmm us':>9}{'ratio':>7}{'burst':>7}{'eager':>7}{'grouped':>8}"
+        f"{'x floor':>8}{'TFLOP/s':>8}{'MHz':>6}{'error':>7} bits"
+    ]
+    for one in records:
+        peer = one["peers"].get(PEER)
+        share = f"{one['reference_us'] / peer:.3f}" if peer else "-"
+        lines.append(
+            f"{one['case']:17}{one['us']:9.1f}{one['reference_us']:9.1f}{one['ratio']:7.3f}"
+            f"{one['burst_ratio']:7.3f}{one['eager_ratio']:7.3f}{share:>8}{one['over_floor']:8.2f}"
+            f"{one['tflops']:8.0f}{one['sm_clock_mhz']:6.0f}{one['error_ratio']:7.3f} "
+            f"{'same' if one['bitwise'] else 'DIFFER'}"
+        )
+    if records:
+        first = records[0]
+        lines.append(
+            f"{first['gpu']}, {first['dtype']}: bf16 product {first['peak_tflops']:.0f} TFLOP/s, "
+            f"reading {first['read_gb_per_s']:.0f} GB/s. us, ratio: graph replays in turn; grouped:"
+            f" bmm over a {PEER} layer"
+        )
+    return "\n".join(lines)
+
+
+def plot_roofline(records, path):
+    """A PNG: the rate of each case over its arithmetic intensity, under the measured ceilings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    peak, bandwidth = records[-1]["peak_tflops"], records[-1]["read_gb_per_s"]
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    intensities = [2.0**step for step in range(-1, 14)]
+    roof = [min(peak, intensity * bandwidth / 1e3) for intensity in intensities]
+    label = f"measured: {peak:.0f} TFLOP/s, {bandwidth / 1e3:.2f} TB/s"
+    axes.plot(intensities, roof, color="black", label=label)
+    for record in records:
+        intensity = record["tflops"] * record["us"] / record["gbytes"] / 1e3
+        axes.plot(intensity, record["tflops"], "o", color="tab:blue")
+        rate = record["tflops"] * record["us"] / record["reference_us"]
+        axes.plot(intensity, rate, "_", color="tab:orange", markersize=14)
+        axes.annotate(record["case"], (intensity, record["tflops"]), fontsize=7, rotation=20)
+    axes.plot([], [], "o", color="tab:blue", label="flashmoe, whole layer")
+    axes.plot([], [], "_", color="tab:orange", label=f"{REFERENCE}, products alone")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("operations per byte that must move")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(f"{records[-1]['gpu']}, forward, {records[-1]['dtype']}", fontsize=10)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,174 @@
+"""Runs the GPU tests and the GPU benchmark; prints a short table last.
+
+    python scripts/run_gpu.py --out results
+    python3 scripts/run_gpu.py --out results --pack build/gpu
+
+The second form runs what scripts/pack_gpu.py has built on another machine; the first one what make
+has built here with nvcc.
+
+Steps, in this order (--steps a,b,..): `values` (the case table and more sizes), `behaviour`
+(repeats, graphs, streams, failures), `products` (the grouped product alone), `sanitize`
+(compute-sanitizer's four tools on a small case; not by default), `bench` (records, a table and a
+roofline PNG). --quick takes a part of each. The logs, the records and the PNG go to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "240")
+SANITIZE_CASE = "tokens/3"
+QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits"
+QUICK_BEHAVIOUR = "100_runs or one_kernel_node or replays or wait_that or streams_in_turn"
+QUICK_CASES = "qwen3-30b,mixtral,olmoe,gpt-oss-20b,qwen3-30b-t1,qwen3-30b-t64"
+
+
+@dataclass
+class Step:
+    """A command of a step: how long it may take, and what it is called in the table."""
+
+    name: str
+    command: list[str]
+    limit_s: int
+
+
+def test_files(*stems: str) -> list[str]:
+    return [f"tests/cuda/test_{stem}.py" for stem in stems]
+
+
+def workers() -> list[str]:
+    """Options that spread tests over processes, where pytest-xdist is installed."""
+    try:
+        import xdist  # noqa: F401
+    except ImportError:
+        return []
+    return ["-n", "4"]
+
+
+def planned(arguments: argparse.Namespace) -> list[Step]:
+    """The commands of the steps that were asked for."""
+    quick, out = arguments.quick, arguments.out
+    keep_values = ["-k", QUICK_VALUES] if quick else []
+    keep_behaviour = ["-k", QUICK_BEHAVIOUR] if quick else []
+    behaviour = test_files("layer_repeat", "layer_graph", "layer_streams")
+    bench = [sys.executable, __file__, "--only-bench", "--out", str(out)]
+    bench += ["--cases", arguments.cases or (QUICK_CASES if quick else "*")]
+    bench += ["--seconds", str(arguments.seconds or (0.4 if quick else 1.0))]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
+    checked = [sys.executable, "-m", "flashmoe", "check", "--device", "cuda"]
+    checked += ["--case", SANITIZE_CASE, "--dtype", "bf16"]
+    steps = {
+        "values": [
+            Step(
+                "values",
+                [*PYTEST, *workers(), *test_files("layer_values", "layer_routing"), *keep_values],
+                300,
+            )
+        ],
+        "behaviour": [Step("behaviour", [*PYTEST, *behaviour, *keep_behaviour], 240)],
+        "products": [Step("products", [*PYTEST, *workers(), *test_files("grouped_product")], 240)],
+        "sanitize": [
+            Step(tool, [*sanitizer, "--tool", tool, *checked], 240)
+            for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
+        ],
+        "bench": [Step("bench", bench, 300)],
+    }
+    unknown = set(arguments.steps) - set(steps)
+    if unknown:
+        raise SystemExit(f"steps {', '.join(sorted(unknown))}: known are {', '.join(steps)}")
+    return [step for name in steps if name in arguments.steps for step in steps[name]]
+
+
+def install(pack: Path) -> None:
+    """Puts the packed library where the checkout's package looks for its own."""
+    folder = ROOT / "python" / "flashmoe" / "lib"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(pack / "lib" / "libflashmoe_ffi.so", folder)
+
+
+def environment(pack: Path | None) -> dict[str, str]:
+    """The environment of the steps."""
+    paths = [str(ROOT / "python")]
+    changes = {"PYTHONUNBUFFERED": "1"}
+    if pack is not None:
+        paths.append(str((pack / "site").resolve()))
+        changes["FLASHMOE_CUDA_BENCH"] = str((pack / "lib/libflashmoe_cuda_bench.so").resolve())
+    paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
+    return {**os.environ, **changes, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run(step: Step, out: Path, env: dict[str, str]) -> tuple[bool, str, float]:
+    """(passed, last line, seconds) of a step; its output goes to a log and its end is shown."""
+    start = time.monotonic()
+    log = out / f"{step.name}.log"
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            code = subprocess.run(
+                step.command, cwd=ROOT, env=env, stdout=file, stderr=file, timeout=step.limit_s
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    shown = lines if step.name == "bench" else [line for line in lines if is_finding(line)]
+    print(f"\n== {step.name}", *shown[-25:], sep="\n", flush=True)
+    last = "over its time limit" if code == 124 else next(iter(reversed(lines)), "")
+    return code == 0, last, time.monotonic() - start
+
+
+def is_finding(line: str) -> bool:
+    """Whether a line of a log says what failed."""
+    return line.startswith(("FAILED", "ERROR", "E  ", "=====", "failed")) or "Error" in line
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """The benchmark by itself: records as they come, then the table and the PNG."""
+    from flashmoe import bench_cuda
+
+    records = []
+    for record in bench_cuda.run_bench(arguments.cases or "*", seconds=arguments.seconds or 1.0):
+        records.append(record)
+        bench_cuda.write_records([record], arguments.out)
+        print(bench_cuda.table([record]).splitlines()[1], flush=True)
+    bench_cuda.plot_roofline(records, arguments.out / "roofline.png")
+    print("\n" + bench_cuda.table(records))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of logs and records")
+    parser.add_argument("--pack", type=Path, help="folder made by scripts/pack_gpu.py")
+    parser.add_argument("--quick", action="store_true", help="about three minutes")
+    parser.add_argument(
+        "--steps",
+        type=lambda text: text.split(","),
+        default=["values", "behaviour", "products", "bench"],
+    )
+    parser.add_argument("--cases", help="of the benchmark: names or globs, comma-separated")
+    parser.add_argument("--seconds", type=float, help="of a sustained measurement, two a case")
+    parser.add_argument("--only-bench", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.out = arguments.out.resolve()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.only_bench:
+        bench(arguments)
+        return 0
+    if arguments.pack:
+        install(arguments.pack)
+    env = environment(arguments.pack)
+    rows = [(step, *run(step, arguments.out, env)) for step in planned(arguments)]
+    print()
+    for step, passed, last, seconds in rows:
+        print(f"{'passed' if passed else 'FAILED'} {step.name:10} {seconds:6.1f} s  {last}")
+    return 0 if all(passed for _, passed, *_ in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
