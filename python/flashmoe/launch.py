@@ -73,6 +73,9 @@ def detect(environment: Mapping[str, str] | None = None) -> Launch | None:
     for kind, rank_name, world_name, local_name in _VARIABLES:
         if not given.get(rank_name) or (kind == "srun" and not given.get(world_name)):
             continue
+        # srun --mpi=pmi2 speaks PMI too, but it is srun's job that has a name.
+        if rank_name == "PMI_RANK" and given.get("SLURM_STEP_NUM_TASKS") == given.get("PMI_SIZE"):
+            continue
         world = _number(given, world_name, 1, None)
         rank = _number(given, rank_name, 0, world - 1)
         if world == 1:

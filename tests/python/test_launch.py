@@ -28,6 +28,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "3",
     "PMIX_NAMESPACE": "77",
 }
+PMI = {"PMI_RANK": "1", "PMI_SIZE": "2"}
 SLURM = {
     "SLURM_PROCID": "0",
     "SLURM_NTASKS": "2",
@@ -50,7 +51,10 @@ SLURM = {
         (OPEN_MPI | SLURM, "mpirun", 2, 3, f"flashmoe-{os.getuid()}-mpirun-77"),
         (SLURM, "srun", 0, 2, f"flashmoe-{os.getuid()}-srun-12.3"),
         (SLURM | PLAIN, "environment", 1, 4, ("node7", 2345)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2", **MASTER}, "mpirun", 1, 2, ("node7", 2345)),
+        (PMI | MASTER, "mpirun", 1, 2, ("node7", 2345)),
+        # srun --mpi=pmi2, then MPICH's mpiexec inside of a step of its own.
+        (PMI | SLURM | {"SLURM_PROCID": "1"}, "srun", 1, 2, f"flashmoe-{os.getuid()}-srun-12.3"),
+        (PMI | SLURM | MASTER | {"SLURM_STEP_NUM_TASKS": "1"}, "mpirun", 1, 2, ("node7", 2345)),
     ],
 )
 def test_each_launcher_is_detected(environment, kind, rank, world, address):
