@@ -89,7 +89,8 @@ def experts(
         transposed: w_up is [E_loc, H, G*I], w_gate [E_loc, H, I] and w_down [E_loc, I, H].
         weight_on_input: the weight multiplies x instead of the expert's output.
         capacity_factor: c keeps the first ceil(c*T*k/E) slots of each (rank, expert); None: all.
-        group: None, a :class:`flashmoe.Group` or a torch ProcessGroup; all its ranks call together.
+        group: None, a :class:`flashmoe.Group`, a torch ProcessGroup or an mpi4py communicator; all
+            its ranks call together.
         save_z: keep the pre-activations for the backward instead of computing them again (W = 1).
         weight_grad_queue: a :class:`flashmoe.WeightGradQueue`, whose ``backward_dw()`` computes the
             gradients of the expert weights after the backward.
