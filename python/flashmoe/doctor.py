@@ -349,11 +349,20 @@ def gpus(name: str, library: str = "libcuda.so.1") -> Iterator[Check]:
         model, capability, memory = driver.device(idx)
         found = f"{model}, compute capability {capability[0]}.{capability[1]}, "
         found += f"{mebibytes(memory) // 1024} GiB, driver for CUDA {major}.{minor}"
-        fits = capability == HOPPER
-        advice = "" if fits else "the kernels are for Hopper (9.0): the layer runs on the CPU"
-        yield Check(f"gpu {idx}", OK if fits else ABSENT, found, advice)
+        advice = ""
+        if capability != HOPPER:
+            advice = f"the kernels are for Hopper (9.0): {cpu}"
+        elif not built_with_cuda():
+            advice = f"this build has no CUDA part: {cpu}; install where nvcc is"
+        yield Check(f"gpu {idx}", ABSENT if advice else OK, found, advice)
     if count > 1:
         yield peer_access("peer access", driver, count)
+
+
+def built_with_cuda() -> bool:
+    from . import _core
+
+    return "built without CUDA" not in _core.build_info()
 
 
 def peer_access(name: str, driver: Driver, count: int) -> Check:

@@ -205,7 +205,10 @@ def driver(tmp_path):
     return build
 
 
-def test_gpus_and_their_peers(driver):
+def test_gpus_and_their_peers(driver, monkeypatch):
+    monkeypatch.setattr(_core, "build_info", lambda: "cpu: x | cuda: none: built without CUDA")
+    assert "no CUDA part" in driver()[0].advice
+    monkeypatch.setattr(_core, "build_info", lambda: "cpu: x | cuda: H200 (sm_90, 132 SMs)")
     first, second, peers = driver()
     assert first.status == "ok"
     assert first.found == "H200, compute capability 9.0, 141 GiB, driver for CUDA 13.1"
