@@ -99,6 +99,8 @@ typedef struct fm_layer {
   int64_t num_groups;  /* 0 or 1: no group limit */
   int64_t top_groups;  /* groups that stay eligible */
   int64_t group_top;   /* a group's score is the sum of its best group_top selection scores */
+  int64_t layer_id; /* any number; ranks whose calls have different ones get FM_MISMATCH: it tells
+                       layers of the same sizes apart */
 } fm_layer;
 
 /* A strided tensor. data NULL: absent. Strides in elements. Never changes. */

@@ -164,6 +164,7 @@ class LayerConfig:
     num_groups: int = 1
     top_groups: int = 1
     group_top: int = 2
+    layer_id: int = 0
 
     def encode(self) -> str:
         """``top_k=2;num_experts=0;activation='silu';...``"""

@@ -67,6 +67,7 @@ def experts(
     group: Any = None,
     save_z: bool = False,
     weight_grad_queue: Any = None,
+    layer_id: int = 0,
 ) -> Any:
     """The experts of a layer on tokens that are already routed.
 
@@ -94,6 +95,8 @@ def experts(
         save_z: keep the pre-activations for the backward instead of computing them again (W = 1).
         weight_grad_queue: a :class:`flashmoe.WeightGradQueue`, whose ``backward_dw()`` computes the
             gradients of the expert weights after the backward.
+        layer_id: a number of the layer in its model. Ranks that call layers of different numbers
+            get a RankMismatchError, where layers of the same sizes could not be told apart.
 
     Returns:
         y, with the shape and dtype of x.
@@ -125,6 +128,7 @@ def experts(
         transposed=transposed,
         weight_on_input=weight_on_input,
         capacity_factor=capacity_factor,
+        layer_id=layer_id,
         group=group,
         save_z=save_z,
         weight_grad_queue=weight_grad_queue,
@@ -153,6 +157,7 @@ def moe(
     group: Any = None,
     save_z: bool = False,
     weight_grad_queue: Any = None,
+    layer_id: int = 0,
 ) -> tuple[Any, RoutingResult]:
     """The whole layer: router and experts.
 
@@ -190,6 +195,7 @@ def moe(
         transposed=transposed,
         weight_on_input=weight_on_input,
         capacity_factor=capacity_factor,
+        layer_id=layer_id,
         group=group,
         save_z=save_z,
         weight_grad_queue=weight_grad_queue,
@@ -244,6 +250,7 @@ def _config(
     interleaved: bool,
     weight_on_input: bool,
     capacity_factor: float | None,
+    layer_id: int,
 ) -> LayerConfig:
     """The layer of a call. Raises TypeError or ValueError naming the argument."""
     if not isinstance(routing, Routing):
@@ -255,6 +262,10 @@ def _config(
         number("capacity_factor", capacity_factor, above=0)
     if num_experts is not None:
         count("num_experts", num_experts)
+    if isinstance(layer_id, bool) or not isinstance(layer_id, int):
+        raise TypeError(f"layer_id is a {type(layer_id).__name__}; accepted: an int")
+    if abs(layer_id) > 2**31:
+        raise ValueError(f"layer_id is {layer_id}; accepted: up to 2**31")
     return LayerConfig(
         top_k=top_k,
         num_experts=num_experts or 0,
@@ -272,6 +283,7 @@ def _config(
         num_groups=routing.num_groups,
         top_groups=routing.top_groups,
         group_top=routing.group_top,
+        layer_id=layer_id,
     )
 
 

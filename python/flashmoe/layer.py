@@ -55,6 +55,7 @@ class MoE(nn.Module):
         device: Any = None,
         save_z: bool = False,
         delay_wgrad: bool = False,
+        layer_id: int = 0,
     ) -> None:
         super().__init__()
         _check_sizes(hidden_size, intermediate_size, num_experts, top_k)
@@ -84,6 +85,7 @@ class MoE(nn.Module):
         self.capacity_factor = capacity_factor
         self.group = group
         self.save_z = save_z
+        self.layer_id = layer_id
         self._make_parameters(
             num_experts // world, bias, router_bias, selection_bias, dtype, device
         )
@@ -164,6 +166,7 @@ class MoE(nn.Module):
             group=self.group,
             save_z=self.save_z,
             weight_grad_queue=self.weight_grad_queue,
+            layer_id=self.layer_id,
         )
         return (y, routing) if return_routing else y
 

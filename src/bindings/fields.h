@@ -93,6 +93,7 @@ inline constexpr std::array kLayerFields{
     NumberField<fm_layer>{"num_groups", &fm_layer::num_groups},
     NumberField<fm_layer>{"top_groups", &fm_layer::top_groups},
     NumberField<fm_layer>{"group_top", &fm_layer::group_top},
+    NumberField<fm_layer>{"layer_id", &fm_layer::layer_id},
 };
 
 // phase_seconds and phase_flops are arrays and are added by hand.

@@ -38,6 +38,7 @@ struct CallHeader {
   double act_limit;
   double up_offset;
   double capacity_factor;
+  int64_t layer_id;
   int64_t tokens;  // of the sender; may differ between ranks
   char text[kTextBytes];
 };

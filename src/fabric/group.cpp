@@ -66,6 +66,10 @@ constexpr HeaderField kHeaderFields[] = {
      [](const CallHeader& h) {
        return h.capacity_factor;
      }},
+    {"layer_id",
+     [](const CallHeader& h) {
+       return static_cast<double>(h.layer_id);
+     }},
 };
 
 }  // namespace

@@ -362,6 +362,10 @@ TEST(Failure, CallsThatDifferNameTheField) {
        [](fm_layer& l) {
          l.capacity_factor = 1.0;
        }},
+      {"layer_id",
+       [](fm_layer& l) {
+         l.layer_id = 7;
+       }},
   };
   const Ranks group(2);
   Rng rng(1);

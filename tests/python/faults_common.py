@@ -234,8 +234,8 @@ def fewer_experts_a_token(call):
     call.options["top_k"] = CASE.top_k - 1
 
 
-def other_activation(call):
-    call.options["activation"] = "geglu"
+def other_layer(call):
+    call.options["layer_id"] = 7
 
 
 MISUSES = {
@@ -243,7 +243,7 @@ MISUSES = {
     "direction": other_direction,
     "shape": lambda rank: with_cut(rank, narrow),
     "top_k": lambda rank: with_cut(rank, fewer_experts_a_token),
-    "layer": lambda rank: with_cut(rank, other_activation),
+    "layer": lambda rank: with_cut(rank, other_layer),
     "dtype": lambda rank: passes.run_rank(rank.call("fp64"), gradients=True),
 }
 

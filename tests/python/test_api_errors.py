@@ -59,6 +59,8 @@ MOE_CASES = {
     "capacity": (ValueError, {"capacity_factor": 0.0}, ["capacity_factor", "0", "above 0"]),
     "capacity_nan": (ValueError, {"capacity_factor": float("nan")}, ["capacity_factor", "nan"]),
     "num_experts": (ValueError, {"num_experts": 6}, ["6", "4"]),
+    "layer_id": (ValueError, {"layer_id": 2**40}, ["layer_id", "2**31"]),
+    "layer_id_type": (TypeError, {"layer_id": "first"}, ["layer_id", "str", "int"]),
     "transposed": (TypeError, {"transposed": 1}, ["transposed", "int", "True or False"]),
     "save_z": (TypeError, {"save_z": None}, ["save_z", "NoneType"]),
     "group": (TypeError, {"group": "world"}, ["group", "str", "ProcessGroup"]),

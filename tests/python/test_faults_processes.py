@@ -118,7 +118,7 @@ MISUSES = {
     "direction": "operation",
     "shape": "hidden size",
     "top_k": "top_k",
-    "layer": "activation",
+    "layer": "layer_id",
     "dtype": "dtype",
 }
 
@@ -141,6 +141,7 @@ def test_peer_that_calls_something_else(tmp_path, kind, field):
 
 def test_peer_that_raises_and_skips_the_call(tmp_path):
     with rank_processes(3, tmp_path, timeout_s=DEADLINE_S) as ranks:
+        ranks.assert_all_right(1)
         when = time.monotonic()
         for rank, process in enumerate(ranks):
             wrong = rank == VICTIM

@@ -150,6 +150,7 @@ CallHeader make_header(const Launch<T>& launch, CallStatus status) {
   header.act_limit = layer.act_limit;
   header.up_offset = layer.up_offset;
   header.capacity_factor = layer.capacity_factor;
+  header.layer_id = layer.layer_id;
   header.tokens = launch.problem.tokens;
   return header;
 }
