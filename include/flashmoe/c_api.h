@@ -218,7 +218,9 @@ typedef enum fm_phase {
 
 typedef struct fm_group_s* fm_group;
 
-/* One rank alone. Every fm_group may be used by one launch at a time; a second caller waits. */
+/* One rank alone. Every fm_group may be used by one launch at a time. A second thread waits for its
+ * turn on a group of one rank; on a larger one, where the ranks could serve the two in different
+ * orders, it gets FM_UNSUPPORTED and the group is aborted. */
 FM_API fm_status fm_group_create_self(fm_group* out);
 /* W ranks as threads of this process: out[0..world). */
 FM_API fm_status fm_group_create_local(int32_t world, fm_group* out);
@@ -234,7 +236,8 @@ FM_API fm_status fm_group_abort(fm_group group, const char* reason);
 FM_API fm_status fm_group_refuse(fm_group group, const char* reason);
 /* key: "timeout_s" (0: no bound), "num_threads" (0: automatic), "max_sms" (most multiprocessors of
  * a CUDA launch, 0: all), "epoch" (before the first launch, the same on all ranks), "jitter_us"
- * (tests: random delay before each task) */
+ * (tests: random delay before each task), "stop_in_phase" (tests: fm_phase + 1 at whose first task
+ * the process of this rank stops itself by SIGSTOP, once) */
 FM_API fm_status fm_group_set(fm_group group, const char* key, double value);
 FM_API fm_status fm_group_stats(fm_group group, fm_stats* out);
 

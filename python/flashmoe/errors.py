@@ -30,7 +30,8 @@ class RankMismatchError(FlashMoEError, ValueError):
 
 
 class WaitTimeoutError(FlashMoEError, TimeoutError):
-    """A bounded wait (``FLASHMOE_TIMEOUT_S``) ran out: the text names rank, phase and epoch."""
+    """A bounded wait (``FLASHMOE_TIMEOUT_S``) ran out, or the process of the rank waited for has
+    ended: the text names rank, phase and epoch."""
 
 
 class GroupAbortedError(FlashMoEError):

@@ -36,7 +36,9 @@ class Group:
 
     rank, world: this rank and the number of ranks. name: how operators refer to it.
 
-    A group is used by one launch at a time: a second caller waits. Close it when no tensor that
+    A group is used by one launch at a time. A second thread waits on a group of one rank; on a
+    larger one it gets UnsupportedError and the group is aborted, because the ranks could serve the
+    two in different orders: give each thread a group of its own. Close a group when no tensor that
     was computed with it still needs a backward; ``with`` does so.
     """
 
@@ -59,7 +61,8 @@ class Group:
         """Sets an option of the engine.
 
         ``timeout_s`` (0: no bound), ``num_threads`` (0: automatic), ``epoch`` (before the first
-        launch, the same on all ranks), ``jitter_us`` (tests: random delay before each task).
+        launch, the same on all ranks), ``jitter_us`` (tests: random delay before each task),
+        ``stop_in_phase`` (tests: the process stops itself at that ``fm_phase`` + 1, once).
 
         Raises ValueError for another key or a value out of range.
         """
