@@ -52,9 +52,13 @@ def communicator():
 
 
 def torch():
-    """The default process group is the rendezvous where there is one."""
+    """The default process group is the rendezvous where there is one; it may come later, and meet
+    at the same port."""
     import torch.distributed as dist
 
+    before = flashmoe.world_group()
+    assert before.name == "world"
+    doubled(before, before.rank)
     dist.init_process_group("gloo")
     group = flashmoe.world_group()
     assert group.name.startswith("pg:")
