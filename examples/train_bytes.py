@@ -163,7 +163,9 @@ class PlainMoE(flashmoe.MoE):
 class Block(nn.Module):
     """Causal attention, then the experts."""
 
-    def __init__(self, sizes: Sizes, moe: type[flashmoe.MoE], group: flashmoe.Group | None) -> None:
+    def __init__(
+        self, sizes: Sizes, moe: Callable[..., flashmoe.MoE], group: flashmoe.Group | None
+    ) -> None:
         super().__init__()
         self.heads = sizes.heads
         self.attention_norm = nn.LayerNorm(sizes.width)
@@ -185,7 +187,9 @@ class Block(nn.Module):
 class ByteModel(nn.Module):
     """Bytes in, logits of the next byte out."""
 
-    def __init__(self, sizes: Sizes, moe: type[flashmoe.MoE], group: flashmoe.Group | None) -> None:
+    def __init__(
+        self, sizes: Sizes, moe: Callable[..., flashmoe.MoE], group: flashmoe.Group | None
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(256, sizes.width)
         self.position = nn.Parameter(torch.randn(sizes.context, sizes.width) * 0.1)
@@ -203,7 +207,9 @@ class ByteModel(nn.Module):
         return self.head(self.norm(x)), routings
 
 
-def make_model(sizes: Sizes, moe: type[flashmoe.MoE], place: Rank, dtype: torch.dtype) -> ByteModel:
+def make_model(
+    sizes: Sizes, moe: Callable[..., flashmoe.MoE], place: Rank, dtype: torch.dtype
+) -> ByteModel:
     """The model of one rank: the same parameters on any number of ranks, experts cut in shares."""
     torch.manual_seed(SEED)
     whole = ByteModel(sizes, moe, None).to(dtype)
@@ -287,9 +293,17 @@ def train_rank(
     return losses, all_counts
 
 
-def train(name: str, ranks: int, batches: torch.Tensor, sizes: Sizes, dtype: torch.dtype) -> Curve:
-    """One run: `ranks` 0 is the plain layer, else flashmoe on so many ranks."""
-    moe, world = (flashmoe.MoE, ranks) if ranks else (PlainMoE, 1)
+def train(
+    name: str,
+    ranks: int,
+    batches: torch.Tensor,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    moe: Callable[..., flashmoe.MoE] = flashmoe.MoE,
+    loop: Callable[..., tuple[list[float], list[list[int]]]] = train_rank,
+) -> Curve:
+    """One run: `ranks` 0 is the plain layer, else `moe` on so many ranks, each running `loop`."""
+    moe, world = (moe, ranks) if ranks else (PlainMoE, 1)
     groups = flashmoe.local_group(world) if world > 1 else [None]
     exchange = Exchange(world)
     places = [Rank(rank, world, groups[rank], exchange) for rank in range(world)]
@@ -305,7 +319,7 @@ def train(name: str, ranks: int, batches: torch.Tensor, sizes: Sizes, dtype: tor
         torch.set_num_threads(1 if world > 1 else threads)
         try:
             quiet = progress if rank == 0 else lambda: None
-            return train_rank(models[rank], batches, sizes, places[rank], quiet)
+            return loop(models[rank], batches, sizes, places[rank], quiet)
         except BaseException:
             exchange.barrier.abort()
             raise

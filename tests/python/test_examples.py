@@ -71,6 +71,20 @@ def test_long_form_is_well_below_the_entropy(tmp_path):
         assert one["difference"]["10"] < 2.0**-12
 
 
+def test_selection_bias_balances_the_experts(tmp_path):
+    """At least twice as well as no balancing, and at no price in the loss of the first steps."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    picture = tmp_path / "picture.png"
+    options = ("--small", "--steps", 40, "--json", "--out", picture)
+    said = json.loads(run("train_balance.py", *options, cwd=tmp_path))
+    assert picture.read_bytes().startswith(PNG) and picture.stat().st_size > 20_000
+    plain, balanced = said["runs"]
+    assert balanced["final_violation"] < plain["final_violation"] / 2
+    assert balanced["final_loss"] < 1.02 * plain["final_loss"] < 6
+    for one in (plain, balanced):
+        assert sum(one["slots_per_expert"]) == 2 * 8 * 48  # top_k, sequences, bytes of each
+
+
 def test_wrong_ranks_are_named(tmp_path):
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / "train_bytes.py"), "--ranks", "3"],

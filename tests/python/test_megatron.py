@@ -139,6 +139,10 @@ def test_backward_dw_into_main_grad(overwrite):
             loss_of(layer, microbatch(index, torch.bfloat16)).backward()
     now, later = map(main_grads, layers)
     assert all(now[name].any() and not later[name].any() for name in WEIGHTS)
+    last = with_main_grad(make_moe(torch.bfloat16))
+    loss_of(last, microbatch(1, torch.bfloat16)).backward()
+    for name, expected in main_grads(last).items():
+        assert torch.equal(now[name], expected) == overwrite
     for _ in range(2):
         layers[1].backward_dw()
     for name, expected in now.items():
