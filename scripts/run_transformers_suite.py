@@ -1,12 +1,14 @@
 """Runs the model tests of Hugging Face transformers with eager experts and with flashmoe's, and
 compares test by test.
 
-    python scripts/run_transformers_suite.py [--checkout DIR] [--models NAME ...] [-k EXPRESSION]
+    python scripts/run_transformers_suite.py [--training] [-k EXPRESSION]
+                                             [--checkout DIR [--models NAME ...]]
 
 Without --checkout: the common model tests (`test_modeling_common.py`, `test_training_mixin.py`) of
 the source distribution of the installed version, from PyPI, on the eight small models of
 `transformers_suite_models.py`. The source distribution holds neither the tests of the single models
-nor those of generation; what the common tests import from those is left empty.
+nor those of generation; what the common tests import from those is left empty. --training adds the
+tests that train each model until it knows a text by heart (minutes for each).
 With --checkout: `tests/models/NAME/test_modeling_NAME.py` of a git checkout of transformers at the
 installed version, whole.
 
@@ -29,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parent
+PLUGIN = Path(__file__).stem
 VARIABLE = "TRANSFORMERS_SUITE_EXPERTS"
 IMPLEMENTATIONS = ("eager", "flashmoe")
 MODELS = (
@@ -81,18 +84,20 @@ def source_tests(into: Path) -> Path:
     return Path(shutil.copy(SCRIPTS / "transformers_suite_models.py", tests / "test_suite.py"))
 
 
-def run(implementation: str, targets: list[Path], root: Path, options: list[str]) -> dict[str, str]:
+def run(
+    implementation: str, targets: list[Path], root: Path, options: list[str], training: bool
+) -> dict[str, str]:
     """Runs the targets with one implementation: outcome by test."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", SCRIPTS_PLUGIN]
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", PLUGIN]
         command += ["-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={report}", *options]
         environment = {
             **os.environ,
             VARIABLE: implementation,
             "PYTHONPATH": os.pathsep.join((str(SCRIPTS), os.environ.get("PYTHONPATH", ""))),
             "HF_HUB_OFFLINE": "1",
-            "RUN_TRAINING_TESTS": "1",
+            "RUN_TRAINING_TESTS": str(int(training)),
         }
         log = root / f"{implementation}.log"
         with log.open("w") as output:
@@ -107,9 +112,6 @@ def run(implementation: str, targets: list[Path], root: Path, options: list[str]
             raise SystemExit(log.read_text()[-4000:])
         cases = ElementTree.parse(report).iter("testcase")
         return {f"{case.get('classname')}::{case.get('name')}": outcome(case) for case in cases}
-
-
-SCRIPTS_PLUGIN = Path(__file__).stem
 
 
 def outcome(case: ElementTree.Element) -> str:
@@ -136,6 +138,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="transformers' model tests with flashmoe.")
     parser.add_argument("--checkout", type=Path, help="a git checkout of transformers")
     parser.add_argument("--models", nargs="+", default=MODELS, help="with --checkout")
+    parser.add_argument("--training", action="store_true", help="tests that train a model, too")
     parser.add_argument("-k", dest="select", help="as in pytest")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +152,9 @@ def main() -> int:
             target = source_tests(Path(folder))
             root, targets = target.parents[1], [target]
         select = ["-k", options.select] if options.select else []
-        eager, ours = (run(name, targets, root, select) for name in IMPLEMENTATIONS)
+        eager, ours = (
+            run(name, targets, root, select, options.training) for name in IMPLEMENTATIONS
+        )
     different = compare(eager, ours)
     for test in different:
         print(f"{eager.get(test)} with eager, {ours.get(test)} with flashmoe: {test}")
