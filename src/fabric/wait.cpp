@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cmath>
 #include <thread>
 
 #include "base/error.h"
@@ -81,9 +82,10 @@ bool Waiter::check(const Backoff& backoff, uint32_t expected, uint32_t seen,
 
 void Waiter::fail_gone(const Backoff& backoff, uint32_t expected, uint32_t seen,
                        const WaitTag& tag) const {
+  const double seconds = std::round(backoff.seconds() * 100) / 100;
   fail(FM_TIMEOUT, "rank ", tag.peer, " is gone: its process has ended. Rank ", rank_, " waited ",
-       backoff.seconds(), " s in phase ", tag.phase, " for its ", tag.what, ": epoch ", tag.epoch,
-       ", expected ", expected, ", seen ", seen, ". Make a new group of the ranks that are left");
+       seconds, " s in phase ", tag.phase, " for ", tag.what, " of rank ", tag.peer, ": epoch ",
+       tag.epoch, ", expected ", expected, ", seen ", seen);
 }
 
 }  // namespace flashmoe::fabric

@@ -7,6 +7,9 @@
 #include <chrono>
 #include <fstream>
 
+#include "base/error.h"
+#include "fabric/fabric.h"
+#include "fabric/wait.h"
 #include "layer_case.h"
 
 namespace flashmoe::test {
@@ -228,6 +231,28 @@ TEST(Failure, AnAbsentRankEndsInATimeoutThatNamesIt) {
       forward_alone(c, group[0]), FM_TIMEOUT,
       {"rank 0 waited 0.05 s", "plan", "metadata", "rank 1", "epoch", "FLASHMOE_TIMEOUT_S"});
   expect_error(forward_alone(c, group[1], 1), FM_ABORTED, {"aborted", "rank 0 waited"});
+}
+
+// A rank that is late because of another one is not taken for the culprit.
+TEST(Failure, ATimeoutNamesWhomThePeerItselfWaitsFor) {
+  const auto fabrics = fabric::make_thread_fabrics(4);
+  const fabric::Waiter waiter(*fabrics[0], 0, 0.02);
+  const auto text_of = [&](int32_t peer) -> std::string {
+    try {
+      waiter.until_equal(fabrics[0]->control(0)->done[peer], 9, {"rows", "up", peer, 9});
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  fabrics[0]->control(1)->waits_for.store(2 + 1);
+  fabrics[0]->control(2)->waits_for.store(3 + 1);
+  EXPECT_NE(text_of(1).find("rank 1, which itself waits for rank 2, which itself waits for rank 3"),
+            std::string::npos)
+      << text_of(1);
+  EXPECT_NE(text_of(3).find("for rows of rank 3: epoch 9"), std::string::npos) << text_of(3);
+  fabrics[0]->control(3)->waits_for.store(2 + 1);  // two that wait for each other
+  EXPECT_LT(text_of(1).size(), 400u);
 }
 
 TEST(Failure, AnAbortEndsAWaitAtOnce) {
