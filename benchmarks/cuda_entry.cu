@@ -5,6 +5,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "cuda/launch/forward.h"
 #include "cuda/launch/grouped_product.h"
 
 namespace {
@@ -34,6 +35,16 @@ struct Call {
   float alpha;
   float limit;
   float up_offset;
+};
+
+// What a forward runs with besides the layer and its operands.
+struct Launch {
+  void* scratch;
+  void* report;
+  void* stream;
+  int64_t timeout_ns;
+  int32_t max_sms;
+  int32_t column_pairs;
 };
 
 cuda::launch::GroupedProductArguments arguments_of(const Call& call) {
@@ -88,6 +99,33 @@ __attribute__((visibility("default"))) void fm_cuda_grouped_product_config(const
                                                                            char* text,
                                                                            int64_t capacity) {
   copy_text(cuda::launch::describe_grouped_product(arguments_of(*call)), text, capacity);
+}
+
+// The layer's forward by itself, without an engine around it: scratch and report are the caller's.
+__attribute__((visibility("default"))) int32_t fm_cuda_forward(const fm_layer* layer,
+                                                               const fm_forward_args* operands,
+                                                               const Launch* launch, char* text,
+                                                               int64_t capacity) {
+  try {
+    cuda::launch::launch_forward({.layer = *layer,
+                                  .operands = *operands,
+                                  .scratch = launch->scratch,
+                                  .report = static_cast<cuda::sync::WaitReport*>(launch->report),
+                                  .timeout_ns = static_cast<uint64_t>(launch->timeout_ns),
+                                  .max_sms = launch->max_sms,
+                                  .column_pairs = launch->column_pairs,
+                                  .stream = static_cast<cudaStream_t>(launch->stream)});
+    copy_text("", text, capacity);
+    return FM_OK;
+  } catch (const Error& error) {
+    copy_text(error.what(), text, capacity);
+    return error.status();
+  }
+}
+
+__attribute__((visibility("default"))) int64_t fm_cuda_forward_scratch_bytes(
+    const fm_layer* layer, const fm_forward_args* operands) {
+  return cuda::launch::forward_scratch_bytes(*layer, *operands);
 }
 
 // Bytes of a workspace, and where its wait report (four 32-bit words) begins.

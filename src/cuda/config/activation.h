@@ -18,11 +18,13 @@ struct Activation {
 };
 
 // Bias [num_experts, per_expert] of the products' element type, added to the sums; data may be
-// null. Out column c has its bias at c * column_stride; half_offset leads from the first half of a
-// tile to the second (to the next 64 columns, or from gate to up).
+// null, expert_stride leads from one expert's to the next. Out column c has its bias at c *
+// column_stride; half_offset leads from the first half of a tile to the second (to the next 64
+// columns, or from gate to up).
 struct BiasView {
   const void* data;
   int64_t per_expert;
+  int64_t expert_stride;
   int32_t column_stride;
   int32_t half_offset;
 };

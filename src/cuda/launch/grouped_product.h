@@ -8,13 +8,9 @@
 
 #include "cuda/config/grouped_product.h"
 #include "cuda/kernel/grouped_product.h"
+#include "cuda/launch/weights.h"
 
 namespace flashmoe::cuda::launch {
-
-enum class GateOrder : int32_t {
-  kConcatenated,  // all gate rows of an expert, then its up rows
-  kInterleaved,   // gate row i at 2 i, up row i at 2 i + 1
-};
 
 // out[row, column] = act(bias + sum_k tokens[row, k] * weights[expert of row, column, k]) for rows
 // [expert_begin[e], expert_begin[e] + expert_rows[e]) of every expert e; no other row is written.

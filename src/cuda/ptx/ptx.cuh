@@ -17,4 +17,13 @@ FM_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read where it stands. The compiler keeps the ordinary one, and what follows from it,
+// in registers across a whole kernel; one whose roles have few registers then spills.
+FM_DEVICE int32_t thread_idx() {
+  int32_t idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
+  return idx;
+}
+FM_DEVICE int32_t lane_idx() { return thread_idx() % 32; }
+
 }  // namespace flashmoe::cuda::ptx

@@ -1,4 +1,5 @@
-// What a kernel leaves behind when one of its waits runs out of time.
+// What a kernel leaves behind when one of its waits runs out of time, or it finds a token that has
+// no defined routing.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,14 @@ enum class WaitTag : uint32_t {
   kTileEmpty,   // the ticket warp waits for a slot of the tile ring
   kPace,        // the ticket warp waits for the load of the tile before
   kTurn,        // a math warpgroup waits for the other's products
+  kGrid,        // all CTAs meet before the products begin
+  kRowsReady,   // an up tile waits for its block's rows
+  kUpDone,      // a down tile waits for its block's hidden rows
+  kDownDone,    // a combine unit waits for its column block
+  // Not waits: what a token's routing may be wrong with.
+  kUndefinedLogits,  // NaN, +inf or nothing finite; block_idx is the token
+  kUndefinedBias,    // NaN in the selection bias
+  kInvalidId,        // an expert id below -1; block_idx is the token
 };
 
 constexpr const char* name_of(WaitTag tag) {
@@ -31,13 +40,27 @@ constexpr const char* name_of(WaitTag tag) {
       return "pace of the load";
     case WaitTag::kTurn:
       return "turn of a math warpgroup";
+    case WaitTag::kGrid:
+      return "all CTAs";
+    case WaitTag::kRowsReady:
+      return "rows of a block";
+    case WaitTag::kUpDone:
+      return "hidden rows of a block";
+    case WaitTag::kDownDone:
+      return "rows of a column block";
+    case WaitTag::kUndefinedLogits:
+      return "router logits that are NaN, +inf or all -inf";
+    case WaitTag::kUndefinedBias:
+      return "NaN in the selection bias";
+    case WaitTag::kInvalidId:
+      return "expert id below -1";
   }
   return "unknown";
 }
 
-// One per workspace, in device memory. Written by the first thread whose wait expires (it claims
-// `tag` by compare-and-swap from zero, then fills the rest), read by the host after the stream has
-// been synchronised, zeroed by the host when the workspace is made.
+// One per workspace, in device memory or pinned host memory. Written by the first thread that has
+// something to report (it claims `tag` by compare-and-swap from zero, then fills the rest), read by
+// the host, zeroed by the host when the workspace is made and when it has read it.
 struct WaitReport {
   uint32_t tag;
   uint32_t block_idx;

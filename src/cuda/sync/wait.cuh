@@ -4,9 +4,18 @@
 #pragma once
 
 #include "cuda/ptx/ptx.cuh"
+#include "cuda/ptx/word.cuh"
 #include "cuda/sync/report.h"
 
 namespace flashmoe::cuda::sync {
+
+// Fills the report unless it holds something already. Any thread; the report may be host memory.
+FM_DEVICE void write_report(WaitReport* report, WaitTag tag, uint32_t block_idx, uint32_t parity) {
+  if (atomicCAS_system(&report->tag, 0u, static_cast<uint32_t>(tag)) != 0u) return;
+  report->block_idx = block_idx;
+  report->thread_idx = ptx::thread_idx();
+  report->parity = parity;
+}
 
 // What one thread (or one warp, each lane its own copy) waits with.
 class Waiter {
@@ -29,14 +38,28 @@ class Waiter {
     }
   }
 
+  // Returns when the word of global memory equals `expected` (what was written before it was set is
+  // then visible to this thread), or the time is over.
+  FM_DEVICE void wait_word(uint32_t* word, uint32_t expected, WaitTag tag) {
+    if (ptx::ld_acquire_gpu(word) == expected || !alive_) return;
+    const uint64_t start = ptx::get_sreg_globaltimer();
+    while (ptx::ld_acquire_gpu(word) != expected) {
+      __nanosleep(kPollPause);
+      if (ptx::get_sreg_globaltimer() - start > timeout_ns_) {
+        give_up(expected, tag);
+        return;
+      }
+    }
+  }
+
+  FM_DEVICE WaitReport* report() const { return report_; }
+
  private:
+  static constexpr uint32_t kPollPause = 20;  // ns between two looks at a word
+
   FM_DEVICE void give_up(uint32_t parity, WaitTag tag) {
     alive_ = false;
-    if (atomicCAS(&report_->tag, 0u, static_cast<uint32_t>(tag)) == 0u) {
-      report_->block_idx = blockIdx.x;
-      report_->thread_idx = threadIdx.x;
-      report_->parity = parity;
-    }
+    write_report(report_, tag, blockIdx.x, parity);
   }
 
   WaitReport* report_;

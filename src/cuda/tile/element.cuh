@@ -19,6 +19,9 @@ struct ElementOf<config::Element::kBf16> {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
+  FM_DEVICE static float2 unpack(uint32_t packed) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&packed));
+  }
 };
 
 template <>
@@ -27,6 +30,9 @@ struct ElementOf<config::Element::kFp16> {
   FM_DEVICE static uint32_t pack(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  FM_DEVICE static float2 unpack(uint32_t packed) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&packed));
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/matrix.cuh"
+#include "cuda/ptx/word.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/schedule.h"
 #include "cuda/tile/window.h"
@@ -39,6 +40,14 @@ class Staging {
     buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
   }
 
+  // Counts the tile at `done` when all that was stored is in global memory.
+  FM_DEVICE void publish(uint32_t* done) {
+    if (!is_storer()) return;
+    drain();
+    ptx::fence_proxy_async(ptx::space_global);
+    ptx::add_release_gpu(done, 1);
+  }
+
   // Before the kernel ends: all stores are in global memory.
   FM_DEVICE void drain() {
     if (is_storer()) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
@@ -61,9 +70,8 @@ class Staging {
 
 // 16 tokens by two of the chunk's 8 units of 8 columns. packed: eight results of a thread, tokens
 // on N; the transposed store turns them into rows of tokens. Swizzled as the map of `out` expects.
-FM_DEVICE void write_chunk_part(uint32_t chunk, int first_token, int unit_of_first, int unit_stride,
-                                const uint32_t (&packed)[4]) {
-  const int lane = threadIdx.x % 32;
+FM_DEVICE void write_chunk_part(uint32_t chunk, int lane, int first_token, int unit_of_first,
+                                int unit_stride, const uint32_t (&packed)[4]) {
   const int token = first_token + (lane >> 4) * 8 + (lane & 7);
   const int unit = unit_of_first + ((lane >> 3) & 1) * unit_stride;
   ptx::stmatrix_x4_trans(chunk + token * 128 + ((unit ^ (token & 7)) << 4), packed);
@@ -75,7 +83,9 @@ template <class Config, class Results>
 FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, int half, const Results& results) {
   using Element = ElementOf<Config::value.element>;
   constexpr bool kPairs = Config::value.epilogue == config::Epilogue::kGatedPairs;
-  const int warp_idx = threadIdx.x % config::kWarpgroup / 32;
+  // Read here, or the addresses that follow from it take registers while products run.
+  const int thread_idx = ptx::thread_idx();
+  const int warp_idx = thread_idx % config::kWarpgroup / 32;
   FM_UNROLL
   for (int part = 0; part < config::kStoreTokens / 16; ++part) {
     const int first = (chunk_idx * config::kStoreTokens / 16 + part) * 8;
@@ -92,7 +102,8 @@ FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, int half, const Results
         packed[pair] = Element::pack(results(half, i), results(half, i + 1));
       }
     }
-    write_chunk_part(chunk, part * 16, kPairs ? warp_idx : 2 * warp_idx, kPairs ? 4 : 1, packed);
+    write_chunk_part(chunk, thread_idx % 32, part * 16, kPairs ? warp_idx : 2 * warp_idx,
+                     kPairs ? 4 : 1, packed);
   }
 }
 

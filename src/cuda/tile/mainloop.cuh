@@ -2,16 +2,17 @@
 #pragma once
 
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/sync/ring.cuh"
 #include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/element.cuh"
-#include "cuda/tile/shared_memory.cuh"
+#include "cuda/tile/schedule.h"
 
 namespace flashmoe::cuda::tile {
 
 // sums[0, N / 2): the first 64 rows, sums[max_tokens / 2, ...): the second. One group of products
 // stays in flight; before_last_wait() runs while the last one does.
-template <class Config, int kTokens, class BeforeLastWait>
-FM_DEVICE void multiply(float* sums, SharedMemory<Config>& smem,
+template <class Config, int kTokens, class Stage, class BeforeLastWait>
+FM_DEVICE void multiply(float* sums, const Stage* ring,
                         sync::StageReader<Config::value.num_stages>& stages, int num_k_blocks,
                         sync::Waiter& waiter, const BeforeLastWait& before_last_wait) {
   using Element = typename ElementOf<Config::value.element>::Type;
@@ -23,7 +24,7 @@ FM_DEVICE void multiply(float* sums, SharedMemory<Config>& smem,
 #pragma unroll 1
   for (int k_block = 0; k_block < num_k_blocks; ++k_block) {
     stages.wait(waiter);
-    const auto& stage = smem.stages[stages.slot()];
+    const Stage& stage = ring[stages.slot()];
     const uint64_t weights = operand_descriptor(ptx::shared_address(stage.weights));
     const uint64_t tokens = operand_descriptor(ptx::shared_address(stage.tokens));
     ptx::wgmma_fence();

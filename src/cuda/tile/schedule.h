@@ -19,7 +19,8 @@ inline constexpr int32_t kTokenStep = 16;  // granularity of a block's rows, pla
 // One task, as the ticket warp sends it to the other roles: 16 bytes.
 struct alignas(16) Tile {
   int32_t row_begin;
-  int32_t num_rows;  // 0: no more tiles
+  int16_t num_rows;  // 0: no more tiles
+  int16_t product;   // of a kernel that has several
   int32_t local_expert_idx;
   int32_t weight_pair_idx;
 
@@ -38,17 +39,26 @@ struct TileGrid {
   FM_HD constexpr int32_t num_tiles(int32_t expert_rows) const {
     return num_blocks(expert_rows) * num_weight_pairs;
   }
+  // Rows of every block but the last; expert_rows > 0.
+  FM_HD constexpr int32_t block_height(int32_t expert_rows) const {
+    const int32_t blocks = num_blocks(expert_rows);
+    const int32_t even = (expert_rows + blocks - 1) / blocks;
+    return (even + kTokenStep - 1) / kTokenStep * kTokenStep;
+  }
   // tile_idx: of the expert, in [0, num_tiles(expert_rows)).
   FM_HD constexpr Tile tile_at(int32_t tile_idx, int32_t local_expert_idx, int32_t expert_begin,
                                int32_t expert_rows) const {
     const int32_t blocks = num_blocks(expert_rows);
     const int32_t weight_pair_idx = tile_idx / blocks;
     const int32_t block_idx = tile_idx - weight_pair_idx * blocks;
-    const int32_t even = (expert_rows + blocks - 1) / blocks;
-    const int32_t height = (even + kTokenStep - 1) / kTokenStep * kTokenStep;
+    const int32_t height = block_height(expert_rows);
     const int32_t first = block_idx * height;
     const int32_t left = expert_rows - first;
-    return {expert_begin + first, left < height ? left : height, local_expert_idx, weight_pair_idx};
+    return {.row_begin = expert_begin + first,
+            .num_rows = static_cast<int16_t>(left < height ? left : height),
+            .product = 0,
+            .local_expert_idx = local_expert_idx,
+            .weight_pair_idx = weight_pair_idx};
   }
 };
 

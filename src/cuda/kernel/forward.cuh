@@ -1,0 +1,279 @@
+// The forward as one persistent cooperative kernel. All warps of all CTAs first route the tokens
+// and place their rows; then roles meet in shared-memory rings and at counters in global memory:
+//
+//   tickets (a warp of the pair's leader)  takes tickets, waits for what a tile depends on, sends
+//                                          tiles to both CTAs
+//   load    (a thread of each CTA)         copies operands: own weights, half the pair's tokens
+//   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
+//                                          epilogue (ping-pong)
+//   comm    (a warpgroup of each CTA)      copies tokens into expert order ahead of the up tiles;
+//                                          combines column blocks behind the down tiles
+//
+// Counters (cleared by every launch before its plan, published by release, read by acquire):
+//   rows_ready[first group of a block]  comm -> tickets: rows of the block that are copied
+//   up_done[first group of a block]     math -> tickets: CTAs' up tiles of the block that are
+//   stored down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
+// What crosses between ordinary and copy-engine accesses is fenced on both sides.
+#pragma once
+
+#include "cuda/kernel/forward.h"
+#include "cuda/kernel/roles.cuh"
+#include "cuda/ptx/prefetch.cuh"
+#include "cuda/ptx/registers.cuh"
+#include "cuda/stage/combine.cuh"
+#include "cuda/stage/copy_rows.cuh"
+#include "cuda/stage/plan.cuh"
+#include "cuda/stage/route.cuh"
+#include "cuda/sync/grid_barrier.cuh"
+#include "cuda/tile/activation.cuh"
+#include "cuda/tile/epilogue.cuh"
+#include "cuda/tile/expert_memory.cuh"
+#include "cuda/tile/load.cuh"
+#include "cuda/tile/mainloop.cuh"
+#include "cuda/tile/shared_memory.cuh"
+
+namespace flashmoe::cuda::kernel {
+
+template <class Config>
+struct ForwardShared : tile::SharedMemory<config::UpOf<Config>> {
+  tile::ExpertMemory experts;
+  // The tile of each math warpgroup while its products run: no registers are free for it. Written
+  // by one thread before the barrier that opens the loop, read by all after the products.
+  tile::Tile current[2];
+};
+
+// Waits until the tile's operands are in global memory. One thread.
+FM_DEVICE void wait_for_operands(const ForwardParams& params, const tile::Tile& tile,
+                                 sync::Waiter& waiter) {
+  const bool is_up = tile.product == tile::kUpProduct;
+  uint32_t* counters = is_up ? params.memory.rows_ready : params.memory.up_done;
+  const uint32_t expected = is_up ? tile.num_rows : params.sizes.up_pairs * config::kClusterSize;
+  waiter.wait_word(counters + tile.row_begin / config::kRowGroup, expected,
+                   is_up ? sync::WaitTag::kRowsReady : sync::WaitTag::kUpDone);
+}
+
+// Whole warp of the leader. The next ticket is taken when half of a tile is loaded.
+template <class Config>
+FM_DEVICE void forward_tickets(const ForwardParams& params, ForwardShared<Config>& smem,
+                               sync::Waiter waiter) {
+  const int32_t num_clusters = gridDim.x / config::kClusterSize;
+  const bool is_taker = ptx::lane_idx() == 0;
+  TileWriter tiles(smem.tiles);
+  const auto& sizes = params.sizes;
+  const tile::Walk walk{smem.experts.table(sizes.num_experts), Config::value.up().max_tokens,
+                        sizes.up_pairs, sizes.down_pairs, sizes.column_pairs};
+  uint32_t pace_parity = 0;
+  for (bool is_first = true;; is_first = false) {
+    if (!is_first) {
+      waiter.wait(&smem.pace, pace_parity, sync::WaitTag::kPace);
+      pace_parity ^= 1;
+    }
+    int32_t ticket = 0;
+    if (is_taker) ticket = take_ticket(params.memory.state->tickets, is_first, num_clusters);
+    ticket = __shfl_sync(0xFFFFFFFF, ticket, 0);
+    tile::Tile tile = walk.tile_at(ticket);
+    if (is_taker && !tile.is_end()) wait_for_operands(params, tile, waiter);
+    if (!__all_sync(0xFFFFFFFF, waiter.alive())) tile = tile::Tile{};
+    tiles.send(tile, waiter);
+    if (tile.is_end()) break;
+  }
+  if (is_taker) finish_tickets(params.memory.state->tickets, num_clusters);
+}
+
+// Weights of one k-block; separate gate and up tensors are two copies of 64 rows.
+template <class Config>
+FM_DEVICE void load_up_weights(const ForwardParams& params, uint8_t* destination, uint64_t* full,
+                               const tile::Tile& tile, int32_t weight_tile_idx, int32_t depth) {
+  using Up = config::UpOf<Config>;
+  constexpr config::GroupedProduct kUp = Up::value;
+  tile::load_weights<Up>(destination, full, params.up_weights[0], tile.local_expert_idx,
+                         weight_tile_idx, depth);
+  if (kUp.epilogue != config::Epilogue::kGated || !params.separate_gate) return;
+  tile::load_weights<Up>(destination + kUp.weight_bytes() / 2, full, params.up_weights[1],
+                         tile.local_expert_idx, weight_tile_idx, depth);
+}
+
+// One thread of each CTA.
+template <class Config>
+FM_DEVICE void forward_load(const ForwardParams& params, ForwardShared<Config>& smem,
+                            sync::Waiter waiter, int32_t cta_rank) {
+  constexpr config::GroupedProduct kUp = Config::value.up();
+  sync::StageWriter<kUp.num_stages> stages(smem.stage_barriers);
+  TileReader tiles(smem.tiles);
+  while (true) {
+    const tile::Tile tile = tiles.take_and_rearm(waiter);
+    if (tile.is_end() || !waiter.alive()) break;
+    ptx::fence_proxy_async(ptx::space_global);
+    const bool is_up = tile.product == tile::kUpProduct;
+    const int32_t num_steps = tile.num_steps();
+    const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + cta_rank;
+    const uint32_t num_bytes = kUp.weight_bytes() + kUp.token_bytes(num_steps);
+    const CUtensorMap& tokens =
+        is_up ? params.row_tokens[num_steps - 1] : params.hidden_tokens[num_steps - 1];
+    const int32_t num_k_blocks = tile::k_blocks_of(tile, params.sizes);
+    for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
+      stages.acquire(num_bytes, waiter);
+      auto& stage = smem.stages[stages.slot()];
+      const int32_t depth = k_block * config::kDepthStep;
+      tile::load_tokens_for_pair(stage.tokens, stages.full(), tokens, tile.row_begin, num_steps,
+                                 depth, cta_rank);
+      if (is_up) {
+        load_up_weights<Config>(params, stage.weights, stages.full(), tile, weight_tile_idx, depth);
+      } else {
+        tile::load_weights<config::DownOf<Config>>(stage.weights, stages.full(),
+                                                   params.down_weights, tile.local_expert_idx,
+                                                   weight_tile_idx, depth);
+      }
+      if (k_block == num_k_blocks / 2 && cta_rank == 0) {
+        ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
+      }
+      stages.advance();
+    }
+  }
+}
+
+// Stores a tile's results and counts it where its readers wait. Whole warpgroup.
+template <class Config>
+FM_DEVICE void finish_tile(const ForwardParams& params, const float* sums, tile::Staging& staging,
+                           const tile::Tile& current) {
+  using Up = config::UpOf<Config>;
+  using Down = config::DownOf<Config>;
+  const tile::Tile tile = current;
+  const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
+  uint32_t* done;
+  if (tile.product == tile::kUpProduct) {
+    const tile::RowBias bias = tile::load_bias<Up>(params.up_bias, tile, weight_tile_idx);
+    tile::with_results<Up>(sums, params.activation, bias, [&](const auto& results) {
+      tile::store_tile<Up>(results, staging, params.hidden_out, tile, weight_tile_idx);
+    });
+    done = &params.memory.up_done[tile.row_begin / config::kRowGroup];
+  } else {
+    const tile::RowBias bias = tile::load_bias<Down>(params.down_bias, tile, weight_tile_idx);
+    tile::with_results<Down>(sums, params.activation, bias, [&](const auto& results) {
+      tile::store_tile<Down>(results, staging, params.row_out, tile, weight_tile_idx);
+    });
+    done = &params.memory.down_done[tile.weight_pair_idx / params.sizes.column_pairs];
+  }
+  staging.publish(done);
+}
+
+// The products of a tile. Both mainloops are one where the weights' major orders are.
+template <class Config, class... Operands>
+FM_DEVICE void multiply_tile(const tile::Tile& tile, Operands&&... operands) {
+  if constexpr (Config::value.up_major == Config::value.down_major) {
+    tile::multiply_steps<config::UpOf<Config>>(tile.num_steps(), operands...);
+  } else if (tile.product == tile::kUpProduct) {
+    tile::multiply_steps<config::UpOf<Config>>(tile.num_steps(), operands...);
+  } else {
+    tile::multiply_steps<config::DownOf<Config>>(tile.num_steps(), operands...);
+  }
+}
+
+// One warpgroup. Warpgroup 0 has the CTA's tiles 0, 2, 4, ...; warpgroup 1 the others.
+template <class Config>
+FM_DEVICE void forward_math(const ForwardParams& params, ForwardShared<Config>& smem,
+                            sync::Waiter& waiter, int warpgroup_idx) {
+  constexpr config::GroupedProduct kUp = Config::value.up();
+  sync::StageReader<kUp.num_stages> stages(smem.stage_barriers);
+  TileReader tiles(smem.tiles);
+  sync::Turns turns(smem.turns, warpgroup_idx);
+  tile::Staging staging(smem.staging[warpgroup_idx], warpgroup_idx);
+  float sums[kUp.max_tokens];
+
+  tile::Tile tile = tiles.take(waiter);
+  const auto pass_over = [&] {  // from the other's tile to the own one after it
+    if (tile.is_end()) return;
+    stages.skip(tile::k_blocks_of(tile, params.sizes));
+    tile = tiles.take(waiter);
+  };
+  if (warpgroup_idx == 1) {
+    turns.pass();
+    pass_over();
+  }
+  tile::Tile& current = smem.current[warpgroup_idx];
+  while (true) {
+    if (threadIdx.x % config::kWarpgroup == 0) current = tile;
+    if (!staging.all(!tile.is_end() && waiter.alive())) break;
+    turns.wait(waiter);
+    multiply_tile<Config>(tile, sums, smem.stages, stages, tile::k_blocks_of(tile, params.sizes),
+                          waiter, [&] { turns.pass(); });
+    finish_tile<Config>(params, sums, staging, current);
+    tile = tiles.take(waiter);
+    pass_over();
+  }
+  staging.drain();
+}
+
+// Routing and plan, by all threads of all CTAs. False if a CTA did not come in time.
+template <class Config>
+FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>& smem,
+                              sync::Waiter& waiter) {
+  using Element = typename tile::ElementOf<Config::value.element>::Type;
+  auto* arena = reinterpret_cast<uint8_t*>(smem.stages);
+  sync::GridBarrier* barrier = &params.memory.state->barrier;
+  stage::clear_counters(params, params.sizes.row_groups);
+  stage::route<Element>(params, arena, static_cast<int32_t>(sizeof(smem.stages)));
+  if (!sync::meet_all(barrier, waiter)) return false;
+  stage::scan_histograms(params);
+  if (!sync::meet_all(barrier, waiter)) return false;
+  stage::place_rows(params, smem.experts, arena);
+  // The arena becomes operand stages, which the copy engine fills.
+  ptx::fence_proxy_async(ptx::space_shared);
+  return sync::meet_all(barrier, waiter);
+}
+
+// The roles, after the plan.
+template <class Config>
+FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& smem,
+                         int32_t cta_rank) {
+  constexpr config::GroupedProduct kUp = Config::value.up();
+  sync::Waiter waiter(params.report, params.timeout_ns);
+  // The same in all lanes, as the compiler must see it for setmaxnreg.
+  const int warpgroup_idx = __shfl_sync(0xFFFFFFFF, threadIdx.x / config::kWarpgroup, 0);
+  if (warpgroup_idx == 0) {
+    ptx::setmaxnreg_dec<kUp.load_registers>();
+    const Role role = role_of(cta_rank);
+    if (role == Role::kLoad) forward_load<Config>(params, smem, waiter, cta_rank);
+    if (role == Role::kTickets) forward_tickets<Config>(params, smem, waiter);
+  } else if (warpgroup_idx == 3) {
+    ptx::setmaxnreg_dec<config::kCommRegisters>();
+    const int32_t warp_idx = ptx::thread_idx() / 32 % config::kCommWarps;
+    stage::copy_rows<Config>(params, smem.experts.table(params.sizes.num_experts),
+                             warp_idx * gridDim.x + blockIdx.x, gridDim.x * config::kCommWarps);
+    stage::combine<Config>(params, smem.experts.blocks_before[params.sizes.num_experts], waiter);
+  } else {
+    ptx::setmaxnreg_inc<kUp.math_registers>();
+    forward_math<Config>(params, smem, waiter, warpgroup_idx - 1);
+    stage::combine<Config>(params, smem.experts.blocks_before[params.sizes.num_experts], waiter);
+  }
+}
+
+template <config::ForwardConfig Config>
+__global__ void __launch_bounds__(config::kForwardThreads, 1)
+    forward(const __grid_constant__ ForwardParams params) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& smem = *reinterpret_cast<ForwardShared<Config>*>(raw);
+  const int32_t cta_rank = ptx::get_sreg_cluster_ctarank();
+  if (ptx::thread_idx() == 0) {
+    smem.init();
+    ptx::prefetch_tensormap(&params.up_weights[0]);
+    ptx::prefetch_tensormap(&params.down_weights);
+  }
+  sync::Waiter waiter(params.report, params.timeout_ns);
+  const bool all_here = route_and_plan<Config>(params, smem, waiter);
+  ptx::barrier_cluster_arrive();
+  ptx::barrier_cluster_wait();
+  if (all_here) run_roles<Config>(params, smem, cta_rank);
+  // Nobody leaves while the other CTA may still write or arrive here.
+  __syncwarp();
+  ptx::barrier_cluster_arrive();
+  ptx::barrier_cluster_wait();
+}
+
+template <config::ForwardConfig Config>
+ForwardEntry forward_entry_of() {
+  return {reinterpret_cast<const void*>(&forward<Config>), sizeof(ForwardShared<Config>),
+          Config::value};
+}
+
+}  // namespace flashmoe::cuda::kernel

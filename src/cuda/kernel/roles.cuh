@@ -1,0 +1,38 @@
+// What the kernels' roles share.
+#pragma once
+
+#include "cuda/kernel/grouped_product.h"
+#include "cuda/ptx/ptx.cuh"
+#include "cuda/sync/ring.cuh"
+#include "cuda/tile/schedule.h"
+
+namespace flashmoe::cuda::kernel {
+
+enum class Role { kIdle, kTickets, kLoad, kMath };
+
+FM_DEVICE Role role_of(int32_t cta_rank) {
+  const uint32_t warpgroup_idx = threadIdx.x / config::kWarpgroup;
+  if (warpgroup_idx > 0) return Role::kMath;
+  if (threadIdx.x == 0) return Role::kLoad;
+  const bool is_second_warp = threadIdx.x / 32 == 1;
+  return is_second_warp && cta_rank == 0 ? Role::kTickets : Role::kIdle;
+}
+
+using TileWriter = sync::MessageWriter<tile::Tile, config::kTileSlots>;
+using TileReader = sync::MessageReader<tile::Tile, config::kTileSlots>;
+
+// The first ticket of a cluster is its index, and costs no round trip. One thread.
+FM_DEVICE int32_t take_ticket(TicketCounter& tickets, bool is_first, int32_t num_clusters) {
+  if (is_first) return blockIdx.x / config::kClusterSize;
+  return num_clusters + static_cast<int32_t>(atomicAdd(&tickets.next, 1u));
+}
+
+// Each of num_takers calls once, after its last ticket; the last one leaves zeros.
+FM_DEVICE void finish_tickets(TicketCounter& tickets, int32_t num_takers) {
+  if (atomicAdd(&tickets.finished, 1u) + 1 == static_cast<uint32_t>(num_takers)) {
+    tickets.next = 0;
+    tickets.finished = 0;
+  }
+}
+
+}  // namespace flashmoe::cuda::kernel

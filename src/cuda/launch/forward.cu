@@ -1,0 +1,368 @@
+#include "cuda/launch/forward.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "base/error.h"
+#include "cuda/kernel/forward.h"
+#include "cuda/launch/check.h"
+#include "cuda/launch/pairs.h"
+#include "cuda/launch/tensor_map.h"
+#include "cuda/launch/weights.h"
+#include "plan/routing.h"
+
+namespace flashmoe::cuda::launch {
+namespace {
+
+using config::ForwardScratch;
+using config::Major;
+using Operands = fm_forward_args;
+
+bool present(const fm_tensor& tensor) { return tensor.data != nullptr; }
+
+bool is_separate(const fm_layer& layer) {
+  return layer.gated != 0 && layer.gate_layout == FM_GATE_SEPARATE;
+}
+
+config::Element element_of(const fm_layer& layer) {
+  return layer.dtype == FM_BF16 ? config::Element::kBf16 : config::Element::kFp16;
+}
+
+Major major_of(const fm_tensor& weight) {
+  return weight.stride[2] == 1 ? Major::kDepth : Major::kColumns;
+}
+
+GateOrder gate_order_of(const fm_layer& layer) {
+  if (is_separate(layer)) return GateOrder::kSeparate;
+  return layer.gate_layout == FM_GATE_INTERLEAVED ? GateOrder::kInterleaved
+                                                  : GateOrder::kConcatenated;
+}
+
+config::Epilogue up_epilogue(const fm_layer& layer, Major major) {
+  if (layer.gated == 0) return config::Epilogue::kActivate;
+  const bool pairs = layer.gate_layout == FM_GATE_INTERLEAVED && major == Major::kColumns;
+  return pairs ? config::Epilogue::kGatedPairs : config::Epilogue::kGated;
+}
+
+kernel::ForwardEntry kernel_for(const fm_layer& layer, const Operands& operands) {
+  const Major up = major_of(operands.w_up);
+  const Major down = major_of(operands.w_down);
+  const config::Epilogue epilogue = up_epilogue(layer, up);
+  if (element_of(layer) == config::Element::kBf16) {
+    return up == Major::kDepth ? kernel::forward_bf16_depth(epilogue, down)
+                               : kernel::forward_bf16_columns(epilogue, down);
+  }
+  return up == Major::kDepth ? kernel::forward_fp16_depth(epilogue, down)
+                             : kernel::forward_fp16_columns(epilogue, down);
+}
+
+// A column block of the down product is combined while the next one runs. Where the intermediate
+// size is large, the combine is a small part of the layer, and going over all experts once keeps
+// the hidden rows of an expert in the L2 cache.
+int32_t choose_column_pairs(int64_t intermediate, int32_t down_pairs) {
+  constexpr int32_t kPairs = 2;  // 512 columns
+  constexpr int64_t kLargeIntermediate = 4096;
+  return intermediate >= kLargeIntermediate ? down_pairs : std::min(kPairs, down_pairs);
+}
+
+// Every warp of 132 SMs has a few units, and a unit is at most eight tokens.
+int32_t choose_combine_tokens(int64_t tokens) {
+  constexpr int64_t kUnits = 4096;
+  return static_cast<int32_t>(std::clamp<int64_t>(tokens / kUnits, 1, 8));
+}
+
+plan::Problem problem_of(const fm_layer& layer, const Operands& operands) {
+  plan::Problem problem;
+  problem.tokens = operands.x.shape[0];
+  problem.hidden = layer.hidden;
+  problem.intermediate = layer.intermediate;
+  problem.num_experts = layer.num_experts;
+  problem.top_k = layer.top_k;
+  problem.gates = layer.gated != 0 ? 2 : 1;
+  return problem;
+}
+
+config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
+                              const config::Forward& config, int32_t column_pairs) {
+  const plan::Problem problem = problem_of(layer, operands);
+  const auto pairs = [](int64_t columns, const config::GroupedProduct& product) {
+    return static_cast<int32_t>(
+        plan::ceil_div(columns, product.out_columns() * config::kClusterSize));
+  };
+  config::ForwardSizes sizes{};
+  sizes.tokens = static_cast<int32_t>(problem.tokens);
+  sizes.hidden = static_cast<int32_t>(problem.hidden);
+  sizes.intermediate = static_cast<int32_t>(problem.intermediate);
+  sizes.num_experts = static_cast<int32_t>(problem.num_experts);
+  sizes.top_k = static_cast<int32_t>(problem.top_k);
+  sizes.route_tiles = static_cast<int32_t>(plan::num_chunks(problem.tokens));
+  sizes.capacity = static_cast<int32_t>(plan::expert_capacity(layer.capacity_factor, problem));
+  sizes.up_pairs = pairs(problem.intermediate, config.up());
+  sizes.down_pairs = pairs(problem.hidden, config.down());
+  sizes.column_pairs = column_pairs > 0
+                           ? std::min(column_pairs, sizes.down_pairs)
+                           : choose_column_pairs(problem.intermediate, sizes.down_pairs);
+  sizes.column_blocks = static_cast<int32_t>(plan::ceil_div(sizes.down_pairs, sizes.column_pairs));
+  sizes.column_width = sizes.column_pairs * config.down().out_columns() * config::kClusterSize;
+  sizes.combine_tokens = choose_combine_tokens(problem.tokens);
+  sizes.combine_units = static_cast<int32_t>(
+      std::max<int64_t>(plan::ceil_div(problem.tokens, sizes.combine_tokens), 1));
+  sizes.row_groups = static_cast<int32_t>(
+      config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
+  sizes.weight_on_input = layer.weight_on_input != 0;
+  return sizes;
+}
+
+config::ForwardTable table_of(const fm_layer& layer, const Operands& operands) {
+  return config::forward_table(
+      {.tokens = operands.x.shape[0],
+       .hidden = layer.hidden,
+       .intermediate = layer.intermediate,
+       .num_experts = layer.num_experts,
+       .top_k = layer.top_k,
+       .state_bytes = sizeof(kernel::ForwardState),
+       .own_logits = present(operands.w_router) && !present(operands.logits),
+       .weight_on_input = layer.weight_on_input != 0});
+}
+
+template <class T>
+T* region(const ForwardArguments& arguments, const config::ForwardTable& table,
+          ForwardScratch which) {
+  return reinterpret_cast<T*>(static_cast<char*>(arguments.scratch) + table[which].offset);
+}
+
+kernel::ForwardMemory memory_of(const ForwardArguments& a, const config::ForwardTable& table) {
+  return {.state = region<kernel::ForwardState>(a, table, ForwardScratch::kState),
+          .rows_ready = region<uint32_t>(a, table, ForwardScratch::kRowsReady),
+          .up_done = region<uint32_t>(a, table, ForwardScratch::kUpDone),
+          .down_done = region<uint32_t>(a, table, ForwardScratch::kDownDone),
+          .ids = region<int32_t>(a, table, ForwardScratch::kIds),
+          .weights = region<float>(a, table, ForwardScratch::kWeights),
+          .slot_ranks = region<int32_t>(a, table, ForwardScratch::kSlotRanks),
+          .histograms = region<int32_t>(a, table, ForwardScratch::kHistograms),
+          .totals = region<int32_t>(a, table, ForwardScratch::kTotals),
+          .expert_begin = region<int32_t>(a, table, ForwardScratch::kExpertBegin),
+          .row_token = region<int32_t>(a, table, ForwardScratch::kRowToken),
+          .row_weight = region<float>(a, table, ForwardScratch::kRowWeight),
+          .slot_row = region<int32_t>(a, table, ForwardScratch::kSlotRow),
+          .rows = region<void>(a, table, ForwardScratch::kRows)};
+}
+
+kernel::StridedView strided(const fm_tensor& tensor) {
+  return {tensor.data, tensor.stride[0], tensor.ndim > 1 ? tensor.stride[1] : 0, tensor.dtype};
+}
+
+kernel::RouterParams router_of(const ForwardArguments& arguments,
+                               const config::ForwardTable& table) {
+  const fm_layer& layer = arguments.layer;
+  const Operands& o = arguments.operands;
+  kernel::RouterParams router{};
+  router.weight = o.w_router.data;
+  router.weight_stride = o.w_router.stride[0];
+  router.weight_is_wide = o.w_router.dtype == FM_F32;
+  router.bias = strided(o.router_bias);
+  router.selection_bias = strided(o.selection_bias);
+  router.logits = present(o.logits) ? static_cast<float*>(o.logits.data)
+                                    : region<float>(arguments, table, ForwardScratch::kLogits);
+  router.score = layer.score;
+  router.renormalize = layer.renormalize != 0;
+  router.scale = static_cast<float>(layer.scale);
+  router.num_groups = static_cast<int32_t>(layer.num_groups);
+  router.top_groups = static_cast<int32_t>(layer.top_groups);
+  router.group_top = static_cast<int32_t>(std::min<int64_t>(layer.group_top, layer.num_experts));
+  router.ids = strided(o.topk_ids);
+  router.weights = strided(o.topk_weights);
+  return router;
+}
+
+WeightOperand weight_operand(const fm_tensor& weight, int64_t columns, int64_t depth,
+                             GateOrder gate_order) {
+  const bool is_depth = major_of(weight) == Major::kDepth;
+  return {.base = weight.data,
+          .num_experts = static_cast<uint64_t>(weight.shape[0]),
+          .columns = static_cast<uint64_t>(columns),
+          .depth = static_cast<uint64_t>(depth),
+          .expert_stride = static_cast<uint64_t>(weight.stride[0]),
+          .line_stride = static_cast<uint64_t>(weight.stride[is_depth ? 1 : 2]),
+          .gate_order = gate_order};
+}
+
+config::Activation activation_of(const fm_layer& layer) {
+  config::Activation activation;
+  activation.kind = static_cast<fm_activation>(layer.activation);
+  activation.alpha = static_cast<float>(layer.act_alpha);
+  if (layer.act_limit > 0) activation.limit = static_cast<float>(layer.act_limit);
+  activation.up_offset = static_cast<float>(layer.up_offset);
+  return activation;
+}
+
+void set_weights(kernel::ForwardParams& params, const ForwardArguments& arguments,
+                 const config::Forward& config) {
+  const fm_layer& layer = arguments.layer;
+  const Operands& o = arguments.operands;
+  const config::Element element = config.element;
+  const GateOrder order = gate_order_of(layer);
+  const bool separate = is_separate(layer);
+  const WeightOperand first =
+      weight_operand(separate ? o.w_gate : o.w_up, layer.intermediate, layer.hidden, order);
+  const WeightOperand down =
+      weight_operand(o.w_down, layer.hidden, layer.intermediate, GateOrder::kConcatenated);
+  params.up_weights[0] = encode(weights_view(first, config.up()), element, "w_up");
+  if (separate) {
+    const WeightOperand second = weight_operand(o.w_up, layer.intermediate, layer.hidden, order);
+    params.up_weights[1] = encode(weights_view(second, config.up()), element, "w_up");
+  }
+  params.down_weights = encode(weights_view(down, config.down()), element, "w_down");
+  params.separate_gate = separate;
+  params.up_bias = bias_view(o.b_up.data, o.b_up.stride[0], first, config.up());
+  params.down_bias = bias_view(o.b_down.data, o.b_down.stride[0], down, config.down());
+}
+
+void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
+              const config::ForwardTable& table, const config::Forward& config) {
+  const fm_layer& layer = arguments.layer;
+  const int64_t rows = int64_t{params.sizes.row_groups} * config::kRowGroup;
+  const void* sorted = region<void>(arguments, table, ForwardScratch::kRows);
+  const void* hidden = region<void>(arguments, table, ForwardScratch::kHidden);
+  for (int32_t steps = 1; steps <= kernel::kTokenMaps; ++steps) {
+    const uint32_t half = steps * tile::kTokenStep / config::kClusterSize;
+    const auto tokens = [&](const void* base, int64_t columns, const char* name) {
+      return encode(rows_view(base, rows, columns, config::kDepthStep, half), config.element, name);
+    };
+    params.row_tokens[steps - 1] = tokens(sorted, layer.hidden, "rows");
+    params.hidden_tokens[steps - 1] = tokens(hidden, layer.intermediate, "hidden rows");
+  }
+  const auto out = [&](const void* base, int64_t columns, const char* name) {
+    return encode(window_view(base, rows, columns, config::kHalfRows, config::kStoreTokens),
+                  config.element, name);
+  };
+  params.row_out = out(sorted, layer.hidden, "rows");
+  params.hidden_out = out(hidden, layer.intermediate, "hidden rows");
+}
+
+kernel::ForwardParams make_params(const ForwardArguments& arguments,
+                                  const config::Forward& config) {
+  const Operands& o = arguments.operands;
+  const config::ForwardTable table = table_of(arguments.layer, o);
+  kernel::ForwardParams params{};
+  params.sizes = sizes_of(arguments.layer, o, config, arguments.column_pairs);
+  params.activation = activation_of(arguments.layer);
+  params.router = router_of(arguments, table);
+  params.memory = memory_of(arguments, table);
+  set_weights(params, arguments, config);
+  set_rows(params, arguments, table, config);
+  params.x = o.x.data;
+  params.x_stride = o.x.stride[0];
+  params.y = o.y.data;
+  params.y_stride = o.y.stride[0];
+  params.tokens_per_expert = static_cast<int64_t*>(o.tokens_per_expert.data);
+  params.tokens_per_expert_stride = o.tokens_per_expert.stride[0];
+  params.dropped = static_cast<int64_t*>(o.dropped.data);
+  params.report = arguments.report;
+  params.timeout_ns = arguments.timeout_ns;
+  return params;
+}
+
+template <class... Parts>
+std::string text_of(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+// Sixteen-byte accesses: base and strides of rows.
+std::string refuse_rows(const char* name, const fm_tensor& tensor, int64_t element_bytes) {
+  const int64_t unit = 16 / element_bytes;
+  if (!present(tensor) || tensor.shape[0] == 0) return {};
+  if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0) {
+    return text_of(name, " starts at ", tensor.data, "; accepted: multiples of 16 bytes");
+  }
+  for (int32_t dim = 0; dim < tensor.ndim; ++dim) {
+    if (tensor.stride[dim] == 1 || tensor.shape[dim] == 1) continue;
+    if (tensor.stride[dim] % unit != 0) {
+      return text_of(name, " has stride ", tensor.stride[dim], " in dimension ", dim,
+                     "; accepted on CUDA: multiples of ", unit);
+    }
+  }
+  return {};
+}
+
+std::string refuse_sizes(const fm_layer& layer, const Operands& operands) {
+  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - 4096;
+  constexpr int64_t kMaxSize = int64_t{1} << 20;
+  for (const auto& [name, size] :
+       {std::pair{"hidden", layer.hidden}, std::pair{"intermediate", layer.intermediate}}) {
+    if (size < 64 || size % 64 != 0 || size > kMaxSize) {
+      return text_of(name, " is ", size, "; accepted on CUDA: multiples of 64 to ", kMaxSize);
+    }
+  }
+  if (layer.num_experts > config::kMaxExperts) {
+    return text_of("num_experts is ", layer.num_experts, "; accepted on CUDA: to ",
+                   config::kMaxExperts);
+  }
+  if (layer.top_k > config::kMaxTopK) {
+    return text_of("top_k is ", layer.top_k, "; accepted on CUDA: to ", config::kMaxTopK);
+  }
+  const int64_t rows = config::forward_rows(operands.x.shape[0] * layer.top_k, layer.num_experts);
+  if (rows > kMaxRows) {
+    return text_of("tokens * top_k is ", operands.x.shape[0] * layer.top_k,
+                   "; accepted on CUDA: to ", kMaxRows);
+  }
+  return {};
+}
+
+}  // namespace
+
+std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& operands) {
+  if (layer.dtype != FM_BF16 && layer.dtype != FM_F16) {
+    return "the CUDA kernels run bf16 and fp16 layers; convert x and the weights";
+  }
+  if (std::string reason = refuse_sizes(layer, operands); !reason.empty()) return reason;
+  if (present(operands.z)) return "z is not saved on CUDA; accepted: absent";
+  const int64_t router_bytes = operands.w_router.dtype == FM_F32 ? 4 : 2;
+  const std::pair<const char*, const fm_tensor*> tensors[] = {
+      {"x", &operands.x},           {"w_gate", &operands.w_gate}, {"w_up", &operands.w_up},
+      {"w_down", &operands.w_down}, {"y", &operands.y},
+  };
+  for (const auto& [name, tensor] : tensors) {
+    if (std::string reason = refuse_rows(name, *tensor, 2); !reason.empty()) return reason;
+  }
+  if (is_separate(layer) && major_of(operands.w_gate) != major_of(operands.w_up)) {
+    return "w_gate and w_up differ in which dimension is contiguous";
+  }
+  return refuse_rows("w_router", operands.w_router, router_bytes);
+}
+
+int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands) {
+  return table_of(layer, operands).total;
+}
+
+std::string describe_forward(const fm_layer& layer, const fm_forward_args& operands,
+                             int32_t num_sms) {
+  const kernel::ForwardEntry entry = kernel_for(layer, operands);
+  const config::ForwardSizes sizes = sizes_of(layer, operands, entry.config, 0);
+  const config::ForwardTable table = table_of(layer, operands);
+  std::ostringstream text;
+  text << "up      " << config::describe(entry.config.up()) << "\n"
+       << "down    " << config::describe(entry.config.down()) << "\n"
+       << "grid    " << num_sms / config::kClusterSize * config::kClusterSize << " CTAs of "
+       << config::kForwardThreads << " threads, " << entry.shared_bytes
+       << " bytes of shared memory, registers 40 + 2 x 208 + " << config::kCommRegisters << "\n"
+       << "columns " << sizes.column_blocks << " column blocks of " << sizes.column_width
+       << ", combined by " << sizes.combine_tokens << " tokens\n"
+       << "tiles   " << sizes.up_pairs << " weight pairs up, " << sizes.down_pairs << " down\n"
+       << "scratch " << table.total << " bytes";
+  return text.str();
+}
+
+void launch_forward(const ForwardArguments& arguments) {
+  const std::string reason = reason_to_refuse(arguments.layer, arguments.operands);
+  if (!reason.empty()) fail(FM_UNSUPPORTED, reason);
+  const kernel::ForwardEntry entry = kernel_for(arguments.layer, arguments.operands);
+  kernel::ForwardParams params = make_params(arguments, entry.config);
+  launch_pairs({entry.function, entry.shared_bytes, config::kForwardThreads,
+                "forward (" + config::describe(entry.config.up()) + ")"},
+               &params, arguments.max_sms, true, arguments.stream);
+}
+
+}  // namespace flashmoe::cuda::launch

@@ -1,0 +1,26 @@
+// Words that one CTA writes and another waits for, at GPU scope.
+#pragma once
+
+#include <cuda/atomic>
+
+#include "cuda/ptx/ptx.cuh"
+
+namespace flashmoe::cuda::ptx {
+
+using GpuWord = ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_device>;
+
+// Any thread, sm_70.
+FM_DEVICE uint32_t ld_acquire_gpu(uint32_t* word) {
+  return GpuWord(*word).load(::cuda::memory_order_acquire);
+}
+FM_DEVICE void add_release_gpu(uint32_t* word, uint32_t value) {
+  GpuWord(*word).fetch_add(value, ::cuda::memory_order_release);
+}
+FM_DEVICE uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t value) {
+  return GpuWord(*word).fetch_add(value, ::cuda::memory_order_acq_rel);
+}
+FM_DEVICE void st_release_gpu(uint32_t* word, uint32_t value) {
+  GpuWord(*word).store(value, ::cuda::memory_order_release);
+}
+
+}  // namespace flashmoe::cuda::ptx

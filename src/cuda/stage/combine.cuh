@@ -1,0 +1,115 @@
+// y[t] = sum of the token's rows, weighted, in slot order and fp32: a column block at a time, while
+// the products of the next one run.
+#pragma once
+
+#include "cuda/kernel/forward.h"
+#include "cuda/kernel/roles.cuh"
+#include "cuda/stage/choose.cuh"
+#include "cuda/stage/copy_rows.cuh"
+#include "cuda/sync/wait.cuh"
+#include "cuda/tile/element.cuh"
+
+namespace flashmoe::cuda::stage {
+
+// A lane's eight columns.
+struct ColumnSums {
+  float values[kVector];
+
+  template <class Element>
+  FM_DEVICE void add(const int4& row, float weight) {
+    const uint32_t words[4] = {static_cast<uint32_t>(row.x), static_cast<uint32_t>(row.y),
+                               static_cast<uint32_t>(row.z), static_cast<uint32_t>(row.w)};
+    FM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = Element::unpack(words[i]);
+      values[2 * i] = fmaf(weight, pair.x, values[2 * i]);
+      values[2 * i + 1] = fmaf(weight, pair.y, values[2 * i + 1]);
+    }
+  }
+  template <class Element>
+  FM_DEVICE int4 rounded() const {
+    return {static_cast<int>(Element::pack(values[0], values[1])),
+            static_cast<int>(Element::pack(values[2], values[3])),
+            static_cast<int>(Element::pack(values[4], values[5])),
+            static_cast<int>(Element::pack(values[6], values[7]))};
+  }
+};
+
+// Columns [first, end) of one token. Whole warp: lane j knows slot j's row and weight.
+template <class Config>
+FM_DEVICE void combine_token(const kernel::ForwardParams& params, int32_t token, int32_t first,
+                             int32_t end) {
+  using Element = tile::ElementOf<Config::value.element>;
+  constexpr int kBatch = 4;  // rows whose loads are under way together
+  const auto& sizes = params.sizes;
+  const int32_t lane = ptx::lane_idx();
+  const int64_t slot = int64_t{token} * sizes.top_k + lane;
+  const bool has_slot = lane < sizes.top_k;
+  const int32_t own_row = has_slot ? params.memory.slot_row[slot] : kNoExpert;
+  const float own_weight = has_slot && !sizes.weight_on_input ? params.memory.weights[slot] : 1.0f;
+  const float start =
+      __any_sync(kAllLanes, own_row == kUndefined) ? __int_as_float(0x7FC00000) : 0.0f;
+  const auto* rows = static_cast<const uint16_t*>(params.memory.rows);
+  auto* y = static_cast<uint16_t*>(params.y) + token * params.y_stride;
+  for (int32_t base = first; base < end; base += 32 * kVector) {
+    const int32_t column = base + lane * kVector;
+    const bool exists = column < end;
+    ColumnSums sums;
+    FM_UNROLL
+    for (float& value : sums.values) value = start;
+    for (int32_t j = 0; j < sizes.top_k; j += kBatch) {
+      int4 values[kBatch];
+      FM_UNROLL
+      for (int i = 0; i < kBatch; ++i) {  // lanes from top_k on have no row
+        const int32_t row = __shfl_sync(kAllLanes, own_row, j + i);
+        values[i] = int4{};
+        if (exists && row >= 0) {
+          values[i] =
+              __ldcg(reinterpret_cast<const int4*>(rows + int64_t{row} * sizes.hidden + column));
+        }
+      }
+      FM_UNROLL
+      for (int i = 0; i < kBatch; ++i) {
+        const float weight = __shfl_sync(kAllLanes, own_weight, j + i);
+        if (__shfl_sync(kAllLanes, own_row, j + i) >= 0) sums.add<Element>(values[i], weight);
+      }
+    }
+    if (exists) *reinterpret_cast<int4*>(y + column) = sums.rounded<Element>();
+  }
+}
+
+// Warps of a CTA that combine: the communication warps, and the math warps after their last tile.
+inline constexpr int32_t kCombineWarps = config::kCommWarps + 8;
+
+// Combines unit after unit, of the first column block to the last, until none is left. num_blocks:
+// where the number of all experts' blocks is. Whole warp; kCombineWarps of every CTA come here.
+template <class Config>
+FM_DEVICE void combine(const kernel::ForwardParams& params, const int32_t& num_blocks,
+                       sync::Waiter& waiter) {
+  const auto& sizes = params.sizes;
+  auto& state = *params.memory.state;
+  int32_t ready = -1;  // column blocks up to here are known to be stored
+  while (true) {
+    int32_t unit = 0;
+    if (ptx::lane_idx() == 0) unit = static_cast<int32_t>(atomicAdd(&state.combine.next, 1u));
+    unit = __shfl_sync(kAllLanes, unit, 0);
+    const int32_t column_block = unit / sizes.combine_units;
+    const int32_t first = (unit - column_block * sizes.combine_units) * sizes.combine_tokens;
+    if (column_block >= sizes.column_blocks) break;
+    if (column_block > ready) {
+      const int32_t tiles = num_blocks * sizes.pairs_of_column_block(column_block);
+      waiter.wait_word(&params.memory.down_done[column_block], tiles * config::kClusterSize,
+                       sync::WaitTag::kDownDone);
+      if (!__all_sync(kAllLanes, waiter.alive())) break;
+      ready = column_block;
+    }
+    const int32_t end = min(first + sizes.combine_tokens, sizes.tokens);
+    const int32_t column = column_block * sizes.column_width;
+    for (int32_t token = first; token < end; ++token) {
+      combine_token<Config>(params, token, column, min(column + sizes.column_width, sizes.hidden));
+    }
+  }
+  if (ptx::lane_idx() == 0) kernel::finish_tickets(state.combine, gridDim.x * kCombineWarps);
+}
+
+}  // namespace flashmoe::cuda::stage

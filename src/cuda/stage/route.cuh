@@ -1,0 +1,127 @@
+// Ids, weights and histograms of tiles of 64 tokens.
+#pragma once
+
+#include "cuda/stage/choose.cuh"
+#include "cuda/stage/logits.cuh"
+
+namespace flashmoe::cuda::stage {
+
+// Writes a slot's routing where the next stages read it and, with a router, to the outputs.
+FM_DEVICE void write_slot(const kernel::ForwardParams& params, int32_t token, int32_t j,
+                          const Choice& choice, bool is_output) {
+  const int64_t slot = int64_t{token} * params.sizes.top_k + j;
+  params.memory.ids[slot] = choice.expert_idx;
+  params.memory.weights[slot] = choice.weight;
+  if (!is_output) return;
+  const int32_t id = choice.expert_idx == kUndefined ? kNoExpert : choice.expert_idx;
+  tile::write_index(params.router.ids, token, j, id);
+  tile::write_real(params.router.weights, token, j, choice.weight);
+}
+
+// Chooses the experts of a tile whose logits are there. All threads of the CTA.
+FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, int32_t arena_bytes,
+                           int32_t first_token) {
+  const auto& sizes = params.sizes;
+  const int32_t warp_idx = ptx::thread_idx() / 32;
+  const int32_t lane = ptx::lane_idx();
+  const int32_t warp_bytes = 4 * ChoiceMemory::words(sizes.num_experts);
+  const int32_t num_warps = min(config::kForwardWarps, arena_bytes / warp_bytes);
+  const int32_t end = min(first_token + kTileTokens, sizes.tokens);
+  if (warp_idx >= num_warps) return;
+  const ChoiceMemory memory = ChoiceMemory::from(arena, sizes.num_experts, warp_idx);
+  for (int32_t token = first_token + warp_idx; token < end; token += num_warps) {
+    const float* logits = params.router.logits + int64_t{token} * sizes.num_experts;
+    Choice choice{kUndefined, __int_as_float(0x7FC00000)};
+    if (are_defined(sizes.num_experts, logits)) {
+      choice = choose_experts(params.router, sizes.num_experts, sizes.top_k, logits, memory);
+    } else if (lane == 0) {
+      sync::write_report(params.report, sync::WaitTag::kUndefinedLogits, token, 0);
+    }
+    if (lane < sizes.top_k) write_slot(params, token, lane, choice, true);
+  }
+}
+
+// The routing that came from outside, for the slots of a tile. Whole warp.
+FM_DEVICE void read_tile(const kernel::ForwardParams& params, int32_t first_slot,
+                         int32_t num_slots) {
+  const auto& sizes = params.sizes;
+  for (int32_t i = ptx::lane_idx(); i < num_slots; i += 32) {
+    const int32_t token = (first_slot + i) / sizes.top_k;
+    const int32_t j = first_slot + i - token * sizes.top_k;
+    const int64_t id = tile::read_index(params.router.ids, token, j);
+    if (id < kNoExpert) sync::write_report(params.report, sync::WaitTag::kInvalidId, token, 0);
+    Choice choice{kNoExpert, 0.0f};
+    if (id >= 0 && id < sizes.num_experts) {
+      choice = {static_cast<int32_t>(id), tile::read_real(params.router.weights, token, j)};
+    }
+    write_slot(params, token, j, choice, false);
+  }
+}
+
+// Places of a tile's slots among those of the same expert, in slot order, and how many there are.
+// Whole warp; counts: [E] words of shared memory.
+FM_DEVICE void rank_tile(const kernel::ForwardParams& params, int32_t* counts, int32_t tile_idx,
+                         int32_t first_slot, int32_t num_slots) {
+  const auto& sizes = params.sizes;
+  const int32_t lane = ptx::lane_idx();
+  for (int32_t e = lane; e < sizes.num_experts; e += 32) counts[e] = 0;
+  __syncwarp();
+  for (int32_t first = 0; first < num_slots; first += 32) {
+    const bool exists = first + lane < num_slots;
+    const int32_t slot = first_slot + first + lane;
+    const int32_t id = exists ? params.memory.ids[slot] : kNoExpert;
+    const uint32_t same = __match_any_sync(kAllLanes, id);
+    const uint32_t before = same & ((1u << lane) - 1);
+    const int32_t base = id >= 0 ? counts[id] : 0;
+    __syncwarp();
+    if (id >= 0 && before == 0) counts[id] = base + __popc(same);
+    if (exists) params.memory.slot_ranks[slot] = id >= 0 ? base + __popc(before) : -1;
+    __syncwarp();
+  }
+  for (int32_t e = lane; e < sizes.num_experts; e += 32) {
+    params.memory.histograms[int64_t{e} * sizes.route_tiles + tile_idx] = counts[e];
+  }
+  __syncwarp();
+}
+
+FM_DEVICE void check_selection_bias(const kernel::ForwardParams& params) {
+  if (params.router.selection_bias.data == nullptr || blockIdx.x != 0) return;
+  for (int32_t e = ptx::thread_idx(); e < params.sizes.num_experts; e += config::kForwardThreads) {
+    if (!isnan(tile::read_real(params.router.selection_bias, e))) continue;
+    sync::write_report(params.report, sync::WaitTag::kUndefinedBias, e, 0);
+  }
+}
+
+// Routing of all tiles. All threads of all CTAs; arena: shared memory of the CTA.
+template <class Element>
+FM_DEVICE void route(const kernel::ForwardParams& params, uint8_t* arena, int32_t arena_bytes) {
+  const auto& sizes = params.sizes;
+  const bool is_fused = params.router.weight != nullptr;
+  const auto num_ctas = static_cast<int32_t>(gridDim.x);
+  if (is_fused) {
+    check_selection_bias(params);
+    for (int32_t tile_idx = blockIdx.x; tile_idx < sizes.route_tiles; tile_idx += num_ctas) {
+      const int32_t first_token = tile_idx * kTileTokens;
+      for (int32_t expert = 0; expert < sizes.num_experts; expert += LogitsLayout::kExperts) {
+        compute_logits<Element>(params, arena, {first_token, expert});
+      }
+      choose_tile(params, arena, arena_bytes, first_token);
+      __syncthreads();
+    }
+  }
+  // The CTA that chose a tile's experts also ranks its slots; a warp takes a tile.
+  const auto warp_idx = ptx::thread_idx() / 32;
+  auto* counts = reinterpret_cast<int32_t*>(arena) + warp_idx * sizes.num_experts;
+  for (int32_t tile_idx = blockIdx.x + warp_idx * num_ctas; tile_idx < sizes.route_tiles;
+       tile_idx += config::kForwardWarps * num_ctas) {
+    const int32_t first_slot = tile_idx * kTileTokens * sizes.top_k;
+    const int32_t num_slots = min(kTileTokens * sizes.top_k, sizes.slots() - first_slot);
+    if (!is_fused) {
+      read_tile(params, first_slot, num_slots);
+      __syncwarp();
+    }
+    rank_tile(params, counts, tile_idx, first_slot, num_slots);
+  }
+}
+
+}  // namespace flashmoe::cuda::stage
