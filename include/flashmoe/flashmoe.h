@@ -337,6 +337,7 @@ struct LayerConfig {
   bool weight_on_input = false;
   double capacity_factor = 0.0;  // 0: dropless
   Routing routing{};
+  int64_t layer_id = 0;  // tells layers of the same sizes apart: must agree between the ranks
 };
 
 // Experts of this rank: w_up [E_loc, G*I, H], w_down [E_loc, H, I], w_gate [E_loc, I, H] with
@@ -427,6 +428,7 @@ class Layer {
     layer_.num_groups = config.routing.num_groups;
     layer_.top_groups = config.routing.top_groups;
     layer_.group_top = config.routing.group_top;
+    layer_.layer_id = config.layer_id;
   }
 
   // From now on all tensors lie on a CUDA device and launches are queued on `stream` (a

@@ -2,6 +2,7 @@
 // every operand to its place.
 #include <array>
 #include <numeric>
+#include <thread>
 
 #include "flashmoe/flashmoe.h"
 #include "layer_case.h"
@@ -83,6 +84,36 @@ TEST(PublicHeader, GroupsCarryTheErrorsOfTheLibrary) {
   EXPECT_THROW(groups[1].set("speed", 1), InvalidValueError);
   layer.use_cuda(1 << 20, nullptr);
   EXPECT_THROW(layer.experts(call), Error) << "there is no such device";
+}
+
+// The exception of another rank, through threads: the layers differ in nothing but their number.
+TEST(PublicHeader, RanksThatCallDifferentLayersAreTold) {
+  const std::vector<Group> groups = Group::local(2);
+  std::array<int, 2> mismatches{};
+  const auto run = [&](int32_t rank) {
+    Layer layer(groups[static_cast<size_t>(rank)], {.hidden = 1,
+                                                    .intermediate = 1,
+                                                    .num_experts = 2,
+                                                    .top_k = 1,
+                                                    .activation = {FM_RELU, false},
+                                                    .layer_id = rank});
+    const float one = 1;
+    const int32_t id = 0;
+    float y = 0;
+    try {
+      layer.experts({.x = {&one, {1, 1}},
+                     .topk_ids = {&id, {1, 1}},
+                     .topk_weights = {&one, {1, 1}},
+                     .experts = {.w_up = {&one, {1, 1, 1}}, .w_down = {&one, {1, 1, 1}}},
+                     .y = {&y, {1, 1}}});
+    } catch (const RankMismatchError&) {
+      mismatches[static_cast<size_t>(rank)] = 1;
+    }
+  };
+  std::thread other(run, 1);
+  run(0);
+  other.join();
+  EXPECT_EQ(mismatches, (std::array{1, 1}));
 }
 
 TEST(PublicHeader, EveryOperandReachesItsPlace) {
