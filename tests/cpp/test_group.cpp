@@ -1,6 +1,7 @@
 // The protocol between ranks, attacked: growth, epochs across the wrap, failures, shared memory.
 #include <dirent.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -482,6 +483,61 @@ TEST(Concurrency, CallsOfTwoThreadsTakeTurns) {
   });
   EXPECT_EQ(first.output_bytes(), calm_bytes(first, false));
   EXPECT_EQ(second.output_bytes(), calm_bytes(second, false));
+}
+
+// --- fork -----------------------------------------------------------------------------------
+
+// What body() returns in a child process; -1 when it did not come to an end.
+int in_child(const std::function<int()>& body) {
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    _exit(body());
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+// The parent's threads are not there in the child, whatever they held.
+TEST(Fork, AChildUsesAndClosesTheGroupOfARankAlone) {
+  if (kSanitized) GTEST_SKIP() << "ThreadSanitizer ends a forked child that starts threads";
+  Rng rng(1);
+  LayerCase c(rng, small_layer(4, 2), {.world = 1, .tokens = {70}});
+  fm_group group = nullptr;
+  expect_ok(outcome(fm_group_create_self(&group)));
+  expect_ok(outcome(fm_group_set(group, "num_threads", 3)));
+  expect_ok(forward_alone(c, group));
+  const auto expected = c.output_bytes();
+  EXPECT_EQ(in_child([&] {
+              c.poison_outputs();
+              const bool good = forward_alone(c, group).status == FM_OK;
+              fm_group_destroy(group);
+              return good && c.output_bytes() == expected ? 0 : 1;
+            }),
+            0);
+  EXPECT_EQ(in_child([&] {
+              fm_group_destroy(group);
+              return 0;
+            }),
+            0);
+  expect_ok(forward_alone(c, group));
+  fm_group_destroy(group);
+}
+
+TEST(Fork, AGroupOfSeveralRanksIsRefusedInAChild) {
+  if (kSanitized) GTEST_SKIP() << "ThreadSanitizer ends a forked child that starts threads";
+  Rng rng(1);
+  LayerCase c(rng, small_layer(2, 1), {.world = 2, .tokens = {5, 5}});
+  const Ranks group(2);
+  expect_all_ok(c.forward(group));
+  EXPECT_EQ(in_child([&] {
+              const Outcome refused = forward_alone(c, group[0]);
+              const bool named = refused.text.find("forked") != std::string::npos;
+              return refused.status == FM_UNSUPPORTED && named ? 0 : 1;
+            }),
+            0);
+  expect_all_ok(c.forward(group));  // the parent's group is as it was
 }
 
 // --- shared memory --------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def test_hundred_thousand_launches_across_the_wrap(tmp_path):
     soak_processes(tmp_path, 100_000)
 
 
+@pytest.mark.slow
 def test_launches_of_threads_across_the_wrap():
     launches = 2000
     groups = flashmoe.local_group(4)
@@ -74,6 +75,7 @@ def test_launches_of_threads_across_the_wrap():
         assert result[0] <= launches
 
 
+@pytest.mark.slow
 def test_thousand_groups_of_processes(tmp_path):
     with rank_processes(2, tmp_path) as ranks:
         answers = ranks.all(
@@ -90,6 +92,7 @@ def test_thousand_groups_of_processes(tmp_path):
         assert ranks.printed() == ""
 
 
+@pytest.mark.slow
 def test_thousand_groups_of_threads():
     before = None
     for cycle in range(1000):
@@ -145,6 +148,7 @@ def test_names_of_the_living_are_not_removed(tmp_path):
         process.close()
 
 
+@pytest.mark.slow
 def test_ranks_killed_at_random_moments(tmp_path):
     """All ranks of a group are killed, later each time, from the making of the group on."""
     for attempt in range(12):
@@ -228,6 +232,7 @@ def test_peer_of_another_world():
     assert "world differs" in str(error) and "3" in str(error)
 
 
+@pytest.mark.slow
 def test_absent_rank_ends_the_join_of_all(tmp_path):
     """Two of three ranks make a group: both name the third, and no name stays."""
     token = new_token()

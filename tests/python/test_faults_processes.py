@@ -14,6 +14,7 @@ VICTIM = 1
 FORWARD = ["route", "plan", "push", "up", "down", "return", "combine"]
 BACKWARD = ["plan", "up", "weight", "combine"]
 PLACES = [("forward", phase) for phase in FORWARD] + [("backward", phase) for phase in BACKWARD]
+QUICK = [("forward", "up"), ("backward", "weight")]
 
 
 def start_step_with_a_stop(ranks, direction, phase, again=False):
@@ -38,7 +39,11 @@ def survivors(ranks):
     return Ranks(process for rank, process in enumerate(ranks) if rank != VICTIM)
 
 
-@pytest.mark.parametrize(("direction", "phase"), PLACES)
+@pytest.mark.parametrize(
+    ("direction", "phase"),
+    [pytest.param(*place, marks=() if place in QUICK else pytest.mark.slow) for place in PLACES],
+    ids=["-".join(place) for place in PLACES],
+)
 def test_killed_peer(tmp_path, direction, phase):
     """SIGKILL in every phase of both directions: the survivors need not even wait for the
     deadline, because the system tells them that the process is gone."""
@@ -78,6 +83,7 @@ def test_peer_stopped_inside_the_deadline(tmp_path, direction, phase):
         ranks.assert_all_right(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("direction", "phase"), [("forward", "plan"), ("forward", "up"), ("backward", "down")]
 )
@@ -97,6 +103,7 @@ def test_peer_stopped_past_the_deadline(tmp_path, direction, phase):
         assert ranks.printed() == ""
 
 
+@pytest.mark.slow
 def test_all_stopped_past_the_deadline(tmp_path):
     """A job that is suspended as a whole goes on: time in which a rank itself did not run is not
     held against its peers."""
@@ -139,6 +146,7 @@ def test_peer_that_calls_something_else(tmp_path, kind, field):
         assert ranks.printed() == ""
 
 
+@pytest.mark.slow
 def test_peer_that_raises_and_skips_the_call(tmp_path):
     with rank_processes(3, tmp_path, timeout_s=DEADLINE_S) as ranks:
         ranks.assert_all_right(1)
@@ -154,6 +162,7 @@ def test_peer_that_raises_and_skips_the_call(tmp_path):
         assert ranks.printed() == ""
 
 
+@pytest.mark.slow
 def test_abort_from_another_thread(tmp_path):
     """All waits of all processes end within a tenth of a second; the best of three."""
     slowest = []
@@ -176,12 +185,14 @@ def test_abort_from_another_thread(tmp_path):
     assert min(slowest) < 0.1
 
 
+@pytest.mark.slow
 def test_random_delays_in_every_phase(tmp_path):
     """0 to 5 ms before each task, on one rank more than on the others: the same bits."""
     with rank_processes(3, tmp_path, jitter_us=5000.0, num_threads=2) as ranks:
         ranks.assert_all_right(3)
 
 
+@pytest.mark.slow
 def test_rank_late_by_ten_seconds(tmp_path):
     """With a deadline of 12 s for each wait: no false timeout, here or in what follows, because
     the clock of a wait starts with that wait, after the ranks have met."""
@@ -221,6 +232,7 @@ def test_overlapping_groups(tmp_path):
                 assert answer.value == 3, answer
 
 
+@pytest.mark.slow
 def test_two_threads_on_one_group_are_refused(tmp_path):
     """The ranks could serve them in different orders: an error on all, at once."""
     with rank_processes(2, tmp_path, timeout_s=20.0) as ranks:

@@ -69,6 +69,7 @@ def test_protocol_has_no_error(tmp_path, size):
     print(re.search(r"\d+ states, stored", report.replace("\t", " ")).group())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", MUTATIONS)
 def test_broken_rule_is_found(tmp_path, rule):
     report = search(tmp_path, "N=2", "L=5", rule)
