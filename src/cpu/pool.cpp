@@ -7,7 +7,8 @@ namespace flashmoe::cpu {
 // A fork leaves the workers behind, in whatever they did: their mutex may be held for ever, and a
 // condition variable that somebody waits on cannot be destroyed. The child leaves all of it alone.
 void ThreadPool::leave_after_fork() {
-  if (owner_process_ != getpid()) static_cast<void>(crew_.release());
+  if (owner_process_ == getpid()) return;
+  [[maybe_unused]] const Crew* left_alone = crew_.release();
 }
 
 ThreadPool::~ThreadPool() {
