@@ -33,6 +33,7 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parent
 PLUGIN = Path(__file__).stem
 VARIABLE = "TRANSFORMERS_SUITE_EXPERTS"
+LAUNCHES = "TRANSFORMERS_SUITE_LAUNCHES"  # the file that the tests' process leaves their number in
 IMPLEMENTATIONS = ("eager", "flashmoe")
 MODELS = (
     "mixtral",
@@ -54,9 +55,17 @@ ABSENT = {
 def pytest_configure() -> None:
     """In the process of the tests: the implementation of every model that was told none."""
     import flashmoe
+    from flashmoe import _core
     from transformers.modeling_utils import PreTrainedModel
 
     flashmoe.integrations.transformers.register()
+    described = _core.layer
+
+    def layer(*operands):
+        launches.append(operands[0])
+        return described(*operands)
+
+    _core.layer = layer  # every launch of the engine asks it for its layer
     chosen = os.environ[VARIABLE]
     checked = PreTrainedModel.get_correct_experts_implementation
 
@@ -64,6 +73,13 @@ def pytest_configure() -> None:
         return checked(self, chosen if requested_experts is None else requested_experts)
 
     PreTrainedModel.get_correct_experts_implementation = get_correct_experts_implementation
+
+
+launches: list[str] = []
+
+
+def pytest_unconfigure() -> None:
+    Path(os.environ[LAUNCHES]).write_text(str(len(launches)))
 
 
 def source_tests(into: Path) -> Path:
@@ -92,9 +108,11 @@ def run(
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", PLUGIN]
         command += ["-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={report}", *options]
+        count = Path(folder) / "launches.txt"
         environment = {
             **os.environ,
             VARIABLE: implementation,
+            LAUNCHES: str(count),
             "PYTHONPATH": os.pathsep.join((str(SCRIPTS), os.environ.get("PYTHONPATH", ""))),
             "HF_HUB_OFFLINE": "1",
             "RUN_TRAINING_TESTS": str(int(training)),
@@ -110,6 +128,9 @@ def run(
             )
         if not report.exists():
             raise SystemExit(log.read_text()[-4000:])
+        print(f"{implementation:10} {count.read_text()} launches of flashmoe")
+        if (implementation == "flashmoe") != (int(count.read_text()) > 0):
+            raise SystemExit("the tests did not use the implementation that they were told to")
         cases = ElementTree.parse(report).iter("testcase")
         return {f"{case.get('classname')}::{case.get('name')}": outcome(case) for case in cases}
 
