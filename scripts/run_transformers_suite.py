@@ -13,7 +13,7 @@ With --checkout: `tests/models/NAME/test_modeling_NAME.py` of a git checkout of 
 installed version, whole.
 
 Every test runs twice, and every model in it uses the implementation unless the test chooses one.
-The exit code is 1 if a test passes with eager and not with flashmoe. Needs `parameterized`.
+The exit code is 1 if a test ends differently; build/logs has the output. Needs `parameterized`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parent
+LOGS = SCRIPTS.parent / "build" / "logs"
 PLUGIN = Path(__file__).stem
 VARIABLE = "TRANSFORMERS_SUITE_EXPERTS"
 LAUNCHES = "TRANSFORMERS_SUITE_LAUNCHES"  # the file that the tests' process leaves their number in
@@ -117,7 +118,8 @@ def run(
             "HF_HUB_OFFLINE": "1",
             "RUN_TRAINING_TESTS": str(int(training)),
         }
-        log = root / f"{implementation}.log"
+        LOGS.mkdir(parents=True, exist_ok=True)
+        log = LOGS / f"transformers-{implementation}.log"
         with log.open("w") as output:
             subprocess.run(
                 [*command, *map(str, targets)],
