@@ -28,6 +28,8 @@ TAIL_LINES = 60
 TAIL_COLUMNS = 240
 # C++ cases with this in their name take long: not in a quick run, not under a sanitizer.
 SLOW_CPP = "Slow"
+FUZZ_SECONDS = 600
+FUZZ_EXAMPLES = 13_000  # of each kind: about ten minutes on two busy cores
 SANITIZER_OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
     "ASAN_OPTIONS": "detect_stack_use_after_return=1:strict_string_checks=1",
@@ -172,12 +174,35 @@ def sanitizer(preset: str) -> Callable[[Context], Outcome]:
     return step
 
 
+def fuzz(context: Context) -> Outcome:
+    """The fuzzers for ten minutes each; `make test` gives them seconds (docs/reliability.md)."""
+    build(context, "asan")
+    program = BUILD / "asan" / "tests" / "fuzz" / "fuzz_c_api"
+    command = [program, "--seconds", str(FUZZ_SECONDS), "--seed", str(time.time_ns())]
+    outcome = Outcome()
+    if context.run(command, **SANITIZER_OPTIONS):
+        outcome.failures.append("fuzz_c_api")
+    else:
+        outcome.passed += 1
+    report = LOGS / f"{context.name}.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "--timeout=1800", f"--junitxml={report}"]
+    examples = {"FLASHMOE_TEST_EXAMPLES": str(FUZZ_EXAMPLES)}
+    python = read_junit(
+        report, context.run([*command, "tests/python/test_faults_config.py"], **examples)
+    )
+    outcome.passed += python.passed
+    outcome.failures += python.failures
+    return outcome
+
+
 @dataclass(frozen=True)
 class Step:
     name: str
     run: Callable[[Context], Outcome]
     quick: bool = True  # part of a quick run
     needed: bool = False  # the later steps mean nothing without it
+    by_name: bool = False  # runs only when it is named
 
 
 STEPS = [
@@ -187,6 +212,7 @@ STEPS = [
     Step("python", python_tests),
     Step("tsan", sanitizer("tsan"), quick=False),
     Step("asan", sanitizer("asan"), quick=False),
+    Step("fuzz", fuzz, quick=False, by_name=True),
 ]
 
 
@@ -232,7 +258,8 @@ def main() -> int:
     passed = failed = 0
     start = time.perf_counter()
     for step in STEPS:
-        if step.name not in (options.steps or names) or (options.quick and not step.quick):
+        asked = step.name in options.steps if options.steps else not step.by_name
+        if not asked or (options.quick and not step.quick):
             continue
         outcome = run_step(step, Context(step.name, options.quick, options.verbose))
         passed += outcome.passed

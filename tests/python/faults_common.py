@@ -35,15 +35,16 @@ ANSWER_S = 60.0  # a rank that has not answered by then hangs
 _context = multiprocessing.get_context("forkserver")
 # With what the first call would import, two seconds a process.
 _context.set_forkserver_preload(["torch", "tvm_ffi", "flashmoe.passes", "flashmoe.ops"])
-_tokens = (f"faults{os.getpid()}-{number}" for number in itertools.count())
+OURS = f"faults{os.getpid()}-"  # how the tokens of this run start
+_tokens = (f"{OURS}{number}" for number in itertools.count())
 
 
 def new_token():
     return next(_tokens)
 
 
-def segments(token="flashmoe-"):
-    """Names in shared memory that belong to a token, or to any group."""
+def segments(token=OURS):
+    """Names in shared memory of a token, or of any of this run."""
     return {path.name for path in SHARED_MEMORY.glob("flashmoe-*") if token in path.name}
 
 
@@ -416,7 +417,6 @@ class Ranks(list):
 @contextmanager
 def rank_processes(count, directory, **options):
     """`count` processes, joined to one group; killed in the end. Nothing may be left of them."""
-    before = segments()
     ranks = Ranks(RankProcess(directory / f"rank{rank}.log") for rank in range(count))
     try:
         ranks.join(**options)
@@ -424,4 +424,4 @@ def rank_processes(count, directory, **options):
     finally:
         for process in ranks:
             process.close()
-    assert not segments() - before
+    assert not segments()

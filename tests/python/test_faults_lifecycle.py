@@ -1,7 +1,6 @@
 """Groups over their whole life: thousands of launches and of groups, processes that end in every
 way, joins that fail. Nothing may be wrong, and nothing may be left."""
 
-import os
 import signal
 import threading
 import time
@@ -117,7 +116,7 @@ def test_nothing_is_left_after_any_exit(tmp_path, way):
         answer = ranks[0].answer()
         assert answer.error == "WaitTimeoutError" and "rank 1 is gone" in answer.text
         ranks[1].process.join()
-        assert not segments(f"faults{os.getpid()}")
+        assert not segments()
 
 
 def test_names_of_killed_ranks_are_removed_by_the_next_start(tmp_path):
@@ -163,7 +162,7 @@ def test_ranks_killed_at_random_moments(tmp_path):
         for process in ranks:
             process.close()
     with rank_processes(2, tmp_path):
-        assert not segments(f"faults{os.getpid()}")
+        assert not segments()
 
 
 def wait_for_segment(word):
