@@ -6,7 +6,7 @@ if(FLASHMOE_CUDA)
                PATH_SUFFIXES bin)
   if(FLASHMOE_NVCC)
     # Hopper with its own instructions (wgmma, TMA): SASS of sm_90a runs on no other architecture.
-    set(CMAKE_CUDA_ARCHITECTURES 90a CACHE STRING "CUDA architectures")
+    set(CMAKE_CUDA_ARCHITECTURES 90a-real CACHE STRING "CUDA architectures")
     set(CMAKE_CUDA_COMPILER "${FLASHMOE_NVCC}" CACHE FILEPATH "CUDA compiler")
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
     enable_language(CUDA)

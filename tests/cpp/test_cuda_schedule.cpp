@@ -65,10 +65,10 @@ TEST(CudaSchedule, BlocksAreThePlansBlocks) {
 
 TEST(CudaSchedule, StepsRoundRowsUp) {
   EXPECT_TRUE(Tile{}.is_end());
-  EXPECT_EQ((Tile{0, 1, 0, 0}.num_steps()), 1);
-  EXPECT_EQ((Tile{0, 16, 0, 0}.num_steps()), 1);
-  EXPECT_EQ((Tile{0, 17, 0, 0}.num_steps()), 2);
-  EXPECT_EQ((Tile{0, kMaxRows, 0, 0}.num_steps()), 12);
+  EXPECT_EQ((Tile{0, 1, 0, 0, 0}.num_steps()), 1);
+  EXPECT_EQ((Tile{0, 16, 0, 0, 0}.num_steps()), 1);
+  EXPECT_EQ((Tile{0, 17, 0, 0, 0}.num_steps()), 2);
+  EXPECT_EQ((Tile{0, kMaxRows, 0, 0, 0}.num_steps()), 12);
 }
 
 TEST(CudaConfig, FitsTheRegistersAndSharedMemoryOfHopper) {

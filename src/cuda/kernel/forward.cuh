@@ -34,13 +34,15 @@
 
 namespace flashmoe::cuda::kernel {
 
-template <class Config>
-struct ForwardShared : tile::SharedMemory<config::UpOf<Config>> {
+struct ForwardExtra {
   tile::ExpertMemory experts;
   // The tile of each math warpgroup while its products run: no registers are free for it. Written
   // by one thread before the barrier that opens the loop, read by all after the products.
   tile::Tile current[2];
 };
+
+template <class Config>
+using ForwardShared = tile::SharedMemory<config::UpOf<Config>, ForwardExtra>;
 
 // Waits until the tile's operands are in global memory. One thread.
 FM_DEVICE void wait_for_operands(const ForwardParams& params, const tile::Tile& tile,
@@ -60,7 +62,7 @@ FM_DEVICE void forward_tickets(const ForwardParams& params, ForwardShared<Config
   const bool is_taker = ptx::lane_idx() == 0;
   TileWriter tiles(smem.tiles);
   const auto& sizes = params.sizes;
-  const tile::Walk walk{smem.experts.table(sizes.num_experts), Config::value.up().max_tokens,
+  const tile::Walk walk{smem.extra.experts.table(sizes.num_experts), Config::value.up().max_tokens,
                         sizes.up_pairs, sizes.down_pairs, sizes.column_pairs};
   uint32_t pace_parity = 0;
   for (bool is_first = true;; is_first = false) {
@@ -190,7 +192,7 @@ FM_DEVICE void forward_math(const ForwardParams& params, ForwardShared<Config>& 
     turns.pass();
     pass_over();
   }
-  tile::Tile& current = smem.current[warpgroup_idx];
+  tile::Tile& current = smem.extra.current[warpgroup_idx];
   while (true) {
     if (threadIdx.x % config::kWarpgroup == 0) current = tile;
     if (!staging.all(!tile.is_end() && waiter.alive())) break;
@@ -216,7 +218,7 @@ FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>
   if (!sync::meet_all(barrier, waiter)) return false;
   stage::scan_histograms(params);
   if (!sync::meet_all(barrier, waiter)) return false;
-  stage::place_rows(params, smem.experts, arena);
+  stage::place_rows(params, smem.extra.experts, arena);
   // The arena becomes operand stages, which the copy engine fills.
   ptx::fence_proxy_async(ptx::space_shared);
   return sync::meet_all(barrier, waiter);
@@ -238,13 +240,15 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
   } else if (warpgroup_idx == 3) {
     ptx::setmaxnreg_dec<config::kCommRegisters>();
     const int32_t warp_idx = ptx::thread_idx() / 32 % config::kCommWarps;
-    stage::copy_rows<Config>(params, smem.experts.table(params.sizes.num_experts),
+    stage::copy_rows<Config>(params, smem.extra.experts.table(params.sizes.num_experts),
                              warp_idx * gridDim.x + blockIdx.x, gridDim.x * config::kCommWarps);
-    stage::combine<Config>(params, smem.experts.blocks_before[params.sizes.num_experts], waiter);
+    stage::combine<Config>(params, smem.extra.experts.blocks_before[params.sizes.num_experts],
+                           waiter);
   } else {
     ptx::setmaxnreg_inc<kUp.math_registers>();
     forward_math<Config>(params, smem, waiter, warpgroup_idx - 1);
-    stage::combine<Config>(params, smem.experts.blocks_before[params.sizes.num_experts], waiter);
+    stage::combine<Config>(params, smem.extra.experts.blocks_before[params.sizes.num_experts],
+                           waiter);
   }
 }
 
@@ -272,6 +276,8 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
 
 template <config::ForwardConfig Config>
 ForwardEntry forward_entry_of() {
+  constexpr std::size_t kSharedLimit = 227 * 1024;  // a Hopper CTA's
+  static_assert(sizeof(ForwardShared<Config>) <= kSharedLimit);
   return {reinterpret_cast<const void*>(&forward<Config>), sizeof(ForwardShared<Config>),
           Config::value};
 }

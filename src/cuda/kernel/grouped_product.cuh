@@ -19,12 +19,14 @@
 
 namespace flashmoe::cuda::kernel {
 
-template <class Config>
-struct ProductShared : tile::SharedMemory<Config> {
+struct ProductExtra {
   // The tile of each math warpgroup while its products run: no registers are free for it. Written
   // by one thread before the barrier that opens the loop, read by all after the products.
   tile::Tile current[2];
 };
+
+template <class Config>
+using ProductShared = tile::SharedMemory<Config, ProductExtra>;
 
 // Whole warp of the leader. The next ticket is taken when half of a tile is loaded: early enough to
 // hide the counter's latency, late enough that no pair sits on a tile that another could start.
@@ -118,7 +120,7 @@ FM_DEVICE void math_role(const GroupedProductParams& params, ProductShared<Confi
     turns.pass();
     pass_over();
   }
-  tile::Tile& current = smem.current[warpgroup_idx];
+  tile::Tile& current = smem.extra.current[warpgroup_idx];
   // The four warps leave together, also when the time of one of them is over: they meet at
   // barriers.
   while (true) {

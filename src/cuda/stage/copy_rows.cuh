@@ -27,7 +27,7 @@ FM_DEVICE int4 scaled(int4 vector, float weight) {
 // Copies one row. Whole warp; several loads of a lane are under way at a time.
 template <class Config>
 FM_DEVICE void copy_row(const kernel::ForwardParams& params, int32_t row) {
-  constexpr int kBatch = 4;
+  constexpr int kBatch = 8;
   const auto& sizes = params.sizes;
   const int32_t token = params.memory.row_token[row];
   const float weight = sizes.weight_on_input ? params.memory.row_weight[row] : 1.0f;

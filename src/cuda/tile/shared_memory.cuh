@@ -7,7 +7,8 @@
 
 namespace flashmoe::cuda::tile {
 
-template <config::GroupedProductConfig Config>
+// Extra: what else a kernel keeps. A member and not a derived struct, whose base would be padded.
+template <config::GroupedProductConfig Config, class Extra>
 struct SharedMemory {
   static constexpr config::GroupedProduct kConfig = Config::value;
   static constexpr int kStages = kConfig.num_stages;
@@ -24,6 +25,7 @@ struct SharedMemory {
   // Completed by the leader's load thread in the middle of each tile: the next ticket is due.
   uint64_t pace;
   sync::TurnBarriers turns;
+  Extra extra;
 
   // One thread of the CTA, before the cluster is synchronised.
   FM_DEVICE void init() {

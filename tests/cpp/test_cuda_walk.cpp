@@ -1,0 +1,139 @@
+// The forward's walk from tickets to tiles and its scratch table: pure functions, tested without a
+// GPU.
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+#include <vector>
+
+#include "cuda/config/forward.h"
+#include "cuda/tile/walk.h"
+
+namespace flashmoe::cuda {
+namespace {
+
+using tile::Tile;
+
+constexpr int32_t kMaxRows = config::Forward{}.up().max_tokens;
+constexpr int32_t kMaxPairs = 8;
+
+// The table as the plan writes it, from the rows of each expert.
+struct Table {
+  std::vector<int32_t> begin{0}, rows, blocks_before{0};
+
+  explicit Table(std::vector<int32_t> rows_of_expert) : rows(std::move(rows_of_expert)) {
+    const tile::TileGrid grid{kMaxRows, 1};
+    for (const int32_t count : rows) {
+      const int32_t groups = (count + config::kRowGroup - 1) / config::kRowGroup;
+      begin.push_back(begin.back() + groups * config::kRowGroup);
+      blocks_before.push_back(blocks_before.back() + grid.num_blocks(count));
+    }
+  }
+  tile::ExpertTable view() const {
+    return {begin.data(), rows.data(), blocks_before.data(), static_cast<int32_t>(rows.size())};
+  }
+};
+
+std::vector<int32_t> random_rows(std::mt19937& random, int32_t num_experts) {
+  std::vector<int32_t> rows(num_experts);
+  for (int32_t& count : rows) count = random() % 3 == 0 ? 0 : static_cast<int32_t>(random() % 700);
+  return rows;
+}
+
+// Every row of every expert, with every weight pair of either product, exactly once; and whatever a
+// tile needs has a smaller ticket.
+void expect_cover_and_order(const Table& table, const tile::Walk& walk) {
+  const int32_t all_rows = table.begin.back();
+  std::vector<bool> covered(2 * kMaxPairs * all_rows);  // [product][pair][row]
+  int64_t num_covered = 0;
+  std::map<int32_t, int32_t> up_tiles_of_block;  // by first row
+  int32_t column_block = -1;
+  for (int32_t ticket = 0;; ++ticket) {
+    const Tile tile = walk.tile_at(ticket);
+    if (tile.is_end()) break;
+    const int32_t e = tile.local_expert_idx;
+    ASSERT_GE(tile.row_begin, table.begin[e]);
+    ASSERT_LE(tile.row_begin + tile.num_rows, table.begin[e] + table.rows[e]);
+    for (int32_t row = 0; row < tile.num_rows; ++row) {
+      const size_t at = (size_t{kMaxPairs} * tile.product + tile.weight_pair_idx) * all_rows +
+                        tile.row_begin + row;
+      ASSERT_FALSE(covered[at]);
+      covered[at] = true;
+      ++num_covered;
+    }
+    if (tile.product == tile::kUpProduct) {
+      ASSERT_LT(column_block, 0) << "an up tile behind down tiles";
+      ++up_tiles_of_block[tile.row_begin];
+      continue;
+    }
+    ASSERT_EQ(up_tiles_of_block[tile.row_begin], walk.up_pairs);
+    ASSERT_GE(tile.weight_pair_idx / walk.column_pairs, column_block);
+    column_block = tile.weight_pair_idx / walk.column_pairs;
+  }
+  int64_t rows = 0;
+  for (const int32_t count : table.rows) rows += count;
+  ASSERT_EQ(num_covered, rows * (walk.up_pairs + walk.down_pairs));
+}
+
+TEST(CudaWalk, CoversEveryTileOnceAndInOrder) {
+  std::mt19937 random(7);
+  for (const int32_t num_experts : {1, 2, 7, 32, 33, 100}) {
+    for (int round = 0; round < 4; ++round) {
+      const Table table(random_rows(random, num_experts));
+      const auto down_pairs = static_cast<int32_t>(1 + random() % 6);
+      const auto column_pairs = static_cast<int32_t>(1 + random() % down_pairs);
+      expect_cover_and_order(table, {table.view(), kMaxRows, static_cast<int32_t>(1 + random() % 4),
+                                     down_pairs, column_pairs});
+    }
+  }
+}
+
+TEST(CudaWalk, NoRowsNoTiles) {
+  const Table table(std::vector<int32_t>(5, 0));
+  EXPECT_TRUE((tile::Walk{table.view(), kMaxRows, 3, 4, 2}.tile_at(0).is_end()));
+}
+
+TEST(CudaWalk, FindsTheExpertOfEveryRowGroup) {
+  std::mt19937 random(3);
+  const Table table(random_rows(random, 50));
+  for (int32_t e = 0; e < 50; ++e) {
+    for (int32_t row = table.begin[e]; row < table.begin[e + 1]; row += config::kCopyRows) {
+      ASSERT_EQ(table.view().expert_of_row(row), e) << row;
+    }
+  }
+}
+
+TEST(CudaForward, RegionsOfTheScratchDoNotOverlap) {
+  const auto table = config::forward_table({.tokens = 1000,
+                                            .hidden = 192,
+                                            .intermediate = 128,
+                                            .num_experts = 65,
+                                            .top_k = 3,
+                                            .state_bytes = 24,
+                                            .own_logits = true,
+                                            .weight_on_input = true});
+  int64_t end = 0;
+  for (const plan::Region& region : table.regions) {
+    EXPECT_GE(region.offset, end) << region.name;
+    EXPECT_EQ(region.offset % plan::kRegionAlign, 0) << region.name;
+    EXPECT_GT(region.bytes, 0) << region.name;
+    end = region.offset + region.bytes;
+  }
+  EXPECT_GE(table.total, end);
+}
+
+// A region whose words must last between launches lies where no size moves it.
+TEST(CudaForward, StateIsFirst) {
+  const auto table = config::forward_table({.tokens = 0,
+                                            .hidden = 64,
+                                            .intermediate = 64,
+                                            .num_experts = 1,
+                                            .top_k = 1,
+                                            .state_bytes = 24,
+                                            .own_logits = false,
+                                            .weight_on_input = false});
+  EXPECT_EQ(table[config::ForwardScratch::kState].offset, 0);
+}
+
+}  // namespace
+}  // namespace flashmoe::cuda
