@@ -1,6 +1,7 @@
 """Groups over their whole life: thousands of launches and of groups, processes that end in every
 way, joins that fail. Nothing may be wrong, and nothing may be left."""
 
+import fcntl
 import signal
 import threading
 import time
@@ -186,15 +187,17 @@ def join_beside(forge):
     thread = threading.Thread(target=join)
     thread.start()
     wait_for_segment(f"{token}-0")
-    block = b""
-    while b"control block" not in block:  # its introduction is complete
+    block = bytes(4)
+    while block[:4] in (b"", bytes(4)):  # hello comes last: then the introduction is complete
         block = (SHARED_MEMORY / f"flashmoe-{token}-0").read_bytes()
-    other = SHARED_MEMORY / f"flashmoe-{token}-1"
     hidden = SHARED_MEMORY / f"forged-{token}"
-    hidden.write_bytes(forge(block))
-    hidden.rename(other)
-    thread.join()
-    other.unlink(missing_ok=True)
+    with hidden.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as its owner does: nobody takes it for an orphan
+        file.write(forge(block))
+        file.flush()
+        other = hidden.rename(SHARED_MEMORY / f"flashmoe-{token}-1")
+        thread.join()
+        other.unlink(missing_ok=True)
     assert not segments(token)
     (error,) = raised
     return error

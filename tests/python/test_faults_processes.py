@@ -70,6 +70,7 @@ def test_killed_between_two_calls(tmp_path):
         assert left.printed() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("direction", "phase"), [("forward", "up"), ("backward", "return")])
 def test_peer_stopped_inside_the_deadline(tmp_path, direction, phase):
     with rank_processes(3, tmp_path, timeout_s=20.0) as ranks:
@@ -130,6 +131,7 @@ MISUSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "field"), MISUSES.items(), ids=MISUSES)
 def test_peer_that_calls_something_else(tmp_path, kind, field):
     """Every rank names the field; the group stays usable."""
@@ -220,6 +222,7 @@ def test_two_groups_on_the_same_processes(tmp_path):
         assert [answer.value for answer in answers] == [[20, 20]] * 2, answers
 
 
+@pytest.mark.slow
 def test_overlapping_groups(tmp_path):
     """Groups of {0, 1} and {1, 2}: the rank in both serves one after the other."""
     with rank_processes(3, tmp_path) as ranks:
