@@ -174,6 +174,19 @@ class Rank:
                 before = resources()
         return before, resources()
 
+    def thread_cycles(self, count):
+        """As `group_cycles` with four ranks that are threads of this process."""
+        for cycle in range(count):
+            groups = flashmoe.local_group(4)
+            if cycle % 10 == 0:
+                results = passes.on_all_ranks(lambda r, groups=groups: soak(groups[r], 3, 1), 4)
+                assert all(isinstance(result, tuple) for result in results), results
+            for group in groups:
+                group.close()
+            if cycle == 100:
+                before = resources()
+        return before, resources()
+
     def two_groups(self, tokens, rank, world, count, expected):
         """Two groups over the same processes, each used by a thread of its own, at once."""
         ends = []

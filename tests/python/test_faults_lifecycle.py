@@ -17,7 +17,6 @@ from faults_common import (
     expected_outputs,
     new_token,
     rank_processes,
-    resources,
     segments,
     soak,
 )
@@ -93,18 +92,11 @@ def test_thousand_groups_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_thousand_groups_of_threads():
-    before = None
-    for cycle in range(1000):
-        groups = flashmoe.local_group(4)
-        if cycle % 10 == 0:
-            results = passes.on_all_ranks(lambda rank, groups=groups: soak(groups[rank], 3, 1), 4)
-            assert all(isinstance(result, tuple) for result in results), results
-        for group in groups:
-            group.close()
-        if cycle == 100:
-            before = resources()
-    assert_no_leak(before, resources())
+def test_thousand_groups_of_threads(tmp_path):
+    alone = RankProcess(tmp_path / "alone.log")
+    alone.start("thread_cycles", count=1000)
+    assert_no_leak(*alone.value())
+    alone.close()
 
 
 @pytest.mark.parametrize("way", ["exit", "hard exit", "SIGTERM", "SIGABRT"])

@@ -238,6 +238,7 @@ def test_overlapping_groups(tmp_path):
 def test_two_threads_on_one_group_are_refused(tmp_path):
     """The ranks could serve them in different orders: an error on all, at once."""
     with rank_processes(2, tmp_path, timeout_s=20.0) as ranks:
+        ranks.assert_all_right(1)
         ranks[1].start("late", seconds=1.0, expected=expected_outputs(2)[1])
         ranks[0].start("two_threads")
         (first, first_text), (second, second_text) = ranks[0].value()
