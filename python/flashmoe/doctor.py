@@ -1,7 +1,8 @@
 """`flashmoe doctor`: what of this machine FlashMoE can use, and what to do about what it can not.
 
 Every check tries the thing itself where it can: a layer on one rank, on threads, over shared
-memory, through torch. Nothing here needs more than the package's own dependencies.
+memory, through torch, on two ranks of mpirun; a collective of gloo; a program for the compiler.
+What is only looked up says so. Nothing here needs more than the package's own dependencies.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import platform
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ SHOWN_RANKS, SHOWN_HIDDEN = 8, 4096  # an example
 SMALL_SHM_BYTES = 1 << 30  # containers have 64 MiB unless told otherwise
 HOPPER = (9, 0)  # the compute capability that the kernels are for
 COMMAND_TIMEOUT_S = 60
+GLOO_TIMEOUT_S = 20
 # From cuda.h.
 CUDA_ERROR_NO_DEVICE = 100
 ATTRIBUTE_MAJOR, ATTRIBUTE_MINOR = 75, 76
@@ -73,27 +76,35 @@ def lines(checks: list[Check]) -> Iterator[str]:
             yield f"{'':23} -> {check.advice}"
     problems = [check.name for check in checks if check.status == PROBLEM]
     yield ""
-    yield f"to be mended: {', '.join(problems)}" if problems else "FlashMoE works here"
+    yield f"to be mended: {', '.join(problems)}" if problems else "FlashMoE works here, on the CPU"
 
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def output(*command: str) -> str | None:
-    """What a program says; None if it is not there or fails."""
+def attempt(*command: str, text: str = "", **environment: str) -> tuple[bool, str]:
+    """Runs a program on an input: whether it went well, and what it said."""
     try:
         done = subprocess.run(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            input=text,
             text=True,
+            errors="replace",
+            env={**os.environ, **environment},
             timeout=COMMAND_TIMEOUT_S,
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, first_line(error)
+    return done.returncode == 0, done.stdout.strip()
+
+
+def output(*command: str) -> str | None:
+    """What a program says; None if it is not there or fails."""
+    well, said = attempt(*command)
+    return said if well else None
 
 
 # ---- the package ---------------------------------------------------------------------------------
@@ -226,7 +237,31 @@ def torch(name: str) -> Iterator[Check]:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         yield Check(name, PROBLEM, f"{found}; no gloo", "install a torch built with gloo")
         return
-    yield Check(name, OK, f"{found}; gloo is there")
+    try:
+        gloo()
+    except Exception as error:
+        advice = "gloo needs a host name that resolves: see /etc/hosts, or GLOO_SOCKET_IFNAME=lo"
+        yield Check(name, PROBLEM, f"{found}; gloo fails: {first_line(error)}", advice)
+        return
+    yield Check(name, OK, f"{found}; gloo connects two ranks")
+
+
+def gloo() -> None:
+    """A sum over two ranks of gloo, in threads. Raises RuntimeError."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    store, timeout = dist.HashStore(), timedelta(seconds=GLOO_TIMEOUT_S)
+
+    def run(rank: int) -> None:
+        ones = torch.ones(1)
+        dist.ProcessGroupGloo(store, rank, 2, timeout).allreduce([ones]).wait()
+        if ones.item() != 2:
+            raise AssertionError(f"gloo says that 1 + 1 is {ones.item()}")
+
+    on_two_ranks(run)
 
 
 def mpi(name: str) -> Iterator[Check]:
@@ -235,7 +270,7 @@ def mpi(name: str) -> Iterator[Check]:
         advice = "to start ranks with mpirun: apt-get install openmpi-bin"
         yield Check(name, ABSENT, "no mpirun", advice)
     else:
-        yield Check(name, OK, said.splitlines()[0])
+        yield mpirun(name, said.splitlines()[0])
     # In a process of its own: a broken MPI ends the process that loads it.
     code = "from mpi4py import MPI; print(MPI.Get_library_version())"
     binding = output(sys.executable, "-c", code)
@@ -250,7 +285,64 @@ def mpi(name: str) -> Iterator[Check]:
         yield Check("mpi4py", ABSENT, "not installed", advice)
 
 
+# Each rank; the group of both is the one that a user gets.
+ON_A_RANK = """
+import flashmoe
+from flashmoe import doctor
+with flashmoe.world_group() as group:
+    assert group.world == 2, f"{group.world} ranks where 2 were started"
+    doctor.doubled(group, group.rank, group.world)
+"""
+
+
+def mpirun(name: str, version: str) -> Check:
+    """A layer on two ranks that mpirun starts."""
+    from .launch import detect
+
+    try:
+        inside = detect() is not None
+    except (ValueError, NotImplementedError):
+        inside = True
+    if inside:
+        return Check(name, OK, f"{version}; not tried from inside of a launcher")
+    environment = {
+        "FLASHMOE_TIMEOUT_S": str(COMMAND_TIMEOUT_S // 2),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        # Two ranks on a machine of one core: Open MPI 4, and 5.
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    }
+    # The ranks meet by the name of Open MPI's job; others' jobs have none.
+    named = "Open MPI" in version
+    environment["MASTER_ADDR"] = "" if named else "127.0.0.1"
+    environment["MASTER_PORT"] = "" if named else str(free_port())
+    well, said = attempt("mpirun", "-np", "2", sys.executable, "-c", ON_A_RANK, **environment)
+    if not well:
+        words = [line for line in said.splitlines() if line.strip(" -")] or ["it says nothing"]
+        advice = "see whether mpirun -np 2 hostname works, then report the rest of what it says"
+        return Check(name, PROBLEM, f"{version}; two ranks fail: {words[-1][:200]}", advice)
+    root = named and os.geteuid() == 0
+    advice = "as root, Open MPI asks for mpirun --allow-run-as-root" if root else ""
+    return Check(name, OK, f"{version}; two ranks are right", advice)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 # ---- the tools that build it ---------------------------------------------------------------------
+
+
+NO_EIGEN = "finds no Eigen"
+PROGRAM = f"""
+#include <barrier>
+#include <span>
+#if !__has_include(<Eigen/Core>) && !__has_include(<eigen3/Eigen/Core>)
+#error {NO_EIGEN}
+#endif
+"""
 
 
 def compiler(name: str) -> Iterator[Check]:
@@ -262,11 +354,18 @@ def compiler(name: str) -> Iterator[Check]:
     elif int(version.split(".")[0]) < MIN_GXX and "clang" not in command:
         yield Check(name, ABSENT, f"{command} {version} is too old", advice)
     else:
-        yield Check(name, OK, f"{command} {version}")
+        well, said = attempt(command, "-std=c++20", "-fsyntax-only", "-x", "c++", "-", text=PROGRAM)
+        if well:
+            yield Check(name, OK, f"{command} {version}; reads C++20 and Eigen")
+        elif NO_EIGEN in said:
+            advice = "only to build from source: apt-get install libeigen3-dev"
+            yield Check(name, ABSENT, f"{command} {version}; {NO_EIGEN}", advice)
+        else:
+            yield Check(name, ABSENT, f"{command} {version} does not read C++20", advice)
 
 
 def cuda(name: str) -> Iterator[Check]:
-    """The toolkit, then the driver and its GPUs."""
+    """The toolkit. Looked up: nothing is compiled with it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     command = os.path.join(home, "bin", "nvcc") if home else "nvcc"
     said = re.search(r"release (\d+)\.(\d+)", output(command, "--version") or "")
@@ -276,7 +375,7 @@ def cuda(name: str) -> Iterator[Check]:
     elif tuple(map(int, said.groups())) < MIN_NVCC:
         yield Check(name, ABSENT, f"nvcc {said[1]}.{said[2]} is too old", advice.format(*MIN_NVCC))
     else:
-        yield Check(name, OK, f"nvcc {said[1]}.{said[2]}")
+        yield Check(name, OK, f"nvcc {said[1]}.{said[2]}; not tried")
 
 
 class DriverError(RuntimeError):
@@ -348,7 +447,7 @@ def gpus(name: str, library: str = "libcuda.so.1") -> Iterator[Check]:
     for idx in range(count):
         model, capability, memory = driver.device(idx)
         found = f"{model}, compute capability {capability[0]}.{capability[1]}, "
-        found += f"{mebibytes(memory) // 1024} GiB, driver for CUDA {major}.{minor}"
+        found += f"{mebibytes(memory) // 1024} GiB, driver for CUDA {major}.{minor}; not tried"
         advice = ""
         if capability != HOPPER:
             advice = f"the kernels are for Hopper (9.0): {cpu}"
@@ -369,7 +468,7 @@ def peer_access(name: str, driver: Driver, count: int) -> Check:
     pairs = list(permutations(range(count), 2))
     apart = [f"{one} to {other}" for one, other in pairs if not driver.reaches(one, other)]
     if not apart:
-        return Check(name, OK, f"between all {count} GPUs")
+        return Check(name, OK, f"between all {count} GPUs, as the driver says; not tried")
     advice = (
         "several ranks need NVLink or PCIe peer access: see nvidia-smi topo -m, and switch off "
     )

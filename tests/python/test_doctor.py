@@ -58,6 +58,8 @@ def test_this_machine_is_well(capsys, no_launcher):
     for name in ("engine", "shared memory"):
         assert found[name]["status"] == "ok"
     assert _core.version() in found["engine"]["found"]
+    if shutil.which("mpirun"):
+        assert found["mpi"]["status"] == "ok" and "two ranks are right" in found["mpi"]["found"]
     assert all(check["advice"] for check in report["checks"] if check["status"] != "ok")
 
 
@@ -134,7 +136,20 @@ def test_torch_is_optional(monkeypatch):
 
 def test_torch_is_tried():
     pytest.importorskip("torch")
-    assert one("torch").status == "ok" and "gradients are right" in one("torch").found
+    check = one("torch")
+    assert check.status == "ok" and "gradients are right; gloo connects two" in check.found
+
+
+def test_gloo_is_tried(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.distributed.ProcessGroupGloo, "allreduce", broken_allreduce)
+    check = one("torch")
+    assert check.status == "problem" and "gloo fails: host not known" in check.found
+    assert "/etc/hosts" in check.advice
+
+
+def broken_allreduce(*unused):
+    raise RuntimeError("host not known\nfrom gloo/transport")
 
 
 @pytest.fixture
@@ -144,9 +159,11 @@ def tools(tmp_path, monkeypatch):
     for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
 
-    def make(name, said, status=0):
+    def make(name, said, status=0, unless="no option", said_then=""):
+        """``unless``: an option under which it fails and says something else."""
         path = tmp_path / name
-        path.write_text(f"#!/bin/sh\necho '{said}'\nexit {status}\n")
+        fails = f"case \"$*\" in *'{unless}'*) echo '{said_then}'; exit 1;; esac"
+        path.write_text(f"#!/bin/sh\n{fails}\necho '{said}'\nexit {status}\n")
         path.chmod(0o755)
 
     return make
@@ -167,20 +184,58 @@ def test_tools_that_are_too_old(tools, monkeypatch):
     tools("g++", "12.1.0")
     tools("nvcc", "Cuda compilation tools, release 12.10, V12.10.1")
     assert one("compiler").status == one("cuda").status == "ok"
+    assert one("cuda").found == "nvcc 12.10; not tried"
     tools("clang++", "14.0")
     monkeypatch.setenv("CXX", "clang++")
-    assert one("compiler").found == "clang++ 14.0"
+    assert one("compiler").found == "clang++ 14.0; reads C++20 and Eigen"
     tools("nvcc", "broken", status=1)
     assert one("cuda").status == "absent"
 
 
-def test_mpi4py_without_mpi(tools, monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [("error: finds no Eigen", "g++ 12.1.0; finds no Eigen"), ("oops", "does not read C++20")],
+)
+def test_a_compiler_that_cannot_build(tools, said, found):
+    tools("g++", "12.1.0", unless="-fsyntax-only", said_then=said)
+    check = one("compiler")
+    assert check.status == "absent" and found in check.found and "apt-get" in check.advice
+
+
+def test_the_compiler_is_tried(monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(doctor, "PROGRAM", "int main() { return nothing; }")
+    assert "does not read C++20" in one("compiler").found
+
+
+def test_mpirun_that_starts_nothing(tools, no_launcher, monkeypatch):
+    tools("mpirun", "mpirun (Open MPI) 4.1.4", unless="-np", said_then="not enough slots")
+    check = examined("mpi")[0]
+    assert check.status == "problem" and "mpirun -np 2 hostname" in check.advice
+    assert check.found == "mpirun (Open MPI) 4.1.4; two ranks fail: not enough slots"
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert "not tried from inside of a launcher" in examined("mpi")[0].found
+
+
+def test_ranks_of_mpirun_that_are_wrong(no_launcher, monkeypatch):
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+    monkeypatch.setattr(doctor, "ON_A_RANK", doctor.ON_A_RANK.replace("== 2", "== 3"))
+    check = examined("mpi")[0]
+    assert check.status == "problem" and "two ranks fail" in check.found
+
+
+def test_mpi4py_without_mpi(tools, no_launcher, monkeypatch):
     said = {"mpirun": "mpirun (Open MPI) 4.1.4\n\nReport bugs", "import mpi4py": ""}
     monkeypatch.setattr(
         doctor, "output", lambda *command: said.get(command[-1], said.get(command[0]))
     )
+    monkeypatch.setattr(doctor, "attempt", lambda *command, **environment: (True, ""))
     mpirun, binding = examined("mpi")
-    assert mpirun.found == "mpirun (Open MPI) 4.1.4"
+    assert mpirun.found == "mpirun (Open MPI) 4.1.4; two ranks are right"
     assert binding.status == "problem" and "openmpi-bin" in binding.advice
     said["mpirun"] = None
     assert examined("mpi")[1].status == "absent"
@@ -211,7 +266,7 @@ def test_gpus_and_their_peers(driver, monkeypatch):
     monkeypatch.setattr(_core, "build_info", lambda: "cpu: x | cuda: H200 (sm_90, 132 SMs)")
     first, second, peers = driver()
     assert first.status == "ok"
-    assert first.found == "H200, compute capability 9.0, 141 GiB, driver for CUDA 13.1"
+    assert first.found == "H200, compute capability 9.0, 141 GiB, driver for CUDA 13.1; not tried"
     assert second.status == "absent" and "Hopper" in second.advice
     assert peers.status == "absent" and peers.found == "not from 1 to 0"
     assert "nvidia-smi topo" in peers.advice
