@@ -32,6 +32,8 @@ HEADERS = {
 # System package -> the program that it brings. A test says so where one is missing.
 OPTIONAL_PROGRAMS = {"openmpi-bin": "mpirun", "spin": "spin"}
 
+APT_INSTALL = ["apt-get", "install", "-y", "-q", "--no-install-recommends"]
+
 COMMAND = """\
 #!{python}
 import sys
@@ -70,23 +72,29 @@ def missing_packages() -> list[str]:
     return missing
 
 
+def apt(command: list[str], needed: bool) -> None:
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(command, check=needed, env=environment, stdout=subprocess.DEVNULL)
+
+
 def install_system_packages() -> None:
     missing = missing_packages()
     optional = [name for name, tool in OPTIONAL_PROGRAMS.items() if shutil.which(tool) is None]
     may_install = shutil.which("apt-get") is not None and os.geteuid() == 0
-    command = "apt-get install -y --no-install-recommends " + " ".join(missing + optional)
     if missing and shutil.which("apt-get") is None:
         raise SetupError("missing, by their Debian names: " + " ".join(missing))
     if missing and not may_install:
+        command = " ".join([*APT_INSTALL, *missing, *optional])
         raise SetupError(f"run this, then try again:\nsudo apt-get update && sudo {command}")
-    if (missing or optional) and may_install:
+    if may_install and (missing or optional):
         print("setup: system packages", *missing, *optional, flush=True)
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for step in ("apt-get update -q", command + " -q"):
-            subprocess.run(
-                step.split(), check=bool(missing), env=environment, stdout=subprocess.DEVNULL
-            )
-    elif optional:
+        apt(["apt-get", "update", "-q"], needed=bool(missing))
+        if missing:
+            apt([*APT_INSTALL, *missing], needed=True)
+        for name in optional:  # one by one: not every system has all of them
+            apt([*APT_INSTALL, name], needed=False)
+    optional = [name for name in optional if shutil.which(OPTIONAL_PROGRAMS[name]) is None]
+    if optional:
         print("setup: not installed, their tests are skipped:", *optional, flush=True)
     version = subprocess.run([compiler(), "-dumpversion"], capture_output=True, text=True)
     if int(version.stdout.split(".")[0]) < MIN_GXX:
