@@ -35,7 +35,8 @@ typedef enum fm_status {
   FM_INVALID_TYPE = 2, /* a dtype or device that is not accepted (Python: TypeError) */
   FM_ROUTING = 3,      /* non-finite router logits or an id below -1 (Python: RoutingError) */
   FM_MISMATCH = 4,     /* ranks disagree, or a peer refused its call (Python: RankMismatchError) */
-  FM_TIMEOUT = 5,      /* a bounded wait ran out (Python: WaitTimeoutError) */
+  FM_TIMEOUT = 5,      /* a bounded wait ran out, or the rank waited for is gone (Python:
+                          WaitTimeoutError) */
   FM_ABORTED = 6,      /* the group was aborted, here or by a peer (Python: GroupAbortedError) */
   FM_OUT_OF_MEMORY = 7,
   FM_UNSUPPORTED = 8, /* valid, but not by this engine or build (Python: UnsupportedError) */
@@ -99,8 +100,8 @@ typedef struct fm_layer {
   int64_t num_groups;  /* 0 or 1: no group limit */
   int64_t top_groups;  /* groups that stay eligible */
   int64_t group_top;   /* a group's score is the sum of its best group_top selection scores */
-  int64_t layer_id; /* any number; ranks whose calls have different ones get FM_MISMATCH: it tells
-                       layers of the same sizes apart */
+  int64_t layer_id; /* any number up to 2^53; ranks whose calls have different ones get FM_MISMATCH:
+                       it tells layers of the same sizes apart */
 } fm_layer;
 
 /* A strided tensor. data NULL: absent. Strides in elements. Never changes. */

@@ -68,7 +68,8 @@ struct RoutingError : ErrorOf<FM_ROUTING> {
 struct RankMismatchError : ErrorOf<FM_MISMATCH> {
   using ErrorOf::ErrorOf;
 };
-// A bounded wait ran out: the text names rank, phase and epoch.
+// A bounded wait ran out, or the process of the rank waited for has ended: the text names rank,
+// phase and epoch.
 struct WaitTimeoutError : ErrorOf<FM_TIMEOUT> {
   using ErrorOf::ErrorOf;
 };
@@ -240,7 +241,8 @@ using ConstView = BasicView<const void>;
 // ---- groups -------------------------------------------------------------------------------------
 
 // One rank's end of an expert-parallel group; the last copy releases it. A group is used by one
-// launch at a time: a second caller waits.
+// launch at a time. A second thread waits for its turn on a group of one rank; on a larger one it
+// gets UnsupportedError and the group is aborted.
 class Group {
  public:
   // One rank.

@@ -264,11 +264,13 @@ def _failure(kind: type[FlashMoEError], text: str) -> dict[str, Any]:
     return {"kind": kind.__name__, "error": text}
 
 
-def _receive(peer: socket.socket, deadline: float | None) -> dict[str, Any]:
+def _receive(
+    peer: socket.socket, deadline: float | None, most_bytes: int = _MOST_BYTES
+) -> dict[str, Any]:
     """One line of JSON, an empty dict if there is none."""
     data = b""
     try:
-        while not data.endswith(b"\n") and len(data) < _MOST_BYTES:
+        while not data.endswith(b"\n") and len(data) < most_bytes:
             peer.settimeout(_left(deadline))
             part = peer.recv(4096)
             if not part:
@@ -294,7 +296,8 @@ def _report(launch: Launch, own: dict[str, Any], deadline: float | None) -> dict
                 time.sleep(_CONNECT_PAUSE_S)
                 continue
             # Rank 0 tells of its own deadline: the last word is worth a moment more.
-            reply = _receive(connection, None if deadline is None else deadline + 1.0)
+            last_word = None if deadline is None else deadline + 1.0
+            reply = _receive(connection, last_word, _MOST_BYTES * (launch.world + 1))
             if reply:
                 return reply
         time.sleep(_CONNECT_PAUSE_S)

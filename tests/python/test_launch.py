@@ -135,6 +135,16 @@ def test_all_ranks_hear_all(address):
             assert heard == [{"rank": rank} for rank in range(4)]
 
 
+def test_all_that_the_ranks_gave_is_more_than_one_may_give(address):
+    value = "x" * 30_000
+
+    def one(rank):
+        return exchange(Launch("environment", rank, 4, address), value)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(4))) == [[value] * 4] * 4
+
+
 def test_a_rank_that_stays_away_is_named_everywhere(address, monkeypatch):
     monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "1.5")
     for error in meet(*(Launch("environment", rank, 4, address) for rank in (0, 2))):
