@@ -219,8 +219,19 @@ def _of_process_group(name: str) -> Group:
 
     def make() -> int:
         handle = make_shm(process_group.rank(), process_group.size(), gather)
-        _process_groups[name] = weakref.ref(process_group)
+        _process_groups[name] = weakref.ref(process_group, gone)
         return handle
+
+    def gone(reference: weakref.ref[Any]) -> None:
+        """After destroy_process_group, once nobody holds the process group any more."""
+        with _lock:
+            if _process_groups.get(name) is not reference:
+                return
+            del _process_groups[name]
+            _making.pop(name, None)
+            group = _groups.get(name)
+        if group is not None:
+            group.close()
 
     return made_once(name, is_current, make)
 
@@ -313,6 +324,7 @@ def _close_all() -> None:
         # MPI would call back into Python when it ends, after Python has.
         if mpi is not None and not mpi.Is_finalized():
             communicator.Delete_attr(_communicator_key)
+    _process_groups.clear()
     for group in list(_groups.values()):
         group.close()
 

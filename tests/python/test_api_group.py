@@ -199,6 +199,19 @@ PROCESS_GROUP = """
     except flashmoe.errors.FlashMoEError as error:
         print(type(error).__name__)
 
+    # it goes with its process group
+    def mapped():
+        return open("/proc/self/maps").read().count("/dev/shm/flashmoe-")
+
+    before = (len(groups._groups), mapped())
+    for _ in range(3):
+        part = dist.new_group([0, 1])
+        flashmoe.moe(x[rank], w_router, *local, top_k=2, group=part)
+        assert mapped() > before[1]
+        dist.destroy_process_group(part)
+        del part
+        assert (len(groups._groups), mapped()) == before
+
     # a name that torch uses again belongs to a new group
     old = groups.lookup("pg:" + pg.group_name)
     dist.destroy_process_group()
