@@ -17,6 +17,7 @@
 #pragma once
 
 #include "cuda/kernel/forward.h"
+#include "cuda/kernel/mark.cuh"
 #include "cuda/kernel/roles.cuh"
 #include "cuda/ptx/prefetch.cuh"
 #include "cuda/ptx/registers.cuh"
@@ -54,7 +55,7 @@ FM_DEVICE void wait_for_operands(const ForwardParams& params, const tile::Tile& 
                    is_up ? sync::WaitTag::kRowsReady : sync::WaitTag::kUpDone);
 }
 
-// Whole warp of the leader. The next ticket is taken when half of a tile is loaded.
+// Whole warp of the leader. Tickets are taken one tile ahead, at the pace of the load.
 template <class Config>
 FM_DEVICE void forward_tickets(const ForwardParams& params, ForwardShared<Config>& smem,
                                sync::Waiter waiter) {
@@ -65,6 +66,7 @@ FM_DEVICE void forward_tickets(const ForwardParams& params, ForwardShared<Config
   const tile::Walk walk{smem.extra.experts.table(sizes.num_experts), Config::value.up().max_tokens,
                         sizes.up_pairs, sizes.down_pairs, sizes.column_pairs};
   uint32_t pace_parity = 0;
+  bool is_down = false;
   for (bool is_first = true;; is_first = false) {
     if (!is_first) {
       waiter.wait(&smem.pace, pace_parity, sync::WaitTag::kPace);
@@ -77,10 +79,20 @@ FM_DEVICE void forward_tickets(const ForwardParams& params, ForwardShared<Config
     if (is_taker && !tile.is_end()) wait_for_operands(params, tile, waiter);
     if (!__all_sync(0xFFFFFFFF, waiter.alive())) tile = tile::Tile{};
     tiles.send(tile, waiter);
+    if (is_taker && is_first) set_mark_of_first(params, Mark::kUp);
+    if (is_taker && tile.product == tile::kDownProduct && !is_down) {
+      set_mark_of_first(params, Mark::kDown);
+    }
+    is_down = tile.product == tile::kDownProduct;
     if (tile.is_end()) break;
   }
+  if (is_taker) set_mark_of_first(params, Mark::kLastTile);
   if (is_taker) finish_tickets(params.memory.state->tickets, num_clusters);
 }
+
+// The next ticket is taken when this many k-blocks less than half of a tile are loaded: a ticket,
+// its tile and the look at what the tile depends on take as long as a few k-blocks.
+inline constexpr int32_t kPaceLead = 4;
 
 // Weights of one k-block; separate gate and up tensors are two copies of 64 rows.
 template <class Config>
@@ -113,6 +125,7 @@ FM_DEVICE void forward_load(const ForwardParams& params, ForwardShared<Config>& 
     const CUtensorMap& tokens =
         is_up ? params.row_tokens[num_steps - 1] : params.hidden_tokens[num_steps - 1];
     const int32_t num_k_blocks = tile::k_blocks_of(tile, params.sizes);
+    const int32_t pace_block = max(num_k_blocks / 2 - kPaceLead, 0);
     for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
       stages.acquire(num_bytes, waiter);
       auto& stage = smem.stages[stages.slot()];
@@ -126,7 +139,7 @@ FM_DEVICE void forward_load(const ForwardParams& params, ForwardShared<Config>& 
                                                    params.down_weights, tile.local_expert_idx,
                                                    weight_tile_idx, depth);
       }
-      if (k_block == num_k_blocks / 2 && cta_rank == 0) {
+      if (k_block == pace_block && cta_rank == 0) {
         ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
       }
       stages.advance();
@@ -215,6 +228,7 @@ FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>
   sync::GridBarrier* barrier = &params.memory.state->barrier;
   stage::clear_counters(params, params.sizes.row_groups);
   stage::route<Element>(params, arena, static_cast<int32_t>(sizeof(smem.stages)));
+  if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kRouted);
   if (!sync::meet_all(barrier, waiter)) return false;
   stage::scan_histograms(params);
   if (!sync::meet_all(barrier, waiter)) return false;
@@ -242,13 +256,13 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
     const int32_t warp_idx = ptx::thread_idx() / 32 % config::kCommWarps;
     stage::copy_rows<Config>(params, smem.extra.experts.table(params.sizes.num_experts),
                              warp_idx * gridDim.x + blockIdx.x, gridDim.x * config::kCommWarps);
-    stage::combine<Config>(params, smem.extra.experts.blocks_before[params.sizes.num_experts],
-                           waiter);
+    stage::combine<Config, 1, 4>(params, smem.extra.experts.blocks_before[params.sizes.num_experts],
+                                 waiter);
   } else {
     ptx::setmaxnreg_inc<kUp.math_registers>();
     forward_math<Config>(params, smem, waiter, warpgroup_idx - 1);
-    stage::combine<Config>(params, smem.extra.experts.blocks_before[params.sizes.num_experts],
-                           waiter);
+    stage::combine<Config, 2, 8>(params, smem.extra.experts.blocks_before[params.sizes.num_experts],
+                                 waiter);
   }
 }
 
@@ -259,6 +273,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   auto& smem = *reinterpret_cast<ForwardShared<Config>*>(raw);
   const int32_t cta_rank = ptx::get_sreg_cluster_ctarank();
   if (ptx::thread_idx() == 0) {
+    set_mark_of_first(params, Mark::kStart);
     smem.init();
     ptx::prefetch_tensormap(&params.up_weights[0]);
     ptx::prefetch_tensormap(&params.down_weights);
@@ -267,6 +282,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   const bool all_here = route_and_plan<Config>(params, smem, waiter);
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
+  if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kPlanned);
   if (all_here) run_roles<Config>(params, smem, cta_rank);
   // Nobody leaves while the other CTA may still write or arrive here.
   __syncwarp();

@@ -13,12 +13,25 @@
 
 namespace flashmoe::cuda::kernel {
 
+// When the launch passed what; nanoseconds of the GPU's global timer, written by the first cluster.
+enum class Mark : int32_t {
+  kStart,
+  kRouted,    // its tiles are routed
+  kPlanned,   // all CTAs have the plan
+  kUp,        // its first up tile may start
+  kDown,      // its first down tile may start
+  kLastTile,  // no tile is left
+  kEnd,       // all tokens are combined
+  kCount
+};
+
 // The head of the scratch: zero when made, and left by every launch as the next one needs it.
 struct ForwardState {
   TicketCounter tickets;
   // Combine units given out, and warps that found none left; the last of those leaves zeros.
   TicketCounter combine;
   sync::GridBarrier barrier;
+  uint64_t marks[static_cast<int>(Mark::kCount)];  // of the last launch
 };
 
 // A tensor of up to two dimensions whose dtype is known at run time. Strides in elements.

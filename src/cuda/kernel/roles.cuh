@@ -27,12 +27,12 @@ FM_DEVICE int32_t take_ticket(TicketCounter& tickets, bool is_first, int32_t num
   return num_clusters + static_cast<int32_t>(atomicAdd(&tickets.next, 1u));
 }
 
-// Each of num_takers calls once, after its last ticket; the last one leaves zeros.
-FM_DEVICE void finish_tickets(TicketCounter& tickets, int32_t num_takers) {
-  if (atomicAdd(&tickets.finished, 1u) + 1 == static_cast<uint32_t>(num_takers)) {
-    tickets.next = 0;
-    tickets.finished = 0;
-  }
+// Each of num_takers calls once, after its last ticket; the last one (true) leaves zeros.
+FM_DEVICE bool finish_tickets(TicketCounter& tickets, int32_t num_takers) {
+  if (atomicAdd(&tickets.finished, 1u) + 1 != static_cast<uint32_t>(num_takers)) return false;
+  tickets.next = 0;
+  tickets.finished = 0;
+  return true;
 }
 
 }  // namespace flashmoe::cuda::kernel

@@ -56,16 +56,15 @@ kernel::ForwardEntry kernel_for(const fm_layer& layer, const Operands& operands)
                              : kernel::forward_fp16_columns(epilogue, down);
 }
 
-// A column block of the down product is combined while the next one runs. Where the intermediate
-// size is large, the combine is a small part of the layer, and going over all experts once keeps
-// the hidden rows of an expert in the L2 cache.
-int32_t choose_column_pairs(int64_t intermediate, int32_t down_pairs) {
-  constexpr int32_t kPairs = 2;  // 512 columns
-  constexpr int64_t kLargeIntermediate = 4096;
-  return intermediate >= kLargeIntermediate ? down_pairs : std::min(kPairs, down_pairs);
+// A column block of the down product is combined while the next one runs. Wider ones leave more to
+// combine at the end, narrower ones read the hidden rows more often, which costs experts with few
+// rows most (docs/perf-notes.md).
+int32_t choose_column_pairs(const plan::Problem& problem) {
+  constexpr int64_t kFewRows = 512;
+  return problem.slots() / problem.num_experts <= kFewRows ? 4 : 2;
 }
 
-// Every warp of 132 SMs has a few units, and a unit is at most eight tokens.
+// Every warp of 132 SMs has a few units of a column block, and a unit is at most eight tokens.
 int32_t choose_combine_tokens(int64_t tokens) {
   constexpr int64_t kUnits = 4096;
   return static_cast<int32_t>(std::clamp<int64_t>(tokens / kUnits, 1, 8));
@@ -99,9 +98,8 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
   sizes.capacity = static_cast<int32_t>(plan::expert_capacity(layer.capacity_factor, problem));
   sizes.up_pairs = pairs(problem.intermediate, config.up());
   sizes.down_pairs = pairs(problem.hidden, config.down());
-  sizes.column_pairs = column_pairs > 0
-                           ? std::min(column_pairs, sizes.down_pairs)
-                           : choose_column_pairs(problem.intermediate, sizes.down_pairs);
+  sizes.column_pairs =
+      std::min(column_pairs > 0 ? column_pairs : choose_column_pairs(problem), sizes.down_pairs);
   sizes.column_blocks = static_cast<int32_t>(plan::ceil_div(sizes.down_pairs, sizes.column_pairs));
   sizes.column_width = sizes.column_pairs * config.down().out_columns() * config::kClusterSize;
   sizes.combine_tokens = choose_combine_tokens(problem.tokens);

@@ -73,6 +73,7 @@ class BestKeys {
   FM_DEVICE void scan() {
     key_ = 0;
     idx_ = 0x7FFFFFFF;
+#pragma unroll 4
     for (int32_t i = ptx::lane_idx(); i < count_; i += 32) {
       const uint32_t key = keys_[i];
       if (key > key_) {
@@ -111,37 +112,44 @@ FM_DEVICE float square_root(float x) {
   return fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
 }
 
-// scores[E] as the choice sees them, before the selection bias. Whole warp.
-FM_DEVICE void score_all(int32_t score, int32_t num_experts, const float* logits, float* scores) {
-  const int lane = ptx::lane_idx();
-  if (score != FM_SCORE_SOFTMAX) {
-    for (int32_t e = lane; e < num_experts; e += 32) {
-      const float x = logits[e];
-      if (score == FM_SCORE_TOPK_SOFTMAX) scores[e] = x;
-      if (score == FM_SCORE_SIGMOID) scores[e] = sigmoid(x);
-      if (score == FM_SCORE_SQRT_SOFTPLUS) scores[e] = square_root(softplus(x));
-    }
-    return;
-  }
-  float top = -infinity();
-  for (int32_t e = lane; e < num_experts; e += 32) top = fmaxf(top, logits[e]);
-  top = warp_max(top);
-  float sum = 0.0f;
-  for (int32_t e = lane; e < num_experts; e += 32) sum += scores[e] = expf(logits[e] - top);
-  sum = warp_sum(sum);
-  for (int32_t e = lane; e < num_experts; e += 32) scores[e] = divide(scores[e], sum);
-}
-
-// Whether the logits define a choice: none NaN or +inf, one finite. Whole warp.
-FM_DEVICE bool are_defined(int32_t num_experts, const float* logits) {
+// The logits into shared memory; whether they define a choice: none NaN or +inf, one finite. Whole
+// warp.
+FM_DEVICE bool load_logits(int32_t num_experts, const float* logits, float* scores) {
   bool bad = false;
   bool any = false;
+#pragma unroll 4
   for (int32_t e = ptx::lane_idx(); e < num_experts; e += 32) {
     const float x = logits[e];
+    scores[e] = x;
     bad |= !(x < infinity());
     any |= x < infinity() && x > -infinity();
   }
   return !__any_sync(kAllLanes, bad) && __any_sync(kAllLanes, any);
+}
+
+// Logits become scores as the choice sees them, before the selection bias. Whole warp; a lane works
+// on its own elements only.
+FM_DEVICE void score_all(int32_t score, int32_t num_experts, float* scores) {
+  const int lane = ptx::lane_idx();
+  if (score == FM_SCORE_TOPK_SOFTMAX) return;
+  if (score != FM_SCORE_SOFTMAX) {
+#pragma unroll 4
+    for (int32_t e = lane; e < num_experts; e += 32) {
+      const float x = scores[e];
+      scores[e] = score == FM_SCORE_SIGMOID ? sigmoid(x) : square_root(softplus(x));
+    }
+    return;
+  }
+  float top = -infinity();
+#pragma unroll 4
+  for (int32_t e = lane; e < num_experts; e += 32) top = fmaxf(top, scores[e]);
+  top = warp_max(top);
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int32_t e = lane; e < num_experts; e += 32) sum += scores[e] = expf(scores[e] - top);
+  sum = warp_sum(sum);
+#pragma unroll 4
+  for (int32_t e = lane; e < num_experts; e += 32) scores[e] = divide(scores[e], sum);
 }
 
 // A group's score: the sum of its best selection scores, best first. One thread; `keys` of the
@@ -182,6 +190,7 @@ FM_DEVICE void exclude_groups(const kernel::RouterParams& router, int32_t num_ex
   BestKeys groups(group_keys, router.num_groups);
   for (int32_t i = 0; i < router.top_groups; ++i) groups.take();
   __syncwarp();
+#pragma unroll 4
   for (int32_t e = lane; e < num_experts; e += 32) {
     if (group_keys[e / size] != 0) memory.keys[e] = key_of(-infinity());
   }
@@ -204,12 +213,13 @@ struct Choice {
   float weight;
 };
 
-// The token's experts and weights. Whole warp.
+// The token's experts and weights; its logits are in memory.scores. Whole warp.
 FM_DEVICE Choice choose_experts(const kernel::RouterParams& router, int32_t num_experts,
-                                int32_t top_k, const float* logits, const ChoiceMemory& memory) {
+                                int32_t top_k, const ChoiceMemory& memory) {
   const int lane = ptx::lane_idx();
-  score_all(router.score, num_experts, logits, memory.scores);
+  score_all(router.score, num_experts, memory.scores);
   const bool biased = router.selection_bias.data != nullptr;
+#pragma unroll 4
   for (int32_t e = lane; e < num_experts; e += 32) {
     const float bias = biased ? tile::read_real(router.selection_bias, e) : 0.0f;
     memory.keys[e] = key_of(memory.scores[e] + bias);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/kernel/forward.h"
+#include "cuda/kernel/mark.cuh"
 #include "cuda/kernel/roles.cuh"
 #include "cuda/stage/choose.cuh"
 #include "cuda/stage/copy_rows.cuh"
@@ -15,6 +16,10 @@ namespace flashmoe::cuda::stage {
 struct ColumnSums {
   float values[kVector];
 
+  FM_DEVICE void clear(float start) {
+    FM_UNROLL
+    for (float& value : values) value = start;
+  }
   template <class Element>
   FM_DEVICE void add(const int4& row, float weight) {
     const uint32_t words[4] = {static_cast<uint32_t>(row.x), static_cast<uint32_t>(row.y),
@@ -35,46 +40,67 @@ struct ColumnSums {
   }
 };
 
-// Columns [first, end) of one token. Whole warp: lane j knows slot j's row and weight.
-template <class Config>
-FM_DEVICE void combine_token(const kernel::ForwardParams& params, int32_t token, int32_t first,
-                             int32_t end) {
+// A token's slots: lane j knows slot j's row and weight.
+struct TokenSlots {
+  int32_t row;
+  float weight;
+
+  FM_DEVICE static TokenSlots load(const kernel::ForwardParams& params, int32_t token) {
+    const auto& sizes = params.sizes;
+    const int32_t lane = ptx::lane_idx();
+    if (lane >= sizes.top_k || token >= sizes.tokens) return {kNoExpert, 0.0f};
+    const int64_t slot = int64_t{token} * sizes.top_k + lane;
+    return {params.memory.slot_row[slot],
+            sizes.weight_on_input ? 1.0f : params.memory.weights[slot]};
+  }
+};
+
+inline constexpr int32_t kPieceColumns = 32 * kVector;  // a warp's, eight of each lane
+
+// Columns [first, end) of one token: the loads of kRows rows of kPieces pieces are under way
+// together. Whole warp.
+template <class Config, int kPieces, int kRows>
+FM_DEVICE void combine_token(const kernel::ForwardParams& params, const TokenSlots& slots,
+                             int32_t token, int32_t first, int32_t end) {
   using Element = tile::ElementOf<Config::value.element>;
-  constexpr int kBatch = 4;  // rows whose loads are under way together
   const auto& sizes = params.sizes;
-  const int32_t lane = ptx::lane_idx();
-  const int64_t slot = int64_t{token} * sizes.top_k + lane;
-  const bool has_slot = lane < sizes.top_k;
-  const int32_t own_row = has_slot ? params.memory.slot_row[slot] : kNoExpert;
-  const float own_weight = has_slot && !sizes.weight_on_input ? params.memory.weights[slot] : 1.0f;
-  const float start =
-      __any_sync(kAllLanes, own_row == kUndefined) ? __int_as_float(0x7FC00000) : 0.0f;
+  const bool is_undefined = __any_sync(kAllLanes, slots.row == kUndefined);
   const auto* rows = static_cast<const uint16_t*>(params.memory.rows);
-  auto* y = static_cast<uint16_t*>(params.y) + token * params.y_stride;
-  for (int32_t base = first; base < end; base += 32 * kVector) {
-    const int32_t column = base + lane * kVector;
-    const bool exists = column < end;
-    ColumnSums sums;
+  for (; first < end; first += kPieces * kPieceColumns) {
+    const int32_t column = first + ptx::lane_idx() * kVector;
+    ColumnSums sums[kPieces];
     FM_UNROLL
-    for (float& value : sums.values) value = start;
-    for (int32_t j = 0; j < sizes.top_k; j += kBatch) {
-      int4 values[kBatch];
+    for (ColumnSums& piece : sums) piece.clear(is_undefined ? __int_as_float(0x7FC00000) : 0.0f);
+    for (int32_t j = 0; j < sizes.top_k; j += kRows) {
+      int4 values[kRows][kPieces];
       FM_UNROLL
-      for (int i = 0; i < kBatch; ++i) {  // lanes from top_k on have no row
-        const int32_t row = __shfl_sync(kAllLanes, own_row, j + i);
-        values[i] = int4{};
-        if (exists && row >= 0) {
-          values[i] =
-              __ldcg(reinterpret_cast<const int4*>(rows + int64_t{row} * sizes.hidden + column));
+      for (int i = 0; i < kRows; ++i) {  // lanes from top_k on have no row
+        const int32_t row = __shfl_sync(kAllLanes, slots.row, j + i);
+        FM_UNROLL
+        for (int piece = 0; piece < kPieces; ++piece) {
+          const int32_t at = column + piece * kPieceColumns;
+          values[i][piece] = int4{};
+          if (at >= end || row < 0) continue;
+          values[i][piece] =
+              __ldcg(reinterpret_cast<const int4*>(rows + int64_t{row} * sizes.hidden + at));
         }
       }
       FM_UNROLL
-      for (int i = 0; i < kBatch; ++i) {
-        const float weight = __shfl_sync(kAllLanes, own_weight, j + i);
-        if (__shfl_sync(kAllLanes, own_row, j + i) >= 0) sums.add<Element>(values[i], weight);
+      for (int i = 0; i < kRows; ++i) {
+        const float weight = __shfl_sync(kAllLanes, slots.weight, j + i);
+        if (__shfl_sync(kAllLanes, slots.row, j + i) < 0) continue;
+        FM_UNROLL
+        for (int piece = 0; piece < kPieces; ++piece) {
+          sums[piece].template add<Element>(values[i][piece], weight);
+        }
       }
     }
-    if (exists) *reinterpret_cast<int4*>(y + column) = sums.rounded<Element>();
+    auto* y = static_cast<uint16_t*>(params.y) + token * params.y_stride + column;
+    FM_UNROLL
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (column + piece * kPieceColumns >= end) break;
+      *reinterpret_cast<int4*>(y + piece * kPieceColumns) = sums[piece].template rounded<Element>();
+    }
   }
 }
 
@@ -83,7 +109,7 @@ inline constexpr int32_t kCombineWarps = config::kCommWarps + 8;
 
 // Combines unit after unit, of the first column block to the last, until none is left. num_blocks:
 // where the number of all experts' blocks is. Whole warp; kCombineWarps of every CTA come here.
-template <class Config>
+template <class Config, int kPieces, int kRows>
 FM_DEVICE void combine(const kernel::ForwardParams& params, const int32_t& num_blocks,
                        sync::Waiter& waiter) {
   const auto& sizes = params.sizes;
@@ -105,11 +131,17 @@ FM_DEVICE void combine(const kernel::ForwardParams& params, const int32_t& num_b
     }
     const int32_t end = min(first + sizes.combine_tokens, sizes.tokens);
     const int32_t column = column_block * sizes.column_width;
+    const int32_t column_end = min(column + sizes.column_width, sizes.hidden);
+    TokenSlots slots = TokenSlots::load(params, first);
     for (int32_t token = first; token < end; ++token) {
-      combine_token<Config>(params, token, column, min(column + sizes.column_width, sizes.hidden));
+      const TokenSlots next = TokenSlots::load(params, token + 1 < end ? token + 1 : sizes.tokens);
+      combine_token<Config, kPieces, kRows>(params, slots, token, column, column_end);
+      slots = next;
     }
   }
-  if (ptx::lane_idx() == 0) kernel::finish_tickets(state.combine, gridDim.x * kCombineWarps);
+  if (ptx::lane_idx() == 0 && kernel::finish_tickets(state.combine, gridDim.x * kCombineWarps)) {
+    kernel::set_mark(params, kernel::Mark::kEnd);
+  }
 }
 
 }  // namespace flashmoe::cuda::stage

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/kernel/forward.h"
+#include "cuda/stage/choose.cuh"
 #include "cuda/sync/wait.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/walk.h"
@@ -24,12 +25,11 @@ FM_DEVICE int4 scaled(int4 vector, float weight) {
   return vector;
 }
 
-// Copies one row. Whole warp; several loads of a lane are under way at a time.
+// Copies a token to its row. Whole warp; several loads of a lane are under way at a time.
 template <class Config>
-FM_DEVICE void copy_row(const kernel::ForwardParams& params, int32_t row) {
+FM_DEVICE void copy_row(const kernel::ForwardParams& params, int32_t row, int32_t token) {
   constexpr int kBatch = 8;
   const auto& sizes = params.sizes;
-  const int32_t token = params.memory.row_token[row];
   const float weight = sizes.weight_on_input ? params.memory.row_weight[row] : 1.0f;
   const auto* from = reinterpret_cast<const int4*>(static_cast<const uint16_t*>(params.x) +
                                                    token * params.x_stride);
@@ -65,7 +65,11 @@ FM_DEVICE void copy_rows(const kernel::ForwardParams& params, const tile::Expert
     const int32_t begin = experts.begin[e];
     const int32_t num_rows = min(config::kCopyRows, begin + experts.rows[e] - row);
     if (num_rows <= 0) continue;  // padding
-    for (int32_t i = 0; i < num_rows; ++i) copy_row<Config>(params, row + i);
+    // The tokens of all rows at once; scratch has words for those past the last.
+    const int32_t own = params.memory.row_token[row + ptx::lane_idx() % config::kCopyRows];
+    for (int32_t i = 0; i < num_rows; ++i) {
+      copy_row<Config>(params, row + i, __shfl_sync(kAllLanes, own, i));
+    }
     // Written by ordinary stores, read by the copy engine of any SM.
     ptx::fence_proxy_async(ptx::space_global);
     __syncwarp();

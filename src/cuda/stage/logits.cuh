@@ -27,10 +27,6 @@ struct LogitsLayout {
   static constexpr int32_t kWideRowBytes = kDepth * 4 + 16;
   static constexpr int32_t kStageBytes = kTokenBytes + kExperts * kWideRowBytes;
   static constexpr int32_t kBytes = kStages * kStageBytes;
-
-  FM_DEVICE static int32_t weight_row_bytes(bool is_wide) {
-    return is_wide ? kWideRowBytes : kTokenRowBytes;
-  }
 };
 
 // What the CTA loads of a tile: tokens [first_token, ...) and experts [first_expert, ...).
@@ -39,39 +35,65 @@ struct LogitsTile {
   int32_t first_expert;
 };
 
-// Copies `num_rows` rows of kDepth elements; rows from `num_valid` on become zeros. All threads.
-FM_DEVICE void copy_rows(uint32_t destination, int32_t row_bytes, const uint8_t* source,
-                         int64_t source_row_bytes, int32_t chunks_of_row, int32_t num_rows,
-                         int32_t num_valid) {
-  for (int32_t i = ptx::thread_idx(); i < num_rows * chunks_of_row; i += config::kForwardThreads) {
-    const int32_t row = i / chunks_of_row;
-    const int32_t chunk = i - row * chunks_of_row;
-    const bool is_valid = row < num_valid;
-    const uint8_t* from = source + (is_valid ? row * source_row_bytes : 0) + chunk * 16;
-    ptx::cp_async_16(destination + row * row_bytes + chunk * 16, from, is_valid ? 16 : 0);
-  }
-}
-
-// Starts the copies of k step `step` into its stage; one group, also past the last step.
-FM_DEVICE void copy_step(const kernel::ForwardParams& params, uint32_t arena,
-                         const LogitsTile& tile, int32_t step, int32_t num_steps) {
+// What one thread copies in every step: a 16-byte piece of one token's row, and of every
+// kRowsApart-th expert's. Addresses are made once; rows that do not exist are zeros.
+template <bool kWide>
+struct StepCopies {
   using Layout = LogitsLayout;
-  if (step < num_steps) {
-    const auto& router = params.router;
-    const uint32_t stage = arena + step % Layout::kStages * Layout::kStageBytes;
-    const int64_t depth = int64_t{step} * Layout::kDepth;
-    const int64_t x_row_bytes = params.x_stride * config::kElementBytes;
-    const auto* x = static_cast<const uint8_t*>(params.x) + tile.first_token * x_row_bytes;
-    copy_rows(stage, Layout::kTokenRowBytes, x + depth * config::kElementBytes, x_row_bytes, 8,
-              kTileTokens, params.sizes.tokens - tile.first_token);
-    const int32_t weight_bytes = router.weight_is_wide ? 4 : config::kElementBytes;
-    const int64_t row_bytes = router.weight_stride * weight_bytes;
-    const auto* weight = static_cast<const uint8_t*>(router.weight) + tile.first_expert * row_bytes;
-    copy_rows(stage + Layout::kTokenBytes, Layout::weight_row_bytes(router.weight_is_wide),
-              weight + depth * weight_bytes, row_bytes, router.weight_is_wide ? 16 : 8,
-              Layout::kExperts, params.sizes.num_experts - tile.first_expert);
+  static constexpr int32_t kWeightBytes = kWide ? 4 : config::kElementBytes;
+  static constexpr int32_t kPieces = Layout::kDepth * kWeightBytes / 16;  // of a weight row
+  static constexpr int32_t kRowsApart = config::kForwardThreads / kPieces;
+  static constexpr int32_t kCopies = Layout::kExperts / kRowsApart;
+  static constexpr int32_t kRowBytes = kWide ? Layout::kWideRowBytes : Layout::kTokenRowBytes;
+  static constexpr int32_t kTokenPieces = Layout::kDepth * config::kElementBytes / 16;
+  static_assert(kTileTokens * kTokenPieces == config::kForwardThreads);
+
+  const uint8_t* token;
+  const uint8_t* weight;
+  int64_t weight_step;  // bytes to the thread's next row
+  uint32_t token_at;    // in a stage
+  uint32_t weight_at;
+  bool has_token;
+  int32_t num_weights;  // rows of this thread that exist
+
+  FM_DEVICE StepCopies(const kernel::ForwardParams& params, const LogitsTile& tile) {
+    const int32_t thread = ptx::thread_idx();
+    const int32_t token_row = thread / kTokenPieces;
+    const int32_t token_piece = thread % kTokenPieces * 16;
+    has_token = tile.first_token + token_row < params.sizes.tokens;
+    token = static_cast<const uint8_t*>(params.x) + token_piece;
+    if (has_token) {
+      token += (tile.first_token + token_row) * params.x_stride * config::kElementBytes;
+    }
+    token_at = token_row * Layout::kTokenRowBytes + token_piece;
+    const int32_t weight_row = thread / kPieces;
+    const int32_t weight_piece = thread % kPieces * 16;
+    const int32_t left = params.sizes.num_experts - tile.first_expert - weight_row;
+    num_weights = min((left + kRowsApart - 1) / kRowsApart, kCopies);
+    const int64_t row_bytes = params.router.weight_stride * kWeightBytes;
+    weight = static_cast<const uint8_t*>(params.router.weight) + weight_piece;
+    if (num_weights > 0) weight += (tile.first_expert + weight_row) * row_bytes;
+    weight_step = kRowsApart * row_bytes;
+    weight_at = Layout::kTokenBytes + weight_row * kRowBytes + weight_piece;
   }
-  ptx::cp_async_commit_group();
+
+  // Starts the copies of one step.
+  FM_DEVICE void start(uint32_t stage, int32_t step) const {
+    const int32_t depth = step * Layout::kDepth;
+    ptx::cp_async_16(stage + token_at, token + depth * config::kElementBytes, has_token ? 16 : 0);
+    FM_UNROLL
+    for (int32_t i = 0; i < kCopies; ++i) {
+      const bool exists = i < num_weights;
+      ptx::cp_async_16(stage + weight_at + i * kRowsApart * kRowBytes,
+                       weight + (exists ? i * weight_step : 0) + depth * kWeightBytes,
+                       exists ? 16 : 0);
+    }
+  }
+};
+
+FM_DEVICE void add_to(float (&sums)[4], const float (&values)[4]) {
+  FM_UNROLL
+  for (int i = 0; i < 4; ++i) sums[i] += values[i];
 }
 
 // A warp's 16 tokens by 32 experts: four products of 16 x 8, each thread four of their sums.
@@ -87,10 +109,7 @@ struct WarpSums {
   }
   FM_DEVICE void add(const WarpSums& other) {
     FM_UNROLL
-    for (int product = 0; product < 4; ++product) {
-      FM_UNROLL
-      for (int i = 0; i < 4; ++i) values[product][i] += other.values[product][i];
-    }
+    for (int product = 0; product < 4; ++product) add_to(values[product], other.values[product]);
   }
 };
 
@@ -112,14 +131,28 @@ FM_DEVICE void multiply_step(WarpSums& sums, uint32_t tokens, uint32_t weights) 
     for (int pair = 0; pair < 2; ++pair) {
       uint32_t b[4];
       ptx::ldmatrix_x4(b, b_row + pair * 16 * Layout::kTokenRowBytes + k * 32);
-      ptx::mma_m16n8k16<Element>(sums.values[2 * pair], a, b[0], b[1]);
-      ptx::mma_m16n8k16<Element>(sums.values[2 * pair + 1], a, b[2], b[3]);
+      FM_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float product[4] = {};
+        ptx::mma_m16n8k16<Element>(product, a, b[2 * half], b[2 * half + 1]);
+        add_to(sums.values[2 * pair + half], product);
+      }
     }
   }
 }
 
-// The leading 11 bits of x, as the tensor core reads them.
-FM_DEVICE uint32_t tf32_part(float x) { return __float_as_uint(x) & 0xFFFFE000u; }
+// x as the sum of three values of 11 bits, as the tensor core reads them.
+struct Tf32Parts {
+  uint32_t values[3];
+
+  FM_DEVICE explicit Tf32Parts(float x) {
+    FM_UNROLL
+    for (uint32_t& value : values) {
+      value = __float_as_uint(x) & 0xFFFFE000u;
+      x -= __uint_as_float(value);
+    }
+  }
+};
 
 // The same for fp32 weights. Any 16-bit element is a tf32 value.
 template <class Element>
@@ -141,16 +174,14 @@ FM_DEVICE void multiply_wide_step(WarpSums& sums, const uint8_t* tokens, const u
                            token(row + 8, at + 4)};
     FM_UNROLL
     for (int product = 0; product < 4; ++product) {
-      float b0 = weight(product * 8 + row, at);
-      float b1 = weight(product * 8 + row, at + 4);
+      const Tf32Parts b0(weight(product * 8 + row, at));
+      const Tf32Parts b1(weight(product * 8 + row, at + 4));
+      float parts[4] = {};  // the small ones first
       FM_UNROLL
-      for (int part = 0; part < 3; ++part) {
-        const uint32_t part0 = tf32_part(b0);
-        const uint32_t part1 = tf32_part(b1);
-        ptx::mma_m16n8k8_tf32(sums.values[product], a, part0, part1);
-        b0 -= __uint_as_float(part0);
-        b1 -= __uint_as_float(part1);
+      for (int part = 2; part >= 0; --part) {
+        ptx::mma_m16n8k8_tf32(parts, a, b0.values[part], b1.values[part]);
       }
+      add_to(sums.values[product], parts);
     }
   }
 }
@@ -176,32 +207,34 @@ FM_DEVICE void write_logits(const kernel::ForwardParams& params, const LogitsTil
   }
 }
 
-// Logits of 64 tokens and 128 experts. All threads of the CTA; arena: LogitsLayout::kBytes of
-// shared memory.
-template <class Element>
-FM_DEVICE void compute_logits(const kernel::ForwardParams& params, uint8_t* arena,
-                              const LogitsTile& tile) {
+// The products of a tile, step by step. All threads of the CTA.
+template <class Element, bool kWide>
+FM_DEVICE void multiply_tile(const kernel::ForwardParams& params, uint8_t* arena,
+                             const LogitsTile& tile, WarpSums& sums) {
   using Layout = LogitsLayout;
+  using Copies = StepCopies<kWide>;
   const int32_t num_steps = params.sizes.hidden / Layout::kDepth;
   const int warp_idx = ptx::thread_idx() / 32;
   const uint32_t base = ptx::shared_address(arena);
-  const bool is_wide = params.router.weight_is_wide;
   const int32_t tokens_at = warp_idx % 4 * 16 * Layout::kTokenRowBytes;
-  const int32_t weights_at =
-      Layout::kTokenBytes + warp_idx / 4 * 32 * Layout::weight_row_bytes(is_wide);
-  WarpSums sums;
-  sums.clear();
-  for (int step = 0; step < Layout::kStages - 1; ++step) {
-    copy_step(params, base, tile, step, num_steps);
-  }
+  const int32_t weights_at = Layout::kTokenBytes + warp_idx / 4 * 32 * Copies::kRowBytes;
+  const Copies copies(params, tile);
+  // One group a step, also past the last.
+  const auto start = [&](int32_t step) {
+    if (step < num_steps) {
+      copies.start(base + step % Layout::kStages * Layout::kStageBytes, step);
+    }
+    ptx::cp_async_commit_group();
+  };
+  for (int32_t step = 0; step < Layout::kStages - 1; ++step) start(step);
   for (int32_t step = 0; step < num_steps; ++step) {
     ptx::cp_async_wait_group<Layout::kStages - 2>();
     __syncthreads();
-    copy_step(params, base, tile, step + Layout::kStages - 1, num_steps);
+    start(step + Layout::kStages - 1);
     const int32_t stage = step % Layout::kStages * Layout::kStageBytes;
     WarpSums of_step;
     of_step.clear();
-    if (is_wide) {
+    if constexpr (kWide) {
       multiply_wide_step<Element>(of_step, arena + stage + tokens_at, arena + stage + weights_at);
     } else {
       multiply_step<Element>(of_step, base + stage + tokens_at, base + stage + weights_at);
@@ -209,6 +242,20 @@ FM_DEVICE void compute_logits(const kernel::ForwardParams& params, uint8_t* aren
     sums.add(of_step);
   }
   ptx::cp_async_wait_group<0>();
+}
+
+// Logits of 64 tokens and 128 experts. All threads of the CTA; arena: LogitsLayout::kBytes of
+// shared memory.
+template <class Element>
+FM_DEVICE void compute_logits(const kernel::ForwardParams& params, uint8_t* arena,
+                              const LogitsTile& tile) {
+  WarpSums sums;
+  sums.clear();
+  if (params.router.weight_is_wide) {
+    multiply_tile<Element, true>(params, arena, tile, sums);
+  } else {
+    multiply_tile<Element, false>(params, arena, tile, sums);
+  }
   write_logits(params, tile, sums);
   __syncthreads();
 }

@@ -32,8 +32,8 @@ FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, 
   for (int32_t token = first_token + warp_idx; token < end; token += num_warps) {
     const float* logits = params.router.logits + int64_t{token} * sizes.num_experts;
     Choice choice{kUndefined, __int_as_float(0x7FC00000)};
-    if (are_defined(sizes.num_experts, logits)) {
-      choice = choose_experts(params.router, sizes.num_experts, sizes.top_k, logits, memory);
+    if (load_logits(sizes.num_experts, logits, memory.scores)) {
+      choice = choose_experts(params.router, sizes.num_experts, sizes.top_k, memory);
     } else if (lane == 0) {
       sync::write_report(params.report, sync::WaitTag::kUndefinedLogits, token, 0);
     }
@@ -58,6 +58,8 @@ FM_DEVICE void read_tile(const kernel::ForwardParams& params, int32_t first_slot
   }
 }
 
+inline constexpr int32_t kIdsAhead = 8;  // loads of a lane that are under way together
+
 // Places of a tile's slots among those of the same expert, in slot order, and how many there are.
 // Whole warp; counts: [E] words of shared memory.
 FM_DEVICE void rank_tile(const kernel::ForwardParams& params, int32_t* counts, int32_t tile_idx,
@@ -66,17 +68,27 @@ FM_DEVICE void rank_tile(const kernel::ForwardParams& params, int32_t* counts, i
   const int32_t lane = ptx::lane_idx();
   for (int32_t e = lane; e < sizes.num_experts; e += 32) counts[e] = 0;
   __syncwarp();
-  for (int32_t first = 0; first < num_slots; first += 32) {
-    const bool exists = first + lane < num_slots;
-    const int32_t slot = first_slot + first + lane;
-    const int32_t id = exists ? params.memory.ids[slot] : kNoExpert;
-    const uint32_t same = __match_any_sync(kAllLanes, id);
-    const uint32_t before = same & ((1u << lane) - 1);
-    const int32_t base = id >= 0 ? counts[id] : 0;
-    __syncwarp();
-    if (id >= 0 && before == 0) counts[id] = base + __popc(same);
-    if (exists) params.memory.slot_ranks[slot] = id >= 0 ? base + __popc(before) : -1;
-    __syncwarp();
+  for (int32_t first = 0; first < num_slots; first += 32 * kIdsAhead) {
+    int32_t ids[kIdsAhead];  // of slot first + 32 i + lane
+    FM_UNROLL
+    for (int32_t i = 0; i < kIdsAhead; ++i) {
+      const int32_t slot = first + 32 * i + lane;
+      ids[i] = slot < num_slots ? params.memory.ids[first_slot + slot] : kNoExpert;
+    }
+    FM_UNROLL
+    for (int32_t i = 0; i < kIdsAhead; ++i) {
+      const int32_t id = ids[i];
+      const uint32_t same = __match_any_sync(kAllLanes, id);
+      const uint32_t before = same & ((1u << lane) - 1);
+      const int32_t base = id >= 0 ? counts[id] : 0;
+      __syncwarp();
+      if (id >= 0 && before == 0) counts[id] = base + __popc(same);
+      const int32_t slot = first + 32 * i + lane;
+      if (slot < num_slots) {
+        params.memory.slot_ranks[first_slot + slot] = id >= 0 ? base + __popc(before) : -1;
+      }
+      __syncwarp();
+    }
   }
   for (int32_t e = lane; e < sizes.num_experts; e += 32) {
     params.memory.histograms[int64_t{e} * sizes.route_tiles + tile_idx] = counts[e];
