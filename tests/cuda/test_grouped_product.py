@@ -184,4 +184,4 @@ def test_refuses_sizes_by_name(depth, columns, word):
 
 def test_configuration_is_printable():
     product, _, _ = make([3], 64, 64, Form())
-    assert "128 x 192" in product.config()
+    assert "128 x 176" in product.config()
