@@ -193,12 +193,12 @@ def explain(case, dtype, group, device="cuda"):
     keys = ("activation", "num_experts", "interleaved", "weight_on_input", "capacity_factor")
     options = {key: call.options[key] for key in keys}
     has_w_gate = "w_gate" in call.weights
-    config = functional._config(case.top_k, case.routing, has_w_gate, **options).encode()
+    config = functional._config(case.top_k, case.routing, has_w_gate, layer_id=0, **options)
     tensors = {
         name: functional._operand(name, tensor, call.options["transposed"])
         for name, tensor in ({"x": call.x} | call.routing | call.weights).items()
     }
-    return ops.explain(tensors, config, group.name)
+    return ops.explain(tensors, config.encode(), group.name)
 
 
 # ---- contenders -------------------------------------------------------------------------------

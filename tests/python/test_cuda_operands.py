@@ -183,3 +183,13 @@ def test_explain_on_the_cpu():
     with flashmoe.local_group(1)[0] as group:
         text = engine.explain(group.handle, make_layer(engine, "float32"), tensors)
     assert "column block: 64 hidden columns" in text
+
+
+def test_explain_of_a_benchmark_case():
+    from flashmoe import bench_cuda
+    from flashmoe.cases import CASES
+
+    case = next(case for case in CASES if case.name == "tokens/3")
+    with flashmoe.local_group(1)[0] as group:
+        text = bench_cuda.explain(case, "bf16", group, device="cpu")
+    assert "column block" in text
