@@ -4,8 +4,8 @@
     python3 scripts/run_gpu.py --pack build/gpu --out results     there, in a copy of the checkout
 
 The folder holds lib/ (the library of the Python package, and the building blocks that
-tests/cuda/test_grouped_product.py loads) and site/ (apache-tvm-ffi for the Python of that machine,
-which has to have torch and pytest itself). The products of the CPU engine are Eigen's in this
+tests/cuda/test_grouped_product.py loads) and site/ (apache-tvm-ffi and pytest-timeout for the
+Python of that machine, which has to have torch and pytest itself). The products of the CPU engine are Eigen's in this
 build, so that oneDNN and OpenMP need not travel.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("libflashmoe_ffi.so", "src/cuda/libflashmoe_cuda_bench.so")
 TARGETS = ("flashmoe_ffi", "flashmoe_cuda_bench")
-BINDING = "apache-tvm-ffi"
+PACKAGES = ("apache-tvm-ffi", "pytest-timeout")
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "SKBUILD": "ON",  # the library stays in the build folder, for any processor
@@ -53,10 +53,11 @@ def pack_libraries(built: Path, folder: Path) -> None:
         subprocess.run(["strip", path], check=True)
 
 
-def pack_binding(folder: Path, python: str, wheels: Path) -> None:
-    """Unpacks the wheel of apache-tvm-ffi, of the version that is built against, for `python`."""
-    version = importlib.metadata.version(BINDING)
-    if (folder / "tvm_ffi").exists() and list(folder.glob(f"*{version}.dist-info")):
+def pack_package(name: str, folder: Path, python: str, wheels: Path) -> None:
+    """Unpacks the wheel of a package, of the version that is installed here, for `python`."""
+    version = importlib.metadata.version(name)
+    stem = name.replace("-", "_")
+    if (folder / f"{stem}-{version}.dist-info").exists():
         return
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28)]
     subprocess.run(
@@ -64,15 +65,19 @@ def pack_binding(folder: Path, python: str, wheels: Path) -> None:
             *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
             *("--only-binary=:all:", "--python-version", python, "--implementation", "cp"),
             *platforms,
-            *("--dest", str(wheels), f"{BINDING}=={version}"),
+            *("--dest", str(wheels), f"{name}=={version}"),
         ],
         check=True,
     )
-    shutil.rmtree(folder, ignore_errors=True)
     tag = "cp" + python.replace(".", "")
-    [wheel] = wheels.glob(f"*{version}-{tag}-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+    found = [path for path in wheels.glob(f"{stem}-{version}-*.whl") if is_for(path.name, tag)]
+    with zipfile.ZipFile(found[0]) as archive:
         archive.extractall(folder)
+
+
+def is_for(wheel: str, tag: str) -> bool:
+    """Whether a wheel runs on the Python of `tag`."""
+    return f"-{tag}-" in wheel or "-none-any" in wheel
 
 
 def main() -> None:
@@ -84,7 +89,8 @@ def main() -> None:
     arguments = parser.parse_args()
     build(arguments.build, arguments.jobs)
     pack_libraries(arguments.build, arguments.to / "lib")
-    pack_binding(arguments.to / "site", arguments.python, arguments.build / "wheels")
+    for name in PACKAGES:
+        pack_package(name, arguments.to / "site", arguments.python, arguments.build / "wheels")
     packed = sum(path.stat().st_size for path in arguments.to.rglob("*") if path.is_file())
     print(f"{arguments.to}: {packed / 2**20:.1f} MiB")
 
