@@ -5,8 +5,8 @@
 
 The folder holds lib/ (the library of the Python package, and the building blocks that
 tests/cuda/test_grouped_product.py loads) and site/ (apache-tvm-ffi and pytest-timeout for the
-Python of that machine, which has to have torch and pytest itself). The products of the CPU engine are Eigen's in this
-build, so that oneDNN and OpenMP need not travel.
+Python of that machine, which has to have torch and pytest itself). The products of the CPU engine
+are Eigen's in this build, so that oneDNN and OpenMP need not travel.
 """
 
 from __future__ import annotations
