@@ -383,8 +383,7 @@ class RankProcess:
         return stat.rsplit(")", 1)[1].split()[0]
 
     def close(self):
-        if self.process.is_alive():
-            self.signal(signal.SIGKILL)
+        self.process.kill()  # unlike os.kill, content with a process that ends meanwhile
         self.process.join()
         self.connection.close()
 
