@@ -16,7 +16,7 @@ namespace {
 using tile::Tile;
 using tile::TileGrid;
 
-constexpr int32_t kMaxRows = 192;
+constexpr int32_t kMaxRows = config::kMaxTokens;
 
 // Every row of the expert with every weight pair, once.
 void expect_exact_cover(const TileGrid& grid, int32_t begin, int32_t rows) {
@@ -68,7 +68,7 @@ TEST(CudaSchedule, StepsRoundRowsUp) {
   EXPECT_EQ((Tile{0, 1, 0, 0, 0}.num_steps()), 1);
   EXPECT_EQ((Tile{0, 16, 0, 0, 0}.num_steps()), 1);
   EXPECT_EQ((Tile{0, 17, 0, 0, 0}.num_steps()), 2);
-  EXPECT_EQ((Tile{0, kMaxRows, 0, 0, 0}.num_steps()), 12);
+  EXPECT_EQ((Tile{0, kMaxRows, 0, 0, 0}.num_steps()), config::kTokenMaps);
 }
 
 TEST(CudaConfig, FitsTheRegistersAndSharedMemoryOfHopper) {
@@ -78,18 +78,17 @@ TEST(CudaConfig, FitsTheRegistersAndSharedMemoryOfHopper) {
   EXPECT_LE(kProduct.num_stages * kProduct.stage_bytes() + kProduct.staging_bytes() + 1024,
             kSharedLimit);
   config::GroupedProduct greedy = kProduct;
-  greedy.math_registers = 240;
-  greedy.load_registers = 56;
+  greedy.math_registers += 8;
   EXPECT_FALSE(config::is_valid(greedy));
   config::GroupedProduct wide = kProduct;
-  wide.max_tokens = 208;
+  wide.max_tokens += tile::kTokenStep;
   EXPECT_FALSE(config::is_valid(wide));
 }
 
 TEST(CudaConfig, IsPrintable) {
   EXPECT_EQ(config::describe(config::GroupedProduct{}),
-            "bf16 depth store: 128 x 192 ping-pong, pairs, 5 stages of 40960 bytes, registers 40 + "
-            "2 x 232");
+            "bf16 depth store: 128 x 176 ping-pong, pairs, 5 stages of 38912 bytes, registers 56 + "
+            "2 x 224");
 }
 
 }  // namespace

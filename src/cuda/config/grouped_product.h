@@ -43,15 +43,20 @@ inline constexpr int32_t kStoreBuffers = 3;  // a math warpgroup; four stages an
 inline constexpr int32_t kWarpgroup = 128;   // threads
 inline constexpr int32_t kThreads = 3 * kWarpgroup;  // load, math, math
 inline constexpr int32_t kRegisterFile = 65536;
+// Tokens of the widest tile. A product by itself would have registers for 192, 1 % more speed; the
+// forward's other roles need them (docs/perf-notes.md).
+inline constexpr int32_t kMaxTokens = 176;
+inline constexpr int32_t kTokenMaps = kMaxTokens / tile::kTokenStep;  // one a tile width
 
+// Registers as the product by itself has them; the forward divides them otherwise.
 struct GroupedProduct {
   Element element = Element::kBf16;
   Major major = Major::kDepth;
   Epilogue epilogue = Epilogue::kStore;
-  int32_t max_tokens = 192;  // 192 sums and little else fit 232 registers
+  int32_t max_tokens = kMaxTokens;
   int32_t num_stages = 5;
-  int32_t load_registers = 40;
-  int32_t math_registers = 232;
+  int32_t load_registers = 56;
+  int32_t math_registers = 224;
 
   FM_HD constexpr bool gated() const {
     return epilogue == Epilogue::kGated || epilogue == Epilogue::kGatedPairs;
@@ -76,7 +81,7 @@ struct GroupedProduct {
 // What ptxas and the hardware need; the kernel template asks for it.
 constexpr bool is_valid(const GroupedProduct& config) {
   const int32_t registers = kWarpgroup * (config.load_registers + 2 * config.math_registers);
-  return config.max_tokens % tile::kTokenStep == 0 && config.max_tokens <= 192 &&
+  return config.max_tokens % tile::kTokenStep == 0 && config.max_tokens <= kMaxTokens &&
          config.num_stages >= 2 && config.load_registers % 8 == 0 &&
          config.math_registers % 8 == 0 && registers <= kRegisterFile;
 }
@@ -105,7 +110,7 @@ constexpr const char* name_of(Epilogue epilogue) {
   return epilogue == Epilogue::kGated ? "gated" : "gated pairs";
 }
 
-// "bf16 depth store: 128 x 192 ping-pong, pairs, 5 stages of 40960 bytes, registers 40 + 2 x 232"
+// "bf16 depth store: 128 x 176 ping-pong, pairs, 5 stages of 38912 bytes, registers 56 + 2 x 224"
 inline std::string describe(const GroupedProduct& config) {
   return std::string(name_of(config.element)) + " " + name_of(config.major) + " " +
          name_of(config.epilogue) + ": " + std::to_string(kWeightRows) + " x " +

@@ -28,7 +28,7 @@ struct Workspace {
 struct GroupedProductParams {
   CUtensorMap weights;
   CUtensorMap out;
-  CUtensorMap tokens[192 / tile::kTokenStep];  // [n - 1]: boxes of n * 8 rows, half of n steps
+  CUtensorMap tokens[config::kTokenMaps];  // [n - 1]: boxes of n * 8 rows, half of n steps
   config::BiasView bias;
   config::Activation activation;
   const int64_t* expert_begin;  // [num_experts] first row

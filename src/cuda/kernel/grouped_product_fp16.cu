@@ -5,6 +5,7 @@ namespace {
 
 using config::Element;
 using config::Epilogue;
+using config::GroupedProductOf;
 using config::Major;
 
 template <Major kMajor>
@@ -12,16 +13,16 @@ KernelEntry entry_for(Epilogue epilogue) {
   constexpr Element kElement = Element::kFp16;
   switch (epilogue) {
     case Epilogue::kStore:
-      return entry_of<ProductOf<kElement, kMajor, Epilogue::kStore>>();
+      return entry_of<GroupedProductOf<kElement, kMajor, Epilogue::kStore>>();
     case Epilogue::kActivate:
-      return entry_of<ProductOf<kElement, kMajor, Epilogue::kActivate>>();
+      return entry_of<GroupedProductOf<kElement, kMajor, Epilogue::kActivate>>();
     case Epilogue::kGated:
-      return entry_of<ProductOf<kElement, kMajor, Epilogue::kGated>>();
+      return entry_of<GroupedProductOf<kElement, kMajor, Epilogue::kGated>>();
     case Epilogue::kGatedPairs:
       break;
   }
   // Depth-major weights never need it: a strided map takes alternate rows apart.
-  return entry_of<ProductOf<kElement, Major::kColumns, Epilogue::kGatedPairs>>();
+  return entry_of<GroupedProductOf<kElement, Major::kColumns, Epilogue::kGatedPairs>>();
 }
 
 }  // namespace

@@ -92,8 +92,9 @@ std::string reason_to_refuse(const GroupedProductArguments& arguments) {
     return text_of("depth is ", arguments.depth, ", columns ", arguments.columns, "; accepted: to ",
                    kMaxColumns);
   }
-  if (arguments.num_rows < 0 || arguments.num_rows > kMost - 192) {
-    return text_of("num_rows is ", arguments.num_rows, "; accepted: 0 to ", kMost - 192);
+  constexpr int64_t kMaxRows = kMost - config::kMaxTokens;
+  if (arguments.num_rows < 0 || arguments.num_rows > kMaxRows) {
+    return text_of("num_rows is ", arguments.num_rows, "; accepted: 0 to ", kMaxRows);
   }
   if (arguments.num_experts < 1 || arguments.num_experts > 65536) {
     return text_of("num_experts is ", arguments.num_experts, "; accepted: 1 to 65536");

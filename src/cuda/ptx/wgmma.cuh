@@ -60,8 +60,6 @@ struct Wgmma;
 #define FM_SUMS_160 FM_SUMS_144, FM_EIGHT_SUMS(72)
 #define FM_NAMES_176 FM_NAMES_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define FM_SUMS_176 FM_SUMS_160, FM_EIGHT_SUMS(80)
-#define FM_NAMES_192 FM_NAMES_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define FM_SUMS_192 FM_SUMS_176, FM_EIGHT_SUMS(88)
 // a, b, accumulate, trans_a: numbers of the operands that follow the sums.
 #define FM_WGMMA_TYPE(N, type, a, b, accumulate, trans_a)                                         \
   asm volatile(                                                                                   \
@@ -96,7 +94,6 @@ FM_WGMMA(128, "64", "65", "66", "67")
 FM_WGMMA(144, "72", "73", "74", "75")
 FM_WGMMA(160, "80", "81", "82", "83")
 FM_WGMMA(176, "88", "89", "90", "91")
-FM_WGMMA(192, "96", "97", "98", "99")
 
 #undef FM_NAMES_16
 #undef FM_SUMS_16
@@ -120,8 +117,6 @@ FM_WGMMA(192, "96", "97", "98", "99")
 #undef FM_SUMS_160
 #undef FM_NAMES_176
 #undef FM_SUMS_176
-#undef FM_NAMES_192
-#undef FM_SUMS_192
 #undef FM_EIGHT_SUMS
 #undef FM_WGMMA_TYPE
 #undef FM_WGMMA
