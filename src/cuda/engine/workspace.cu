@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "cuda/launch/check.h"
+#include "cuda/launch/device.h"
 #include "cuda/launch/forward.h"
 
 namespace flashmoe::cuda {
@@ -11,29 +12,9 @@ namespace {
 
 using launch::check;
 
-// The kernels are compiled for sm_90a, whose instructions exist on this architecture alone.
-constexpr int kMajor = 9;
-constexpr int kMinor = 0;
-
-cudaDeviceProp properties_of(int32_t device) {
-  int num_devices = 0;
-  const cudaError_t status = cudaGetDeviceCount(&num_devices);
-  if (status != cudaSuccess || num_devices == 0) {
-    fail(FM_UNSUPPORTED, "no usable CUDA device: ",
-         status == cudaSuccess ? "none found" : cudaGetErrorString(status),
-         "; the CUDA engine needs a Hopper GPU (sm_90: H100, H200) and its driver");
-  }
-  if (device < 0 || device >= num_devices) {
-    fail(FM_INVALID_VALUE, "device is ", device, ", expected 0..", num_devices - 1,
-         " (CUDA devices of this process)");
-  }
-  cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties(", device, ")");
-  if (properties.major != kMajor || properties.minor != kMinor) {
-    fail(FM_UNSUPPORTED, "CUDA device ", device, " is ", properties.name, " (sm_", properties.major,
-         properties.minor, "); the CUDA engine needs a Hopper GPU (sm_90: H100, H200)");
-  }
-  return properties;
+int num_sms_of(int32_t device) {
+  launch::check_device(device);
+  return launch::attribute_of(device, cudaDevAttrMultiProcessorCount);
 }
 
 bool is_capturing(cudaStream_t stream) {
@@ -102,7 +83,7 @@ DeviceGuard::~DeviceGuard() {
 }
 
 Workspace::Workspace(int32_t device, cudaStream_t stream)
-    : device_(device), num_sms_(properties_of(device).multiProcessorCount) {
+    : device_(device), num_sms_(num_sms_of(device)) {
   const DeviceGuard guard(device_);
   if (is_capturing(stream)) refuse_to_grow();
   try {

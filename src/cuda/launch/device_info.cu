@@ -1,19 +1,17 @@
+#include "cuda/launch/device_info.h"
+
 #include <cuda_runtime.h>
 
 #include <cstdio>
 #include <string>
 
-#include "cuda/launch/device_info.h"
+#include "cuda/launch/device.h"
 
 namespace flashmoe::cuda {
 namespace {
 
-// The kernels are compiled for sm_90a, whose instructions exist on this architecture alone.
-constexpr int kMajor = 9;
-constexpr int kMinor = 0;
-
 bool usable(const cudaDeviceProp& device) {
-  return device.major == kMajor && device.minor == kMinor;
+  return launch::has_kernels(device.major, device.minor);
 }
 
 // "NVIDIA H200 (sm_90, 132 SMs, 139 GiB)"

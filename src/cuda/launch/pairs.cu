@@ -4,26 +4,16 @@
 
 #include "cuda/config/grouped_product.h"
 #include "cuda/launch/check.h"
+#include "cuda/launch/device.h"
 
 namespace flashmoe::cuda::launch {
 namespace {
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
-void check_device(const PairKernel& kernel) {
+void check_kernel(const PairKernel& kernel) {
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const int shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (major != 9 || minor != 0) {
-    fail(FM_UNSUPPORTED, "device ", device, " is sm_", major, minor,
-         "; the CUDA kernels need sm_90 (H100, H200)");
-  }
+  check_device(device);
+  const int shared_limit = attribute_of(device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (kernel.shared_bytes > static_cast<std::size_t>(shared_limit)) {
     fail(FM_UNSUPPORTED, "device ", device, " gives a block ", shared_limit,
          " bytes of shared memory; ", kernel.name, " needs ", kernel.shared_bytes);
@@ -47,7 +37,7 @@ int max_clusters(const PairKernel& kernel, const cudaLaunchConfig_t& launch) {
 
 void launch_pairs(const PairKernel& kernel, void* params, int max_sms, bool cooperative,
                   cudaStream_t stream) {
-  check_device(kernel);
+  check_kernel(kernel);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {config::kClusterSize, 1, 1};
