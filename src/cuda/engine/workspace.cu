@@ -60,15 +60,31 @@ std::string describe(const sync::WaitReport& report, int32_t device) {
   const auto tag = static_cast<sync::WaitTag>(report.tag);
   std::ostringstream text;
   text << "an earlier launch on CUDA device " << device << " failed, its outputs are not valid: ";
-  if (status_of(tag) == FM_ROUTING) {
+  if (tag == sync::WaitTag::kUndefinedBias) {
+    text << sync::name_of(tag) << " (expert " << report.block_idx << ")";
+  } else if (status_of(tag) == FM_ROUTING) {
     const bool of_caller = tag == sync::WaitTag::kInvalidId;
     text << (of_caller ? "topk_ids: " : "") << sync::name_of(tag) << " (first seen in token "
          << report.block_idx << ")";
   } else {
     text << "a wait ran out of time: " << sync::name_of(tag) << " (block " << report.block_idx
-         << ", thread " << report.thread_idx << ", parity " << report.parity << ")";
+         << ", thread " << report.thread_idx << ", expected count or parity " << report.parity
+         << ")";
   }
   return text.str();
+}
+
+// Throws FM_OUT_OF_MEMORY when the device has not that much.
+void* allocate(int64_t bytes, int32_t device) {
+  void* memory = nullptr;
+  const cudaError_t status = cudaMalloc(&memory, static_cast<size_t>(bytes));
+  if (status == cudaErrorMemoryAllocation) {
+    fail(FM_OUT_OF_MEMORY, "device ", device, " has no ", bytes, " bytes for scratch (",
+         cudaGetErrorString(status),
+         "): use fewer tokens, or give memory back (torch.cuda.empty_cache())");
+  }
+  check(status, "cudaMalloc of ", bytes, " bytes of scratch");
+  return memory;
 }
 
 }  // namespace
@@ -135,6 +151,10 @@ void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
     scratch_.captured = true;
     return;
   }
+  record_last(stream);
+}
+
+void Workspace::record_last(cudaStream_t stream) {
   check(cudaEventRecord(last_, stream), "cudaEventRecord");
   last_stream_ = id_of(stream);
   has_last_ = true;
@@ -153,18 +173,15 @@ void Workspace::reserve(int64_t bytes, cudaStream_t stream, bool capturing) {
   if (scratch_.captured) {
     retired_.push_back(scratch_);
   } else {
-    check(cudaFree(scratch_.memory), "cudaFree of scratch");  // waits for what uses it
+    check(cudaEventSynchronize(last_), "cudaEventSynchronize before scratch is freed");
+    check(cudaFree(scratch_.memory), "cudaFree of scratch");
   }
   scratch_ = {};
-  void* memory = nullptr;
-  if (cudaMalloc(&memory, static_cast<size_t>(bytes)) != cudaSuccess) {
-    const cudaError_t status = cudaGetLastError();
-    fail(FM_OUT_OF_MEMORY, "device ", device_, " has no ", bytes, " bytes for scratch (",
-         cudaGetErrorString(status),
-         "): use fewer tokens, or give memory back (torch.cuda.empty_cache())");
-  }
-  scratch_ = {.memory = memory, .bytes = bytes};
-  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
+  scratch_.memory = allocate(bytes, device_);
+  check(cudaMemsetAsync(scratch_.memory, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
+  // Known to be zero, also to a launch on another stream if this one's comes to nothing.
+  record_last(stream);
+  scratch_.bytes = bytes;
 }
 
 void Workspace::raise_report(bool capturing) {
@@ -196,10 +213,7 @@ std::string Workspace::explain(const fm_layer& layer, const fm_forward_args& arg
     fail(FM_UNSUPPORTED, "CUDA: ", reason);
   }
   const int32_t num_sms = options.max_sms > 0 ? std::min(options.max_sms, num_sms_) : num_sms_;
-  std::ostringstream text;
-  text << launch::describe_forward(layer, args, num_sms);
-  text << "\nscratch: " << launch::forward_scratch_bytes(layer, args) << " bytes";
-  return text.str();
+  return launch::describe_forward(layer, args, num_sms);
 }
 
 int64_t Workspace::scratch_bytes() const {

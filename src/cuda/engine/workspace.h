@@ -53,6 +53,7 @@ class Workspace {
 
   void reserve(int64_t bytes, cudaStream_t stream, bool capturing);
   void follow_last(cudaStream_t stream) const;
+  void record_last(cudaStream_t stream);
   void release() noexcept;
 
   int32_t device_;
@@ -61,7 +62,7 @@ class Workspace {
   std::vector<Scratch> retired_;               // grown out of, but captured
   sync::WaitReport* report_ = nullptr;         // host's address
   sync::WaitReport* device_report_ = nullptr;  // device's address of the same
-  cudaEvent_t last_ = nullptr;                 // end of the last launch that was not captured
+  cudaEvent_t last_ = nullptr;  // end of the last use of scratch that was not captured
   unsigned long long last_stream_ = 0;
   bool has_last_ = false;
 };
