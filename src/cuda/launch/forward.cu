@@ -268,25 +268,28 @@ std::string text_of(const Parts&... parts) {
   return text.str();
 }
 
-// Sixteen-byte accesses: base and strides of rows.
+// Sixteen-byte accesses: base and strides of rows. A tensor map's strides are under 2^40 bytes.
 std::string refuse_rows(const char* name, const fm_tensor& tensor, int64_t element_bytes) {
   const int64_t unit = 16 / element_bytes;
+  const int64_t most = (int64_t{1} << 40) / element_bytes - unit;
   if (!present(tensor) || tensor.shape[0] == 0) return {};
   if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0) {
     return text_of(name, " starts at ", tensor.data, "; accepted: multiples of 16 bytes");
   }
   for (int32_t dim = 0; dim < tensor.ndim; ++dim) {
     if (tensor.stride[dim] == 1 || tensor.shape[dim] == 1) continue;
-    if (tensor.stride[dim] % unit != 0) {
-      return text_of(name, " has stride ", tensor.stride[dim], " in dimension ", dim,
-                     "; accepted on CUDA: multiples of ", unit);
+    const int64_t stride = tensor.stride[dim];
+    if (stride < 0 || stride > most || stride % unit != 0) {
+      return text_of(name, " has stride ", stride, " in dimension ", dim,
+                     "; accepted on CUDA: multiples of ", unit, " from 0 to ", most);
     }
   }
   return {};
 }
 
 std::string refuse_sizes(const fm_layer& layer, const Operands& operands) {
-  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - 4096;
+  // Rows and slots are counted in 32 bits, in steps of all threads of a grid.
+  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - (1 << 20);
   constexpr int64_t kMaxSize = int64_t{1} << 20;
   for (const auto& [name, size] :
        {std::pair{"hidden", layer.hidden}, std::pair{"intermediate", layer.intermediate}}) {
@@ -312,11 +315,7 @@ std::string refuse_sizes(const fm_layer& layer, const Operands& operands) {
 }  // namespace
 
 std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& operands) {
-  if (layer.dtype != FM_BF16 && layer.dtype != FM_F16) {
-    return "the CUDA kernels run bf16 and fp16 layers; convert x and the weights";
-  }
   if (std::string reason = refuse_sizes(layer, operands); !reason.empty()) return reason;
-  if (present(operands.z)) return "z is not saved on CUDA; accepted: absent";
   const int64_t router_bytes = operands.w_router.dtype == FM_F32 ? 4 : 2;
   const std::pair<const char*, const fm_tensor*> tensors[] = {
       {"x", &operands.x},           {"w_gate", &operands.w_gate}, {"w_up", &operands.w_up},
@@ -340,12 +339,14 @@ std::string describe_forward(const fm_layer& layer, const fm_forward_args& opera
   const kernel::ForwardEntry entry = kernel_for(layer, operands);
   const config::ForwardSizes sizes = sizes_of(layer, operands, entry.config, 0);
   const config::ForwardTable table = table_of(layer, operands);
+  const config::GroupedProduct up = entry.config.up();
   std::ostringstream text;
-  text << "up      " << config::describe(entry.config.up()) << "\n"
+  text << "up      " << config::describe(up) << "\n"
        << "down    " << config::describe(entry.config.down()) << "\n"
        << "grid    " << num_sms / config::kClusterSize * config::kClusterSize << " CTAs of "
        << config::kForwardThreads << " threads, " << entry.shared_bytes
-       << " bytes of shared memory, registers 40 + 2 x 208 + " << config::kCommRegisters << "\n"
+       << " bytes of shared memory, registers " << up.load_registers << " + 2 x "
+       << up.math_registers << " + " << config::kCommRegisters << "\n"
        << "columns " << sizes.column_blocks << " column blocks of " << sizes.column_width
        << ", combined by " << sizes.combine_tokens << " tokens\n"
        << "tiles   " << sizes.up_pairs << " weight pairs up, " << sizes.down_pairs << " down\n"

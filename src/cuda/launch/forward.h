@@ -11,8 +11,9 @@
 
 namespace flashmoe::cuda::launch {
 
-// What one forward runs with. The engine has checked shapes, dtypes and strides of `operands`
-// (engine/check.h) as for the CPU; every data pointer is memory of the current device.
+// What one forward runs with. The engine has checked shapes, dtypes and strides of `operands` as
+// for the CPU and that there is no z (engine/cuda_call.h); every data pointer is memory of the
+// current device.
 struct ForwardArguments {
   fm_layer layer;
   fm_forward_args operands;
@@ -40,7 +41,7 @@ std::string describe_forward(const fm_layer& layer, const fm_forward_args& opera
                              int32_t num_sms);
 
 // Launches one kernel on the current device. Throws Error: FM_UNSUPPORTED with reason_to_refuse()
-// or on a device without these instructions, FM_OUT_OF_MEMORY if scratch is too small.
+// or on a device without these instructions.
 void launch_forward(const ForwardArguments& arguments);
 
 }  // namespace flashmoe::cuda::launch
