@@ -131,6 +131,7 @@ flashmoe::cuda::LaunchOptions cuda_options(flashmoe::fabric::Group& group) {
 }
 
 void launch_on_cuda(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {
+  g.group.waiter().check_abort();
   g.cuda.forward(layer, args, cuda_options(g.group));
   g.stats = {};
   g.stats.epoch = g.group.begin_epoch();

@@ -165,6 +165,14 @@ def test_several_ranks_are_refused_on_all_of_them(engine):
         group.close()
 
 
+def test_an_aborted_group_stays_aborted(engine, claims):
+    [group] = flashmoe.local_group(1)
+    with group:
+        group.abort("enough")
+        with pytest.raises(flashmoe.errors.GroupAbortedError, match="enough"):
+            engine.forward(group.handle, make_layer(engine), claims.forward(), 0)
+
+
 def test_max_sms_is_an_option():
     with flashmoe.local_group(1)[0] as group:
         group.set("max_sms", 66)
