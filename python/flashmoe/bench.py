@@ -30,6 +30,7 @@ from .passes import engine_pass, rank_call, reference_pass, run_rank
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = "plain PyTorch, loop over experts"
 PEER = "torch.grouped_mm"
+OURS = "ours"
 DIRECTIONS = (("forward", False), ("forward+backward", False), ("forward+backward", True))
 WARM_UP_S = 1.0
 MIN_ROUNDS = 5
@@ -69,36 +70,57 @@ def bench_case(case, dtype, group, threads, budget_s):
         contenders = make_contenders(measured, operands, dtype, group, backward)
         times = interleaved(contenders, budget_s)
         medians = {name: statistics.median(runs) * 1e6 for name, runs in times.items()}
-        launches = count_launches(contenders["ours"], group)
+        launches = count_launches(contenders[OURS], group)
         quality = measure_quality(measured, operands, dtype, group, backward, expected)
-        us, reference_us = medians.pop("ours"), medians.pop(REFERENCE)
+        named = replace(case, name=case.name.removeprefix("speed/"), tokens=tokens)
         yield {
-            "case": case.name.removeprefix("speed/"),
-            "direction": direction,
-            "tokens": tokens[0],
-            "hidden": case.hidden,
-            "intermediate": case.intermediate,
-            "experts": case.experts,
-            "top_k": case.top_k,
-            "dtype": dtype,
-            "ranks": 1,
-            "device": "cpu",
-            "gpu": None,
-            "us": round(us, 1),
-            "reference": REFERENCE,
-            "reference_us": round(reference_us, 1),
-            "ratio": round(reference_us / us, 4),
-            **quality,
-            "launches": launches,
-            "peers": {name: round(value, 1) for name, value in medians.items()},
-            "source": source_hash(),
-            "date": datetime.date.today().isoformat(),
+            **measurement(
+                named,
+                medians,
+                REFERENCE,
+                direction=direction,
+                dtype=dtype,
+                quality=quality,
+                launches=launches,
+            ),
             "cpu": cpu_name(),
             "threads": threads,
             "save_z": save_z,
-            "rounds": len(times["ours"]),
+            "rounds": len(times[OURS]),
             "torch": torch.__version__,
         }
+
+
+def measurement(case, times, reference, *, direction, dtype, quality, launches, gpu=None):
+    """The fields that every record begins with; times: name -> microseconds of all contenders."""
+    us, reference_us = times[OURS], times[reference]
+    return {
+        "case": case.name,
+        "direction": direction,
+        "tokens": case.tokens[0],
+        "hidden": case.hidden,
+        "intermediate": case.intermediate,
+        "experts": case.experts,
+        "top_k": case.top_k,
+        "dtype": dtype,
+        "ranks": 1,
+        "device": "cuda" if gpu else "cpu",
+        "gpu": gpu,
+        "us": round(us, 1),
+        "reference": reference,
+        "reference_us": round(reference_us, 1),
+        "ratio": round(reference_us / us, 4),
+        **quality,
+        "launches": launches,
+        "peers": peers_of(times, reference),
+        "source": source_hash(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def peers_of(times, reference):
+    """The times of neither ours nor the reference, as a record shows them."""
+    return {name: round(us, 1) for name, us in times.items() if name not in (OURS, reference)}
 
 
 def make_contenders(case, operands, dtype, group, backward):
@@ -107,7 +129,7 @@ def make_contenders(case, operands, dtype, group, backward):
     if backward:
         run_rank(call, True)  # makes the leaves require gradients
     layers = {REFERENCE: loop_experts, PEER: grouped_experts}
-    contenders = {"ours": lambda: run_rank(call, backward)}
+    contenders = {OURS: lambda: run_rank(call, backward)}
     for name, experts in layers.items():
         contender = plain_layer(case, operands, DTYPES[dtype], experts, backward)
         if name == REFERENCE or runs(contender):
@@ -240,18 +262,17 @@ def cpu_name():
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
-def results_path():
+def results_path(machine=None, part="cpu", folder=None):
     """Where `--write` appends: one file a kind of machine. Raises ValueError outside a checkout."""
-    folder = ROOT / "benchmarks" / "results"
-    if not (ROOT / "include" / "flashmoe").is_dir():
+    if folder is None and not (ROOT / "include" / "flashmoe").is_dir():
         raise ValueError("--write needs a source checkout: results belong to benchmarks/results")
-    slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return folder / f"{slug}-cpu.jsonl"
+    slug = re.sub(r"[^a-z0-9]+", "-", (machine or cpu_name()).lower()).strip("-")
+    return (folder or ROOT / "benchmarks" / "results") / f"{slug}-{part}.jsonl"
 
 
-def write_records(records):
-    """Appends records to the results of this machine; returns the path."""
-    path = results_path()
+def write_records(records, path=None):
+    """Appends records to the results of this machine, or to `path`; returns the path."""
+    path = path or results_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for record in records:
@@ -266,12 +287,12 @@ def plot_records(records, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(["ours", REFERENCE, *(n for r in records for n in r["peers"])]))
+    names = list(dict.fromkeys([OURS, REFERENCE, *(n for r in records for n in r["peers"])]))
     figure, axes = pyplot.subplots(figsize=(10, 1 + 0.7 * len(records)), layout="constrained")
     height = 0.8 / len(names)
     for idx, name in enumerate(names):
         values = [
-            {"ours": r["us"], REFERENCE: r["reference_us"], **r["peers"]}.get(name, 0) / 1e3
+            {OURS: r["us"], REFERENCE: r["reference_us"], **r["peers"]}.get(name, 0) / 1e3
             for r in records
         ]
         places = [place + idx * height for place in range(len(records))]

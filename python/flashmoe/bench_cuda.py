@@ -9,17 +9,14 @@ compared with an fp64 layer and run twice.
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
-import re
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from . import functional, local_group, models, ops, reference
-from .bench import ROOT, source_hash
+from . import bench, functional, local_group, models, ops, reference
+from .bench import OURS, PEER
 from .cases import Case
 from .check import same_bits
 from .gpu_timing import burst, microseconds, sustained, timed
@@ -27,8 +24,6 @@ from .inputs import DTYPES, LAYOUTS
 from .passes import RankCall, call_layer, call_options
 
 REFERENCE = "torch.bmm"
-PEER = "torch.grouped_mm"
-OURS = "ours"
 DECODE_TOKENS = (1, 8, 64, 256)
 
 
@@ -106,36 +101,26 @@ def bench_case(case, dtype, group, seconds, ceilings):
     floor = floor_us(case, experts_hit, ceilings)
     us = by_graph[OURS]
     return {
-        "case": case.name,
-        "direction": "forward",
-        "tokens": case.tokens[0],
-        "hidden": case.hidden,
-        "intermediate": case.intermediate,
-        "experts": case.experts,
-        "top_k": case.top_k,
-        "dtype": dtype,
-        "ranks": 1,
-        "device": "cuda",
-        "gpu": torch.cuda.get_device_name(),
-        "us": round(us, 1),
-        "reference": REFERENCE,
-        "reference_us": round(by_graph[REFERENCE], 1),
-        "ratio": round(by_graph[REFERENCE] / us, 4),
-        **quality,
-        "launches": launches_of(eager[OURS]),
-        "peers": peers_of(by_graph),
-        "source": source_hash(),
-        "date": datetime.date.today().isoformat(),
+        **bench.measurement(
+            case,
+            by_graph,
+            REFERENCE,
+            direction="forward",
+            dtype=dtype,
+            quality=quality,
+            launches=launches_of(eager[OURS]),
+            gpu=torch.cuda.get_device_name(),
+        ),
         "part": "layer",
         "layout": case.layout,
         "eager_us": round(by_call[OURS], 1),
         "eager_reference_us": round(by_call[REFERENCE], 1),
         "eager_ratio": round(by_call[REFERENCE] / by_call[OURS], 4),
-        "eager_peers": peers_of(by_call),
+        "eager_peers": bench.peers_of(by_call, REFERENCE),
         "burst_us": round(short[OURS], 1),
         "burst_reference_us": round(short[REFERENCE], 1),
         "burst_ratio": round(short[REFERENCE] / short[OURS], 4),
-        "burst_peers": peers_of(short),
+        "burst_peers": bench.peers_of(short, REFERENCE),
         "floor_us": round(floor, 1),
         "over_floor": round(us / floor, 4),
         "tflops": round(flops(case) / us / 1e6, 1),
@@ -147,11 +132,6 @@ def bench_case(case, dtype, group, seconds, ceilings):
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
     }
-
-
-def peers_of(times):
-    """The times of neither ours nor the reference."""
-    return {name: round(us, 1) for name, us in times.items() if name not in (OURS, REFERENCE)}
 
 
 # ---- operands ---------------------------------------------------------------------------------
@@ -384,24 +364,10 @@ def floor_us(case, experts_hit, ceilings):
 # ---- what is shown and kept -------------------------------------------------------------------
 
 
-def results_path(record, folder=None):
-    """Where records of this GPU are appended. Raises ValueError outside a checkout."""
-    if folder is None:
-        if not (ROOT / "include" / "flashmoe").is_dir():
-            raise ValueError("--write needs a source checkout: results are in benchmarks/results")
-        folder = ROOT / "benchmarks" / "results"
-    slug = re.sub(r"[^a-z0-9]+", "-", record["gpu"].lower().removeprefix("nvidia ")).strip("-")
-    return folder / f"{slug}-layer.jsonl"
-
-
 def write_records(records, folder=None):
     """Appends records to the results of their GPU; returns the path."""
-    path = results_path(records[0], folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
-    return path
+    gpu = records[0]["gpu"].lower().removeprefix("nvidia ")
+    return bench.write_records(records, bench.results_path(gpu, "layer", folder))
 
 
 def table(records):

@@ -201,3 +201,26 @@ def test_explain_of_a_benchmark_case():
     with flashmoe.local_group(1)[0] as group:
         text = bench_cuda.explain(case, "bf16", group, device="cpu")
     assert "column block" in text
+
+
+def test_records_are_kept_by_the_name_of_the_gpu(tmp_path):
+    import json
+
+    from flashmoe import bench, bench_cuda
+
+    case = bench_cuda.gpu_cases()["olmoe"]
+    record = bench.measurement(
+        case,
+        {bench_cuda.OURS: 20.0, bench_cuda.REFERENCE: 18.0, bench_cuda.PEER: 40.04},
+        bench_cuda.REFERENCE,
+        direction="forward",
+        dtype="bf16",
+        quality={"error_ratio": 1.0, "bitwise": True},
+        launches=1,
+        gpu="NVIDIA H200",
+    )
+    assert (record["device"], record["ratio"], record["tokens"]) == ("cuda", 0.9, 8192)
+    assert record["peers"] == {bench_cuda.PEER: 40.0}
+    path = bench_cuda.write_records([record], tmp_path)
+    assert path.name == "h200-layer.jsonl"
+    assert json.loads(path.read_text()) == record
