@@ -82,6 +82,35 @@ def test_undefined_logits_are_raised_by_the_next_call(value, group):
     finish(group)
 
 
+def test_nan_in_the_selection_bias_names_the_expert(group):
+    layer, bias = make_layer(), torch.zeros(16, device="cuda")
+    layer.options["selection_bias"] = bias
+    expected = layer.outputs(group)
+    bias[11] = float("nan")
+    layer(group)
+    torch.cuda.synchronize()
+    with pytest.raises(RoutingError, match=r"NaN in the selection bias \(expert 11\)"):
+        group.stats()
+    bias[11] = 0
+    assert same_bits(layer.outputs(group), expected)
+    finish(group)
+
+
+def test_scratch_that_grows_on_streams_in_turn(group):
+    """Every stream finds scratch that another one has just taken and cleared."""
+    layers = [make_layer(tokens=tokens) for tokens in (10, 500, 3000, 20)]
+    expected = [layer.outputs() for layer in layers]
+    streams = [torch.cuda.Stream() for _ in layers]
+    torch.cuda.synchronize()
+    made = []
+    for layer, stream in zip(layers, streams, strict=True):
+        with torch.cuda.stream(stream):
+            made.append(layer.outputs(group))
+    finish(group)
+    for outputs, right in zip(made, expected, strict=True):
+        assert same_bits(outputs, right)
+
+
 def test_the_current_device_stays():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -10,10 +10,10 @@ import torch
 from flashmoe import check, ops
 from flashmoe.cases import Case
 from flashmoe.config import Activation, Routing
-from flashmoe.errors import UnsupportedError
+from flashmoe.errors import RoutingError, UnsupportedError
 from flashmoe.inputs import make_operands, on_device
 from flashmoe.passes import engine_pass
-from layer_common import finish, make_layer
+from layer_common import finish, make_layer, same_bits
 
 TOKENS = (0, 1, 3, 63, 64, 65, 127, 128, 129, 1000, 8191)
 POISON = -77
@@ -117,6 +117,61 @@ def test_scratch_of_nan_changes_nothing():
         after = engine_pass(case, operands, "bf16", [group], False).outputs["y"][0]
         finish(group)
     assert check.same_bits(clean, after)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["router", "ids"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_a_bad_value_stays_in_its_token(value, fused):
+    layer, bad = make_layer(), 37
+    others = torch.arange(len(layer.x), device="cuda") != bad
+    spoiled = layer.x.clone()
+    spoiled[bad, 5] = value
+    [group] = flashmoe.local_group(1)
+    with group:
+        y, routed = layer(group)
+
+        def again(x):
+            if fused:
+                return layer(group, x)[0]
+            chosen = (routed.topk_ids, routed.topk_weights)
+            return flashmoe.experts(x, *chosen, layer.w_up, layer.w_down, group=group)
+
+        clean, made = again(layer.x).clone(), again(spoiled)
+        torch.cuda.synchronize()
+        if fused:
+            with pytest.raises(RoutingError, match=f"router logits.*token {bad}"):
+                group.stats()
+            assert torch.isnan(made[bad]).all()
+        else:
+            assert not torch.isfinite(made[bad]).all()
+        assert same_bits([clean[others], made[others]], [y[others], y[others]])
+        finish(group)
+
+
+def same_alone(layer, last):
+    """The last tokens of a layer have the same bits as a layer of those tokens alone."""
+    [group] = flashmoe.local_group(1)
+    with group:
+        y, routed = layer(group)
+        y_alone, alone = layer(group, layer.x[-last:])
+        finish(group)
+    together = (y, routed.topk_ids, routed.topk_weights)
+    alone = (y_alone, alone.topk_ids, alone.topk_weights)
+    assert same_bits([tensor[-last:] for tensor in together], alone)
+    assert int(routed.tokens_per_expert.sum()) == len(layer.x) * layer.top_k
+
+
+def test_more_tokens_than_131072():
+    same_alone(make_layer(tokens=140_001, hidden=128, intermediate=64, experts=64, top_k=8), 300)
+
+
+def test_more_elements_than_32_bits_count():
+    tokens, hidden = 66_000, 32_768
+    assert tokens * hidden > 2**31
+    free, _ = torch.cuda.mem_get_info()
+    if free < 40 << 30:
+        pytest.skip(f"needs 40 GiB of GPU memory: {free >> 30} GiB are free")
+    same_alone(make_layer(tokens=tokens, hidden=hidden, intermediate=64, experts=4, top_k=1), 200)
 
 
 def test_module_and_leading_dimensions():
