@@ -137,6 +137,8 @@ def bench(arguments: argparse.Namespace) -> None:
         records.append(record)
         bench_cuda.write_records([record], arguments.out)
         print(bench_cuda.table([record]).splitlines()[1], flush=True)
+    if not records:
+        raise SystemExit(f"no case matches '{arguments.cases}'")
     bench_cuda.plot_roofline(records, arguments.out / "roofline.png")
     print("\n" + bench_cuda.table(records))
 

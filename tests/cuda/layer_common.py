@@ -8,7 +8,7 @@ from typing import Any
 
 import flashmoe
 import torch
-from flashmoe import _core
+from flashmoe import _core, check
 
 
 @cache
@@ -81,10 +81,7 @@ def make_layer(
 
 def same_bits(one, other):
     """Whether two lists of tensors agree in every bit (NaN too)."""
-    return all(
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        for a, b in zip(one, other, strict=True)
-    )
+    return all(check.same_bits(*pair) for pair in zip(one, other, strict=True))
 
 
 def finish(group):

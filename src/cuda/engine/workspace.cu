@@ -135,9 +135,7 @@ void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const bool capturing = is_capturing(stream);
   raise_report(capturing);
-  if (const std::string reason = launch::reason_to_refuse(layer, args); !reason.empty()) {
-    fail(FM_UNSUPPORTED, "CUDA: ", reason);
-  }
+  launch::check_supported(layer, args);
   reserve(launch::forward_scratch_bytes(layer, args), stream, capturing);
   if (!capturing) follow_last(stream);
   launch::launch_forward({.layer = layer,
@@ -209,9 +207,6 @@ void Workspace::raise_report(bool capturing) {
 
 std::string Workspace::explain(const fm_layer& layer, const fm_forward_args& args,
                                const LaunchOptions& options) const {
-  if (const std::string reason = launch::reason_to_refuse(layer, args); !reason.empty()) {
-    fail(FM_UNSUPPORTED, "CUDA: ", reason);
-  }
   const int32_t num_sms = options.max_sms > 0 ? std::min(options.max_sms, num_sms_) : num_sms_;
   return launch::describe_forward(layer, args, num_sms);
 }

@@ -261,13 +261,6 @@ kernel::ForwardParams make_params(const ForwardArguments& arguments,
   return params;
 }
 
-template <class... Parts>
-std::string text_of(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
-}
-
 // Sixteen-byte accesses: base and strides of rows. A tensor map's strides are under 2^40 bytes.
 std::string refuse_rows(const char* name, const fm_tensor& tensor, int64_t element_bytes) {
   const int64_t unit = 16 / element_bytes;
@@ -312,8 +305,7 @@ std::string refuse_sizes(const fm_layer& layer, const Operands& operands) {
   return {};
 }
 
-}  // namespace
-
+// Why the kernels cannot run this layer on these operands, or an empty text.
 std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& operands) {
   if (std::string reason = refuse_sizes(layer, operands); !reason.empty()) return reason;
   const int64_t router_bytes = operands.w_router.dtype == FM_F32 ? 4 : 2;
@@ -330,12 +322,20 @@ std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& opera
   return refuse_rows("w_router", operands.w_router, router_bytes);
 }
 
+}  // namespace
+
+void check_supported(const fm_layer& layer, const fm_forward_args& operands) {
+  const std::string reason = reason_to_refuse(layer, operands);
+  if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
+}
+
 int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands) {
   return table_of(layer, operands).total;
 }
 
 std::string describe_forward(const fm_layer& layer, const fm_forward_args& operands,
                              int32_t num_sms) {
+  check_supported(layer, operands);
   const kernel::ForwardEntry entry = kernel_for(layer, operands);
   const config::ForwardSizes sizes = sizes_of(layer, operands, entry.config, 0);
   const config::ForwardTable table = table_of(layer, operands);
@@ -355,8 +355,7 @@ std::string describe_forward(const fm_layer& layer, const fm_forward_args& opera
 }
 
 void launch_forward(const ForwardArguments& arguments) {
-  const std::string reason = reason_to_refuse(arguments.layer, arguments.operands);
-  if (!reason.empty()) fail(FM_UNSUPPORTED, reason);
+  check_supported(arguments.layer, arguments.operands);
   const kernel::ForwardEntry entry = kernel_for(arguments.layer, arguments.operands);
   kernel::ForwardParams params = make_params(arguments, entry.config);
   launch_pairs({entry.function, entry.shared_bytes, config::kForwardThreads,

@@ -29,18 +29,19 @@ struct ForwardArguments {
   cudaStream_t stream = nullptr;
 };
 
-// Why the CUDA engine cannot run this layer on these operands, or an empty text. Looks at sizes,
-// strides and addresses only; never at a device.
-std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& operands);
+// Throws FM_UNSUPPORTED with the reason if the kernels cannot run this layer on these operands.
+// Looks at sizes, strides and addresses only; never at a device.
+void check_supported(const fm_layer& layer, const fm_forward_args& operands);
 
 // Scratch of a launch; grows with the tokens.
 int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands);
 
-// The configuration that a launch on `num_sms` SMs runs with, a line for each fact.
+// The configuration that a launch on `num_sms` SMs runs with, a line for each fact. Throws as
+// check_supported() does.
 std::string describe_forward(const fm_layer& layer, const fm_forward_args& operands,
                              int32_t num_sms);
 
-// Launches one kernel on the current device. Throws Error: FM_UNSUPPORTED with reason_to_refuse()
+// Launches one kernel on the current device. Throws Error: FM_UNSUPPORTED as check_supported() does
 // or on a device without these instructions.
 void launch_forward(const ForwardArguments& arguments);
 

@@ -67,13 +67,6 @@ kernel::GroupedProductParams make_params(const GroupedProductArguments& argument
   return params;
 }
 
-template <class... Parts>
-std::string text_of(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
-}
-
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
