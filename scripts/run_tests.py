@@ -26,6 +26,9 @@ BIN = Path(sys.executable).parent
 STEP_TIMEOUT_S = 40 * 60
 TAIL_LINES = 60
 TAIL_COLUMNS = 240
+# Python files with bounds of time: nothing runs beside them. The others share the cores.
+ALONE = ("test_faults_lifecycle.py", "test_faults_processes.py", "test_ranks_failure.py")
+MOST_WORKERS = 8  # each imports PyTorch
 # C++ cases with this in their name take long: not in a quick run, not under a sanitizer.
 SLOW_CPP = "Slow"
 FUZZ_SECONDS = 600
@@ -44,6 +47,11 @@ class Outcome:
     passed: int = 0
     failures: list[str] = field(default_factory=list)
     skips: list[str] = field(default_factory=list)
+
+    def add(self, other: Outcome) -> None:
+        self.passed += other.passed
+        self.failures += other.failures
+        self.skips += other.skips
 
 
 class StepError(Exception):
@@ -155,11 +163,23 @@ def cpp_tests(context: Context) -> Outcome:
     return ctest(context, "release")
 
 
-def python_tests(context: Context) -> Outcome:
-    report = LOGS / f"{context.name}.xml"
+def pytest(context: Context, part: str, *arguments: str | Path, **environment: str) -> Outcome:
+    report = LOGS / f"{context.name}-{part}.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=15", f"--junitxml={report}"]
-    return read_junit(report, context.run([*command, *(["-m", "not slow"] * context.quick)]))
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
+    command += ["-m", "not slow"] * context.quick
+    return read_junit(report, context.run(command, **environment))
+
+
+def python_tests(context: Context) -> Outcome:
+    folder = ROOT / "tests" / "python"
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    shared = ["-n", str(workers), "--dist", "worksteal", "--durations=15"]
+    shared += [f"--ignore={folder / name}" for name in ALONE]
+    outcome = pytest(context, "shared", *shared, OMP_NUM_THREADS="1")
+    alone = [folder / name for name in ALONE]
+    outcome.add(pytest(context, "alone", "--durations=10", *alone))
+    return outcome
 
 
 def sanitizer(preset: str) -> Callable[[Context], Outcome]:
@@ -184,15 +204,9 @@ def fuzz(context: Context) -> Outcome:
         outcome.failures.append("fuzz_c_api")
     else:
         outcome.passed += 1
-    report = LOGS / f"{context.name}.xml"
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--timeout=1800", f"--junitxml={report}"]
     examples = {"FLASHMOE_TEST_EXAMPLES": str(FUZZ_EXAMPLES)}
-    python = read_junit(
-        report, context.run([*command, "tests/python/test_faults_config.py"], **examples)
-    )
-    outcome.passed += python.passed
-    outcome.failures += python.failures
+    config = ["--timeout=1800", "tests/python/test_faults_config.py"]
+    outcome.add(pytest(context, "config", *config, **examples))
     return outcome
 
 

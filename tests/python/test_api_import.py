@@ -63,6 +63,7 @@ def test_missing_library_is_named(monkeypatch, tmp_path):
         _core.engine()
 
 
+@pytest.mark.slow
 def test_torch_before_and_after_flashmoe_under_compile():
     """The first call of all may be a compiled one: nothing was imported for it in eager mode."""
     code = """

@@ -89,6 +89,7 @@ def test_run_knows_every_model(model):
     assert report.passed, report.reasons
 
 
+@pytest.mark.slow
 def test_run_in_processes(capsys):
     code, [report] = run_json(capsys, "run", *TINY, "--ranks", "2", "--processes")
     assert code == 0

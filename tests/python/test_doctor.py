@@ -220,6 +220,7 @@ def test_mpirun_that_starts_nothing(tools, no_launcher, monkeypatch):
     assert "not tried from inside of a launcher" in examined("mpi")[0].found
 
 
+@pytest.mark.slow
 def test_ranks_of_mpirun_that_are_wrong(no_launcher, monkeypatch):
     if shutil.which("mpirun") is None:
         pytest.skip("mpirun is not installed (Debian: openmpi-bin)")

@@ -53,6 +53,7 @@ def test_losses_lie_on_each_other(tmp_path):
     assert said["runs"][0]["first_loss"] > said["unigram_entropy"] > 2
 
 
+@pytest.mark.slow
 def test_single_precision_starts_at_rounding_scale(tmp_path):
     """Half the digits of fp32, over steps too few for an expert's choice to turn."""
     said = train(tmp_path, "--small", "--steps", 8)
@@ -71,6 +72,7 @@ def test_long_form_is_well_below_the_entropy(tmp_path):
         assert one["difference"]["10"] < 2.0**-12
 
 
+@pytest.mark.slow
 def test_selection_bias_balances_the_experts(tmp_path):
     """At least twice as well as no balancing, and at no price in the loss of the first steps."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -85,6 +87,7 @@ def test_selection_bias_balances_the_experts(tmp_path):
         assert sum(one["slots_per_expert"]) == 2 * 8 * 48  # top_k, sequences, bytes of each
 
 
+@pytest.mark.slow
 def test_wrong_ranks_are_named(tmp_path):
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / "train_bytes.py"), "--ranks", "3"],

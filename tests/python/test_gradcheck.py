@@ -33,6 +33,7 @@ def run(*command):
     return summary, rows
 
 
+@pytest.mark.slow
 def test_quick_form_on_one_and_three_ranks():
     summary, rows = run(SCRIPT, "--quick", "--ranks", "1", "3")
     assert summary["failed"] == 0 and summary["passed"] == len(rows) > 60

@@ -382,6 +382,7 @@ def test_hidden_states_of_another_dtype_are_converted():
 # ---- what is not served -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_import_registers_nothing():
     code = """
 import sys

@@ -304,7 +304,7 @@ def port():
         yield {"MASTER_ADDR": "localhost", "MASTER_PORT": str(number)}
 
 
-@pytest.mark.parametrize("mode", ["world", "torch"])
+@pytest.mark.parametrize("mode", ["world", pytest.param("torch", marks=pytest.mark.slow)])
 def test_plain_processes_with_an_address(mode, port):
     if mode == "torch":
         pytest.importorskip("torch")
@@ -324,7 +324,7 @@ def test_torchrun():
     assert both_done(run(sys.executable, *command, HERE / "launch_ranks.py", "world"))
 
 
-@pytest.mark.parametrize("mode", ["world", "communicator"])
+@pytest.mark.parametrize("mode", [pytest.param("world", marks=pytest.mark.slow), "communicator"])
 def test_mpirun(mode):
     assert both_done(mpirun(HERE / "launch_ranks.py", mode))
 
