@@ -1,0 +1,130 @@
+// The roles of every kernel of tiles: a pair of CTAs that meet in shared-memory rings.
+//
+//   tickets (a warp of the pair's leader)  takes tickets one tile ahead, sends tiles to both CTAs
+//   load    (a thread of each CTA)         copies operands: own weights, half the pair's tokens
+//   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
+//                                          epilogue (ping-pong)
+//
+// A Job says what a kernel's tiles are and what becomes of them; the roles own rings, phases and
+// turns. It names Params, Shared, kShape (the geometry of the stages), and has static functions of
+// the launch's parameters:
+//   tickets(params)                                the counter
+//   num_k_blocks(params, tile)                     steps of 64 k
+//   pace_block(num_k_blocks)                       the step at whose load the next ticket is due
+//   before_loads()                                 orders a tile's loads behind who wrote the rows
+//   token_map(params, tile)                        of the tile's rows
+//   load_weights(params, to, full, tile, idx, k)   this CTA's weights of one step
+//   multiply(tile, operands...)                    tile::multiply_steps of the tile's configuration
+//   finish(params, sums, staging, tile)            stores the results; whole warpgroup
+// and a Source, which the ticket warp makes of params and shared memory:
+//   next(ticket, is_taker, waiter)                 its tile, whose operands are there; whole warp
+//   sent(tile, is_first), ended()                  the taker, after each tile and after the last
+#pragma once
+
+#include "cuda/kernel/roles.cuh"
+#include "cuda/sync/turns.cuh"
+#include "cuda/tile/activation.cuh"
+#include "cuda/tile/epilogue.cuh"
+#include "cuda/tile/load.cuh"
+#include "cuda/tile/mainloop.cuh"
+
+namespace flashmoe::cuda::kernel {
+
+// Whole warp of the leader. The next ticket is taken when about half of a tile is loaded: early
+// enough to hide the counter's latency, late enough that no pair sits on a tile that another could
+// start.
+template <class Job>
+FM_DEVICE void tickets_role(const typename Job::Params& params, typename Job::Shared& smem,
+                            sync::Waiter waiter) {
+  const int32_t num_clusters = gridDim.x / config::kClusterSize;
+  const bool is_taker = ptx::lane_idx() == 0;
+  TileWriter tiles(smem.tiles);
+  typename Job::Source source(params, smem);
+  uint32_t pace_parity = 0;
+  for (bool is_first = true;; is_first = false) {
+    if (!is_first) {
+      waiter.wait(&smem.pace, pace_parity, sync::WaitTag::kPace);
+      pace_parity ^= 1;
+    }
+    int32_t ticket = 0;
+    if (is_taker) ticket = take_ticket(Job::tickets(params), is_first, num_clusters);
+    ticket = __shfl_sync(0xFFFFFFFF, ticket, 0);
+    const tile::Tile tile = source.next(ticket, is_taker, waiter);
+    tiles.send(tile, waiter);
+    if (is_taker) source.sent(tile, is_first);
+    if (tile.is_end()) break;
+  }
+  if (is_taker) source.ended();
+  if (is_taker) finish_tickets(Job::tickets(params), num_clusters);
+}
+
+// One thread of each CTA.
+template <class Job>
+FM_DEVICE void load_role(const typename Job::Params& params, typename Job::Shared& smem,
+                         sync::Waiter waiter, int32_t cta_rank) {
+  constexpr config::GroupedProduct kShape = Job::kShape;
+  sync::StageWriter<kShape.num_stages> stages(smem.stage_barriers);
+  TileReader tiles(smem.tiles);
+  while (true) {
+    const tile::Tile tile = tiles.take_and_rearm(waiter);
+    if (tile.is_end() || !waiter.alive()) break;
+    Job::before_loads();
+    const int32_t num_steps = tile.num_steps();
+    const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + cta_rank;
+    const uint32_t num_bytes = kShape.weight_bytes() + kShape.token_bytes(num_steps);
+    const CUtensorMap& tokens = Job::token_map(params, tile);
+    const int32_t num_k_blocks = Job::num_k_blocks(params, tile);
+    const int32_t pace_block = Job::pace_block(num_k_blocks);
+    for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
+      stages.acquire(num_bytes, waiter);
+      auto& stage = smem.stages[stages.slot()];
+      const int32_t depth = k_block * config::kDepthStep;
+      tile::load_tokens_for_pair(stage.tokens, stages.full(), tokens, tile.row_begin, num_steps,
+                                 depth, cta_rank);
+      Job::load_weights(params, stage.weights, stages.full(), tile, weight_tile_idx, depth);
+      if (k_block == pace_block && cta_rank == 0) {
+        ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
+      }
+      stages.advance();
+    }
+  }
+}
+
+// One warpgroup. Warpgroup 0 has the CTA's tiles 0, 2, 4, ...; warpgroup 1 the others.
+template <class Job>
+FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Shared& smem,
+                         sync::Waiter& waiter, int warpgroup_idx) {
+  constexpr config::GroupedProduct kShape = Job::kShape;
+  sync::StageReader<kShape.num_stages> stages(smem.stage_barriers);
+  TileReader tiles(smem.tiles);
+  sync::Turns turns(smem.turns, warpgroup_idx);
+  tile::Staging staging(smem.staging[warpgroup_idx], warpgroup_idx);
+  float sums[kShape.max_tokens];
+
+  tile::Tile tile = tiles.take(waiter);
+  const auto pass_over = [&] {  // from the other's tile to the own one after it
+    if (tile.is_end()) return;
+    stages.skip(Job::num_k_blocks(params, tile));
+    tile = tiles.take(waiter);
+  };
+  if (warpgroup_idx == 1) {
+    turns.pass();
+    pass_over();
+  }
+  tile::Tile& current = smem.extra.current[warpgroup_idx];
+  // The four warps leave together, also when the time of one of them is over: they meet at
+  // barriers.
+  while (true) {
+    if (threadIdx.x % config::kWarpgroup == 0) current = tile;
+    if (!staging.all(!tile.is_end() && waiter.alive())) break;
+    turns.wait(waiter);
+    Job::multiply(tile, sums, smem.stages, stages, Job::num_k_blocks(params, tile), waiter,
+                  [&] { turns.pass(); });
+    Job::finish(params, sums, staging, current);
+    tile = tiles.take(waiter);
+    pass_over();
+  }
+  staging.drain();
+}
+
+}  // namespace flashmoe::cuda::kernel
