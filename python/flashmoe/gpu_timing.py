@@ -26,17 +26,16 @@ class ClockReader(threading.Thread):
         import pynvml
 
         pynvml.nvmlInit()
-        self.nvml = pynvml
-        self.device = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        self.device = torch.cuda.current_device()  # a new thread's own would be 0
         self.driver = pynvml.nvmlSystemGetDriverVersion()
         self.samples = []
         self.over = threading.Event()
 
     def run(self):
         while not self.over.wait(0.01):
-            clock = self.nvml.nvmlDeviceGetClockInfo(self.device, self.nvml.NVML_CLOCK_SM)
-            power = self.nvml.nvmlDeviceGetPowerUsage(self.device) / 1e3
-            self.samples.append((clock, power))
+            # torch knows which of the machine's devices CUDA_VISIBLE_DEVICES makes this one
+            power = torch.cuda.power_draw(self.device) / 1e3
+            self.samples.append((torch.cuda.clock_rate(self.device), power))
 
     def stop(self):
         """(median clock in MHz, median power in W) of the second half of the samples."""
