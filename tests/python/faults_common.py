@@ -25,7 +25,7 @@ import torch
 from flashmoe import _core, passes
 from flashmoe.group import Group
 from flashmoe.inputs import make_operands
-from ranks_common import SMALL, open_groups, run_step
+from ranks_common import SMALL, narrow, open_groups, run_step
 
 SHARED_MEMORY = Path("/dev/shm")
 CASE = SMALL
@@ -234,15 +234,6 @@ def with_cut(rank, cut):
     call = rank.call()
     cut(call)
     return passes.run_rank(call, gradients=True)
-
-
-def narrow(call):
-    call.x = call.x[:, :-8].contiguous()
-    call.grad_y = call.grad_y[:, :-8].contiguous()
-    call.routing["w_router"] = call.routing["w_router"][:, :-8].contiguous()
-    call.weights["w_up"] = call.weights["w_up"][..., :-8].contiguous()
-    call.weights["w_down"] = call.weights["w_down"][:, :-8].contiguous()
-    call.weights["b_down"] = call.weights["b_down"][:, :-8].contiguous()
 
 
 def fewer_experts_a_token(call):
