@@ -26,7 +26,8 @@ class Engine {
 
   // Queues one kernel on args.stream of args.device and returns. Allocates, and then waits for the
   // device, only in the first call of a size. Launches on different streams follow one another;
-  // replays of a captured graph are ordered by whoever replays it.
+  // replays of a captured graph are ordered by whoever replays it, among themselves and with these
+  // launches, and end before the engine does: they use its scratch.
   // Throws Error: what an earlier launch reported (raise_reports), FM_UNSUPPORTED without a device
   // that has the kernels or with the reason why they do not take the layer, FM_OUT_OF_MEMORY.
   void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);

@@ -121,6 +121,7 @@ void Workspace::release() noexcept {
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device_);
+  if (last_ != nullptr) cudaEventSynchronize(last_);
   cudaFree(scratch_.memory);
   for (const Scratch& one : retired_) cudaFree(one.memory);
   cudaFreeHost(report_);
