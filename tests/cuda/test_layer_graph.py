@@ -6,6 +6,7 @@ import torch
 from cuda_products import count_graph_nodes
 from flashmoe import ops
 from flashmoe.config import LayerConfig
+from flashmoe.errors import WaitTimeoutError
 from layer_common import finish, make_layer, same_bits
 
 REPLAYS = 1000
@@ -73,6 +74,22 @@ def test_growth_inside_a_capture_says_what_to_do(group):
     torch.cuda.synchronize()
     layer(group)
     finish(group)
+
+
+def test_a_replay_that_fails_is_raised_by_stats_and_the_next_one_works(group):
+    layer = make_layer(tokens=2000, experts=64, hidden=1024)
+    expected = layer.outputs(group)
+    group.set("timeout_s", 1e-9)
+    failing, _ = captured(lambda: layer(group))
+    group.set("timeout_s", 30)
+    graph, (y, routed) = captured(lambda: layer(group))
+    failing.replay()
+    torch.cuda.synchronize()
+    with pytest.raises(WaitTimeoutError, match="a wait ran out of time"):
+        group.stats()
+    graph.replay()
+    finish(group)
+    assert same_bits([y, *routed], expected)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
