@@ -38,6 +38,14 @@ inline constexpr int32_t kCommRegisters = 56;
 inline constexpr int32_t kForwardThreads = 4 * kWarpgroup;  // load, math, math, comm
 inline constexpr int32_t kForwardWarps = kForwardThreads / 32;
 inline constexpr int32_t kCommWarps = kWarpgroup / 32;
+inline constexpr int32_t kMathWarps = 2 * kWarpgroup / 32;
+
+// Rows that a warp has on their way while it combines. A communication warp's fill what operand
+// stages leave of shared memory; a math warp, after its last tile, uses those stages.
+inline constexpr int32_t kCommRows = 5;
+inline constexpr int32_t kMathRows = 24;
+// Tables of more experts than this are in global memory instead of shared.
+inline constexpr int32_t kNearExperts = 170;
 
 constexpr bool is_valid(const Forward& config) {
   const GroupedProduct up = config.up();
@@ -75,6 +83,14 @@ inline constexpr int32_t kRowGroup = tile::kTokenStep;
 // Rows that one warp copies before it says so.
 inline constexpr int32_t kCopyRows = 4;
 
+// Few tokens are routed by all CTAs together: the sums of their logits are divided among them
+// (kLogitSegments), and meetings of all CTAs are replaced by work that each does for itself.
+inline constexpr int64_t kFewTiles = 16;
+inline constexpr int64_t kFewSlots = 4 * kForwardThreads;
+// A logit is the sum of this many sums over parts of the hidden size, whoever makes them: the same
+// bits for any number of tokens.
+inline constexpr int32_t kLogitSegments = 8;
+
 // Sizes of one launch in 32 bits: 64-bit division is a call, see tile/schedule.h.
 struct ForwardSizes {
   int32_t tokens;
@@ -92,6 +108,8 @@ struct ForwardSizes {
   int32_t combine_tokens;  // tokens that a warp combines at a time: a unit
   int32_t combine_units;   // of a column block; at least 1
   int32_t row_groups;      // groups of 16 rows that scratch has
+  bool has_few_tiles;      // kFewTiles or less to route
+  bool has_few_slots;      // kFewSlots or less, of few tiles
   bool weight_on_input;
 
   FM_HD constexpr int32_t slots() const { return tokens * top_k; }
@@ -112,11 +130,12 @@ enum class ForwardScratch : int {
   kSlotRanks,    // i32 [T * k]: place among the tile's slots of the same expert
   kHistograms,   // i32 [E][tiles]: slots of a tile; after the scan, of all tiles before it
   kTotals,       // i32 [E]
-  kExpertBegin,  // i32 [E], for tests
+  kExperts,      // i32 [3 * E + 2]: tile::ExpertTable of more experts than kNearExperts
   kRowToken,     // i32 [rows]
   kRowWeight,    // f32 [rows], weight_on_input
   kSlotRow,      // i32 [T * k]: -1 none, -2 as in kIds
   kLogits,       // f32 [T][E], fused router without an output for them
+  kLogitParts,   // f32 [8][T][E], fused router of few tiles
   kRows,         // T [rows][H]: tokens in expert order; then the down product, block by block
   kHidden,       // T [rows][I]
   kCount
@@ -135,6 +154,7 @@ struct ForwardTableShape {
   int64_t num_experts;
   int64_t top_k;
   int64_t state_bytes;
+  bool has_router;
   bool own_logits;
   bool weight_on_input;
 };
@@ -156,11 +176,13 @@ FM_HD constexpr ForwardTable forward_table(const ForwardTableShape& s) {
   table.add(ForwardScratch::kSlotRanks, "slot ranks", slots * 4);
   table.add(ForwardScratch::kHistograms, "histograms", tiles * s.num_experts * 4);
   table.add(ForwardScratch::kTotals, "totals", s.num_experts * 4);
-  table.add(ForwardScratch::kExpertBegin, "expert begin", s.num_experts * 4);
+  table.add(ForwardScratch::kExperts, "experts", (3 * s.num_experts + 2) * 4);
   table.add(ForwardScratch::kRowToken, "row token", rows * 4);
   table.add(ForwardScratch::kRowWeight, "row weight", s.weight_on_input ? rows * 4 : 0);
   table.add(ForwardScratch::kSlotRow, "slot row", slots * 4);
   table.add(ForwardScratch::kLogits, "logits", s.own_logits ? s.tokens * s.num_experts * 4 : 0);
+  const int64_t parts = s.has_router && tiles <= kFewTiles ? kLogitSegments : 0;
+  table.add(ForwardScratch::kLogitParts, "logit parts", parts * s.tokens * s.num_experts * 4);
   table.add(ForwardScratch::kRows, "rows", rows * s.hidden * kElementBytes);
   table.add(ForwardScratch::kHidden, "hidden rows", rows * s.intermediate * kElementBytes);
   return table;

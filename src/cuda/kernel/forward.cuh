@@ -11,8 +11,8 @@
 //
 // Counters (cleared by every launch before its plan, published by release, read by acquire):
 //   rows_ready[first group of a block]  comm -> tickets: rows of the block that are copied
-//   up_done[first group of a block]     math -> tickets: CTAs' up tiles of the block that are
-//   stored down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
+//   up_done[first group of a block]     math -> tickets: CTAs' up tiles of the block that are stored
+//   down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
 // What crosses between ordinary and copy-engine accesses is fenced on both sides.
 #pragma once
 
@@ -36,7 +36,9 @@
 namespace flashmoe::cuda::kernel {
 
 struct ForwardExtra {
+  alignas(16) uint8_t comm_rows[config::kCommWarps][stage::RowRing<config::kCommRows>::kBytes];
   tile::ExpertMemory experts;
+  int32_t num_blocks;  // of all experts
   // The tile of each math warpgroup while its products run: no registers are free for it. Written
   // by one thread before the barrier that opens the loop, read by all after the products.
   tile::Tile current[2];
@@ -44,6 +46,17 @@ struct ForwardExtra {
 
 template <class Config>
 using ForwardShared = tile::SharedMemory<config::UpOf<Config>, ForwardExtra>;
+
+// Where the table of experts is.
+template <class Shared>
+FM_DEVICE int32_t* experts_of(const ForwardParams& params, Shared& smem) {
+  return params.sizes.num_experts <= config::kNearExperts ? smem.extra.experts.words
+                                                          : params.memory.experts;
+}
+template <class Shared>
+FM_DEVICE tile::ExpertTable table_of(const ForwardParams& params, Shared& smem) {
+  return {experts_of(params, smem), params.sizes.num_experts};
+}
 
 // Waits until the tile's operands are in global memory. One thread.
 FM_DEVICE void wait_for_operands(const ForwardParams& params, const tile::Tile& tile,
@@ -63,7 +76,7 @@ FM_DEVICE void forward_tickets(const ForwardParams& params, ForwardShared<Config
   const bool is_taker = ptx::lane_idx() == 0;
   TileWriter tiles(smem.tiles);
   const auto& sizes = params.sizes;
-  const tile::Walk walk{smem.extra.experts.table(sizes.num_experts), Config::value.up().max_tokens,
+  const tile::Walk walk{table_of(params, smem), Config::value.up().max_tokens,
                         sizes.up_pairs, sizes.down_pairs, sizes.column_pairs};
   uint32_t pace_parity = 0;
   bool is_down = false;
@@ -219,24 +232,55 @@ FM_DEVICE void forward_math(const ForwardParams& params, ForwardShared<Config>& 
   staging.drain();
 }
 
+// Logits of the fused router. False if a CTA did not come in time.
+template <class Element>
+FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena, sync::Waiter& waiter) {
+  if (params.router.weight == nullptr) return true;
+  stage::check_selection_bias(params);
+  stage::compute_logits<Element>(params, arena);
+  return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, waiter);
+}
+
 // Routing and plan, by all threads of all CTAs. False if a CTA did not come in time.
 template <class Config>
 FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>& smem,
                               sync::Waiter& waiter) {
   using Element = typename tile::ElementOf<Config::value.element>::Type;
+  static_assert(sizeof(smem.stages) >= stage::LogitsLayout<false>::kBytes &&
+                sizeof(smem.stages) >= stage::LogitsLayout<true>::kBytes);
+  const auto& sizes = params.sizes;
   auto* arena = reinterpret_cast<uint8_t*>(smem.stages);
   sync::GridBarrier* barrier = &params.memory.state->barrier;
-  stage::clear_counters(params, params.sizes.row_groups);
-  stage::route<Element>(params, arena, static_cast<int32_t>(sizeof(smem.stages)));
+  stage::clear_counters(params, sizes.row_groups);
+  if (!compute_logits<Element>(params, arena, waiter)) return false;
+  stage::route(params, arena, static_cast<int32_t>(sizeof(smem.stages)));
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kRouted);
   if (!sync::meet_all(barrier, waiter)) return false;
-  stage::scan_histograms(params);
-  if (!sync::meet_all(barrier, waiter)) return false;
-  stage::place_rows(params, smem.extra.experts, arena);
+  if (!sizes.has_few_tiles) {
+    stage::scan_histograms(params);
+    if (!sync::meet_all(barrier, waiter)) return false;
+  }
+  const int32_t num_blocks = stage::place_rows(params, arena, experts_of(params, smem));
+  if (ptx::thread_idx() == 0) smem.extra.num_blocks = num_blocks;
   // The arena becomes operand stages, which the copy engine fills.
   ptx::fence_proxy_async(ptx::space_shared);
-  return sync::meet_all(barrier, waiter);
+  return sizes.has_few_slots || sync::meet_all(barrier, waiter);
 }
+
+// A warp of the communication warpgroup.
+template <class Config>
+FM_DEVICE void forward_comm(const ForwardParams& params, ForwardShared<Config>& smem,
+                            sync::Waiter& waiter) {
+  const auto warp_idx = [] {  // read where it is used: no register holds it in between
+    return ptx::thread_idx() / 32 % config::kCommWarps;
+  };
+  stage::copy_rows<Config>(params, table_of(params, smem), warp_idx() * gridDim.x + blockIdx.x,
+                           gridDim.x * config::kCommWarps);
+  stage::combine<Config, config::kCommRows>(params, smem.extra.num_blocks,
+                                            smem.extra.comm_rows[warp_idx()], waiter);
+}
+
+inline constexpr int kStagesFree = 3;  // a barrier of the math warps; tile::Staging has 1 and 2
 
 // The roles, after the plan.
 template <class Config>
@@ -253,16 +297,17 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
     if (role == Role::kTickets) forward_tickets<Config>(params, smem, waiter);
   } else if (warpgroup_idx == 3) {
     ptx::setmaxnreg_dec<config::kCommRegisters>();
-    const int32_t warp_idx = ptx::thread_idx() / 32 % config::kCommWarps;
-    stage::copy_rows<Config>(params, smem.extra.experts.table(params.sizes.num_experts),
-                             warp_idx * gridDim.x + blockIdx.x, gridDim.x * config::kCommWarps);
-    stage::combine<Config, 1, 4>(params, smem.extra.experts.blocks_before[params.sizes.num_experts],
-                                 waiter);
+    forward_comm<Config>(params, smem, waiter);
   } else {
     ptx::setmaxnreg_inc<kUp.math_registers>();
     forward_math<Config>(params, smem, waiter, warpgroup_idx - 1);
-    stage::combine<Config, 2, 8>(params, smem.extra.experts.blocks_before[params.sizes.num_experts],
-                                 waiter);
+    // No operand is on its way any more once both warpgroups have done their last tile.
+    ptx::barrier_sync(kStagesFree, 2 * config::kWarpgroup);
+    const int32_t warp_idx = ptx::thread_idx() / 32 - config::kWarpgroup / 32;
+    auto* rows = reinterpret_cast<uint8_t*>(smem.stages) +
+                 warp_idx * stage::RowRing<config::kMathRows>::kBytes;
+    stage::combine<Config, config::kMathRows>(params, smem.extra.num_blocks, rows,
+                                              waiter);
   }
 }
 

@@ -71,10 +71,11 @@ struct ForwardMemory {
   int32_t* slot_ranks;
   int32_t* histograms;
   int32_t* totals;
-  int32_t* expert_begin;
+  int32_t* experts;
   int32_t* row_token;
   float* row_weight;
   int32_t* slot_row;
+  float* logit_parts;
   void* rows;
 };
 

@@ -107,6 +107,8 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
       std::max<int64_t>(plan::ceil_div(problem.tokens, sizes.combine_tokens), 1));
   sizes.row_groups = static_cast<int32_t>(
       config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
+  sizes.has_few_tiles = sizes.route_tiles <= config::kFewTiles;
+  sizes.has_few_slots = sizes.has_few_tiles && problem.slots() <= config::kFewSlots;
   sizes.weight_on_input = layer.weight_on_input != 0;
   return sizes;
 }
@@ -119,6 +121,7 @@ config::ForwardTable table_of(const fm_layer& layer, const Operands& operands) {
        .num_experts = layer.num_experts,
        .top_k = layer.top_k,
        .state_bytes = sizeof(kernel::ForwardState),
+       .has_router = present(operands.w_router),
        .own_logits = present(operands.w_router) && !present(operands.logits),
        .weight_on_input = layer.weight_on_input != 0});
 }
@@ -139,10 +142,11 @@ kernel::ForwardMemory memory_of(const ForwardArguments& a, const config::Forward
           .slot_ranks = region<int32_t>(a, table, ForwardScratch::kSlotRanks),
           .histograms = region<int32_t>(a, table, ForwardScratch::kHistograms),
           .totals = region<int32_t>(a, table, ForwardScratch::kTotals),
-          .expert_begin = region<int32_t>(a, table, ForwardScratch::kExpertBegin),
+          .experts = region<int32_t>(a, table, ForwardScratch::kExperts),
           .row_token = region<int32_t>(a, table, ForwardScratch::kRowToken),
           .row_weight = region<float>(a, table, ForwardScratch::kRowWeight),
           .slot_row = region<int32_t>(a, table, ForwardScratch::kSlotRow),
+          .logit_parts = region<float>(a, table, ForwardScratch::kLogitParts),
           .rows = region<void>(a, table, ForwardScratch::kRows)};
 }
 

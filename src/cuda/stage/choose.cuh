@@ -1,4 +1,6 @@
-// From a token's logits to its experts and weights, by one warp: the rules of cpu/router.cpp.
+// From a token's logits to its experts and weights: the rules of cpu/router.cpp. A team of eight
+// lanes works on a token, and the four teams of a warp go through the same steps together: the
+// choice of k experts is k chains of reductions, which one token a warp would wait for.
 #pragma once
 
 #include "cuda/config/forward.h"
@@ -9,60 +11,89 @@
 namespace flashmoe::cuda::stage {
 
 inline constexpr uint32_t kAllLanes = 0xFFFFFFFF;
+inline constexpr int32_t kTeamLanes = 8;
+inline constexpr int32_t kTeamsOfWarp = 32 / kTeamLanes;
 // Marks in the scratch's ids and slot rows.
 inline constexpr int32_t kNoExpert = -1;
 inline constexpr int32_t kUndefined = -2;  // the token's logits are not numbers
 
-FM_DEVICE float infinity() { return __int_as_float(0x7F800000); }
+FM_DEVICE int32_t team_lane() { return ptx::thread_idx() % kTeamLanes; }
 
-// Order of floats as order of words; 0 is below all of them, and both zeros are one. -inf is 1 or
-// more, so that an excluded expert still comes before one that was taken.
+FM_DEVICE float infinity() { return __int_as_float(0x7F800000); }
+FM_DEVICE float not_a_number() { return __int_as_float(0x7FC00000); }
+
+// Order of floats as order of words. 0 is below all of them: a key that was taken. Both zeros are
+// one.
 FM_DEVICE uint32_t key_of(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return max(bits & 0x80000000u ? ~bits : bits | 0x80000000u, 1u);
 }
 
-// Shared memory of one warp.
-struct ChoiceMemory {
+// A team's token.
+struct TeamMemory {
   float* scores;        // [E]
   uint32_t* keys;       // [E], of the selection scores; 0: taken
-  float* group_scores;  // [num_groups]
+  uint32_t* groups;     // [num_groups], keys of their scores
+  int32_t* chosen;      // [k]
+  int32_t num_experts;  // 0: the team has no token
 
-  FM_DEVICE static int32_t words(int32_t num_experts) { return 3 * num_experts; }
-  FM_DEVICE static ChoiceMemory from(uint8_t* arena, int32_t num_experts, int32_t warp_idx) {
-    auto* base = reinterpret_cast<float*>(arena) + warp_idx * words(num_experts);
-    return {base, reinterpret_cast<uint32_t*>(base + num_experts), base + 2 * num_experts};
+  // Words of shared memory from one team's to the next: the teams of a warp use different banks.
+  FM_DEVICE static int32_t words(int32_t num_experts, int32_t num_groups) {
+    const int32_t used =
+        2 * num_experts + num_groups + static_cast<int32_t>(config::kMaxTopK);
+    return (used + 31) / 32 * 32 + kTeamLanes;
+  }
+  FM_DEVICE static TeamMemory from(uint8_t* arena, int32_t team_idx, int32_t num_experts,
+                                   int32_t num_groups, bool has_token) {
+    auto* base = reinterpret_cast<float*>(arena) + team_idx * words(num_experts, num_groups);
+    auto* keys = reinterpret_cast<uint32_t*>(base + num_experts);
+    return {base, keys, keys + num_experts,
+            reinterpret_cast<int32_t*>(keys + num_experts + num_groups),
+            has_token ? num_experts : 0};
   }
 };
 
-FM_DEVICE float warp_max(float x) {
+// The same in all lanes of a team. Whole warp.
+FM_DEVICE float team_max(float x) {
   FM_UNROLL
-  for (int distance = 16; distance > 0; distance /= 2) {
+  for (int distance = kTeamLanes / 2; distance > 0; distance /= 2) {
     x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
   }
   return x;
 }
-
-FM_DEVICE float warp_sum(float x) {
+FM_DEVICE float team_sum(float x) {
   FM_UNROLL
-  for (int distance = 16; distance > 0; distance /= 2) {
+  for (int distance = kTeamLanes / 2; distance > 0; distance /= 2) {
     x += __shfl_xor_sync(kAllLanes, x, distance);
   }
   return x;
 }
+FM_DEVICE bool team_any(bool vote) {
+  const uint32_t votes = __ballot_sync(kAllLanes, vote);
+  const int32_t first_lane = ptx::lane_idx() - team_lane();
+  return (votes >> first_lane & ((1u << kTeamLanes) - 1)) != 0;
+}
 
-// Takes the largest keys of a list one by one; of equal ones the lowest index first. Whole warp:
-// lane l watches elements l, l + 32, ...
+// Takes the largest keys of each team's list one by one; of equal ones the lowest index first.
+// Whole warp: lane l of a team watches elements l, l + 8, ...
 class BestKeys {
  public:
   FM_DEVICE BestKeys(uint32_t* keys, int32_t count) : keys_(keys), count_(count) { scan(); }
 
-  // Index of the best key that is left; it is marked as taken. The same in all lanes.
+  // Index of the best key that is left, which is then taken. The same in all lanes of a team; of a
+  // team without keys meaningless.
   FM_DEVICE int32_t take() {
-    const uint32_t best = __reduce_max_sync(kAllLanes, key_);
-    const uint32_t candidate = key_ == best ? static_cast<uint32_t>(idx_) : ~0u;
-    const auto idx = static_cast<int32_t>(__reduce_min_sync(kAllLanes, candidate));
-    if (idx == idx_) {
+    uint32_t key = key_;
+    int32_t idx = idx_;
+    FM_UNROLL
+    for (int distance = kTeamLanes / 2; distance > 0; distance /= 2) {
+      const uint32_t other_key = __shfl_xor_sync(kAllLanes, key, distance);
+      const int32_t other_idx = __shfl_xor_sync(kAllLanes, idx, distance);
+      const bool is_better = other_key > key || (other_key == key && other_idx < idx);
+      key = is_better ? other_key : key;
+      idx = is_better ? other_idx : idx;
+    }
+    if (idx == idx_ && idx < count_) {
       keys_[idx] = 0;
       scan();
     }
@@ -74,7 +105,7 @@ class BestKeys {
     key_ = 0;
     idx_ = 0x7FFFFFFF;
 #pragma unroll 4
-    for (int32_t i = ptx::lane_idx(); i < count_; i += 32) {
+    for (int32_t i = team_lane(); i < count_; i += kTeamLanes) {
       const uint32_t key = keys_[i];
       if (key > key_) {
         key_ = key;
@@ -112,29 +143,35 @@ FM_DEVICE float square_root(float x) {
   return fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
 }
 
-// The logits into shared memory; whether they define a choice: none NaN or +inf, one finite. Whole
-// warp.
-FM_DEVICE bool load_logits(int32_t num_experts, const float* logits, float* scores) {
+// logit(e) for all experts into scores; whether they define a choice: none NaN or +inf, one finite.
+// Those of a token whose do not become zeros: its choice means nothing. Whole warp.
+template <class Logit>
+FM_DEVICE bool load_logits(const TeamMemory& memory, const Logit& logit) {
   bool bad = false;
   bool any = false;
 #pragma unroll 4
-  for (int32_t e = ptx::lane_idx(); e < num_experts; e += 32) {
-    const float x = logits[e];
-    scores[e] = x;
+  for (int32_t e = team_lane(); e < memory.num_experts; e += kTeamLanes) {
+    const float x = logit(e);
+    memory.scores[e] = x;
     bad |= !(x < infinity());
     any |= x < infinity() && x > -infinity();
   }
-  return !__any_sync(kAllLanes, bad) && __any_sync(kAllLanes, any);
+  const bool is_defined = !team_any(bad) && team_any(any);
+  if (!is_defined) {
+    for (int32_t e = team_lane(); e < memory.num_experts; e += kTeamLanes) memory.scores[e] = 0.0f;
+  }
+  return is_defined;
 }
 
 // Logits become scores as the choice sees them, before the selection bias. Whole warp; a lane works
 // on its own elements only.
-FM_DEVICE void score_all(int32_t score, int32_t num_experts, float* scores) {
-  const int lane = ptx::lane_idx();
+FM_DEVICE void score_all(int32_t score, const TeamMemory& memory) {
+  const int32_t lane = team_lane();
+  float* scores = memory.scores;
   if (score == FM_SCORE_TOPK_SOFTMAX) return;
   if (score != FM_SCORE_SOFTMAX) {
 #pragma unroll 4
-    for (int32_t e = lane; e < num_experts; e += 32) {
+    for (int32_t e = lane; e < memory.num_experts; e += kTeamLanes) {
       const float x = scores[e];
       scores[e] = score == FM_SCORE_SIGMOID ? sigmoid(x) : square_root(softplus(x));
     }
@@ -142,14 +179,18 @@ FM_DEVICE void score_all(int32_t score, int32_t num_experts, float* scores) {
   }
   float top = -infinity();
 #pragma unroll 4
-  for (int32_t e = lane; e < num_experts; e += 32) top = fmaxf(top, scores[e]);
-  top = warp_max(top);
+  for (int32_t e = lane; e < memory.num_experts; e += kTeamLanes) top = fmaxf(top, scores[e]);
+  top = team_max(top);
   float sum = 0.0f;
 #pragma unroll 4
-  for (int32_t e = lane; e < num_experts; e += 32) sum += scores[e] = expf(scores[e] - top);
-  sum = warp_sum(sum);
+  for (int32_t e = lane; e < memory.num_experts; e += kTeamLanes) {
+    sum += scores[e] = expf(scores[e] - top);
+  }
+  sum = team_sum(sum);
 #pragma unroll 4
-  for (int32_t e = lane; e < num_experts; e += 32) scores[e] = divide(scores[e], sum);
+  for (int32_t e = lane; e < memory.num_experts; e += kTeamLanes) {
+    scores[e] = divide(scores[e], sum);
+  }
 }
 
 // A group's score: the sum of its best selection scores, best first. One thread; `keys` of the
@@ -177,69 +218,90 @@ FM_DEVICE float group_score(const uint32_t* keys, int32_t size, int32_t group_to
 }
 
 // Keys of experts outside the best groups become -inf's. Whole warp.
-FM_DEVICE void exclude_groups(const kernel::RouterParams& router, int32_t num_experts,
-                              const ChoiceMemory& memory) {
-  if (router.num_groups <= 1) return;
-  const int lane = ptx::lane_idx();
-  const int32_t size = num_experts / router.num_groups;
-  auto* group_keys = reinterpret_cast<uint32_t*>(memory.group_scores);
-  for (int32_t g = lane; g < router.num_groups; g += 32) {
-    group_keys[g] = key_of(group_score(memory.keys + g * size, size, router.group_top));
+FM_DEVICE void exclude_groups(const kernel::RouterParams& router, int32_t group_size,
+                              const TeamMemory& memory) {
+  const int32_t lane = team_lane();
+  const int32_t num_groups = memory.num_experts == 0 ? 0 : router.num_groups;
+  for (int32_t g = lane; g < num_groups; g += kTeamLanes) {
+    memory.groups[g] =
+        key_of(group_score(memory.keys + g * group_size, group_size, router.group_top));
   }
   __syncwarp();
-  BestKeys groups(group_keys, router.num_groups);
+  BestKeys groups(memory.groups, num_groups);
   for (int32_t i = 0; i < router.top_groups; ++i) groups.take();
   __syncwarp();
 #pragma unroll 4
-  for (int32_t e = lane; e < num_experts; e += 32) {
-    if (group_keys[e / size] != 0) memory.keys[e] = key_of(-infinity());
+  for (int32_t e = lane; e < memory.num_experts; e += kTeamLanes) {
+    if (memory.groups[e / group_size] != 0) memory.keys[e] = key_of(-infinity());
   }
   __syncwarp();
 }
 
-// This lane's weight of the chosen experts before renormalisation and scale; lane j has slot j.
-FM_DEVICE float raw_weight(int32_t score, bool has_slot, float chosen) {
-  if (score != FM_SCORE_TOPK_SOFTMAX) return has_slot ? chosen : 0.0f;
-  const float top = warp_max(has_slot ? chosen : -infinity());
-  const float value = has_slot ? expf(chosen - top) : 0.0f;
-  return divide(value, warp_sum(value));
+// The token's experts, best first, into memory.chosen; its logits are in memory.scores. Whole warp.
+FM_DEVICE void choose_experts(const kernel::RouterParams& router,
+                              const config::ForwardSizes& sizes, const TeamMemory& memory) {
+  const int32_t lane = team_lane();
+  score_all(router.score, memory);
+  const bool biased = router.selection_bias.data != nullptr;
+#pragma unroll 4
+  for (int32_t e = lane; e < memory.num_experts; e += kTeamLanes) {
+    const float bias = biased ? tile::read_real(router.selection_bias, e) : 0.0f;
+    memory.keys[e] = key_of(memory.scores[e] + bias);
+  }
+  __syncwarp();
+  if (router.num_groups > 1) exclude_groups(router, sizes.num_experts / router.num_groups, memory);
+  BestKeys experts(memory.keys, memory.num_experts);
+  for (int32_t j = 0; j < sizes.top_k; ++j) {
+    const int32_t best = experts.take();
+    if (lane == 0 && memory.num_experts > 0) memory.chosen[j] = best;
+  }
+  __syncwarp();
 }
 
 // What DeepSeek-V3 adds to the sum of the weights.
 inline constexpr float kRenormalizeEps = 1e-20f;
 
-struct Choice {
-  int32_t expert_idx;  // of lane j's slot j
-  float weight;
+// A lane's share of its token's slots: lane l has slots l, l + 8, ...
+struct TeamSlots {
+  static constexpr int32_t kOfLane = static_cast<int32_t>(config::kMaxTopK) / kTeamLanes;
+  int32_t expert_idx[kOfLane];
+  float weight[kOfLane];
 };
 
-// The token's experts and weights; its logits are in memory.scores. Whole warp.
-FM_DEVICE Choice choose_experts(const kernel::RouterParams& router, int32_t num_experts,
-                                int32_t top_k, const ChoiceMemory& memory) {
-  const int lane = ptx::lane_idx();
-  score_all(router.score, num_experts, memory.scores);
-  const bool biased = router.selection_bias.data != nullptr;
-#pragma unroll 4
-  for (int32_t e = lane; e < num_experts; e += 32) {
-    const float bias = biased ? tile::read_real(router.selection_bias, e) : 0.0f;
-    memory.keys[e] = key_of(memory.scores[e] + bias);
+// The chosen experts and their weights. Whole warp.
+FM_DEVICE TeamSlots weigh_experts(const kernel::RouterParams& router,
+                                  const config::ForwardSizes& sizes, const TeamMemory& memory) {
+  const bool is_topk_softmax = router.score == FM_SCORE_TOPK_SOFTMAX;
+  TeamSlots slots;
+  float top = -infinity();
+  FM_UNROLL
+  for (int i = 0; i < TeamSlots::kOfLane; ++i) {
+    const int32_t j = team_lane() + i * kTeamLanes;
+    const bool has_slot = j < sizes.top_k && memory.num_experts > 0;
+    slots.expert_idx[i] = has_slot ? memory.chosen[j] : kNoExpert;
+    slots.weight[i] = has_slot ? memory.scores[slots.expert_idx[i]] : -infinity();
+    top = fmaxf(top, slots.weight[i]);
   }
-  __syncwarp();
-  exclude_groups(router, num_experts, memory);
-  BestKeys experts(memory.keys, num_experts);
-  Choice choice{kNoExpert, 0.0f};
-  for (int32_t j = 0; j < top_k; ++j) {
-    const int32_t best = experts.take();
-    if (lane == j) choice.expert_idx = best;
+  top = team_max(top);
+  float sum = 0.0f;
+  FM_UNROLL
+  for (int i = 0; i < TeamSlots::kOfLane; ++i) {
+    float& weight = slots.weight[i];
+    if (is_topk_softmax) weight = expf(weight - top);
+    if (slots.expert_idx[i] == kNoExpert) weight = 0.0f;
+    sum += weight;
   }
-  const bool has_slot = lane < top_k;
-  const float chosen = has_slot ? memory.scores[choice.expert_idx] : 0.0f;
-  const float raw = raw_weight(router.score, has_slot, chosen);
+  sum = team_sum(sum);
   float factor = router.scale;
-  if (router.renormalize) factor = divide(factor, warp_sum(raw) + kRenormalizeEps);
-  choice.weight = raw * factor;
-  __syncwarp();
-  return choice;
+  if (is_topk_softmax) {
+    FM_UNROLL
+    for (float& weight : slots.weight) weight = divide(weight, sum);
+    sum = 1.0f;
+  }
+  if (router.renormalize) factor = divide(factor, sum + kRenormalizeEps);
+  FM_UNROLL
+  for (float& weight : slots.weight) weight *= factor;
+  return slots;
 }
 
 }  // namespace flashmoe::cuda::stage

@@ -31,24 +31,42 @@ FM_DEVICE void copy_row(const kernel::ForwardParams& params, int32_t row, int32_
   constexpr int kBatch = 8;
   const auto& sizes = params.sizes;
   const float weight = sizes.weight_on_input ? params.memory.row_weight[row] : 1.0f;
+  const int32_t lane = ptx::lane_idx();
   const auto* from = reinterpret_cast<const int4*>(static_cast<const uint16_t*>(params.x) +
-                                                   token * params.x_stride);
+                                                   token * params.x_stride) +
+                     lane;
   auto* to = reinterpret_cast<int4*>(static_cast<uint16_t*>(params.memory.rows) +
-                                     int64_t{row} * sizes.hidden);
-  const int32_t num_vectors = sizes.hidden / kVector;
-  for (int32_t first = ptx::lane_idx(); first < num_vectors; first += 32 * kBatch) {
+                                     int64_t{row} * sizes.hidden) +
+             lane;
+  for (int32_t left = sizes.hidden / kVector - lane; left > 0; left -= 32 * kBatch) {
     int4 vectors[kBatch];
     FM_UNROLL
     for (int i = 0; i < kBatch; ++i) {
       vectors[i] = int4{};
-      if (first + i * 32 < num_vectors) vectors[i] = __ldg(from + first + i * 32);
+      if (i * 32 < left) vectors[i] = __ldg(from + i * 32);
     }
     FM_UNROLL
     for (int i = 0; i < kBatch; ++i) {
-      if (first + i * 32 >= num_vectors) break;
-      to[first + i * 32] = sizes.weight_on_input ? scaled<Config>(vectors[i], weight) : vectors[i];
+      if (i * 32 >= left) break;
+      to[i * 32] = sizes.weight_on_input ? scaled<Config>(vectors[i], weight) : vectors[i];
     }
+    from += 32 * kBatch;
+    to += 32 * kBatch;
   }
+}
+
+// Rows of a unit, from row `row` on: none in the padding after an expert's last.
+FM_DEVICE int32_t rows_of_unit(const tile::ExpertTable& experts, int32_t row) {
+  const int32_t e = experts.expert_of_row(row);
+  return min(config::kCopyRows, experts.begin(e) + experts.rows(e) - row);
+}
+
+// First row of the block that a row is in.
+FM_DEVICE int32_t block_begin_of(const tile::ExpertTable& experts, const tile::TileGrid& blocks,
+                                 int32_t row) {
+  const int32_t e = experts.expert_of_row(row);
+  const int32_t height = blocks.block_height(experts.rows(e));
+  return row - (row - experts.begin(e)) % height;
 }
 
 // Copies every num_workers-th unit of rows, from the first expert to the last, and counts them at
@@ -57,16 +75,13 @@ template <class Config>
 FM_DEVICE void copy_rows(const kernel::ForwardParams& params, const tile::ExpertTable& experts,
                          int32_t worker_idx, int32_t num_workers) {
   constexpr int32_t kMaxRows = Config::value.up().max_tokens;
-  const tile::TileGrid blocks{kMaxRows, 1};
-  const int32_t end = experts.begin[experts.num_experts];
-  for (int32_t row = worker_idx * config::kCopyRows; row < end;
+  for (int32_t row = worker_idx * config::kCopyRows; row < experts.begin(experts.num_experts);
        row += num_workers * config::kCopyRows) {
-    const int32_t e = experts.expert_of_row(row);
-    const int32_t begin = experts.begin[e];
-    const int32_t num_rows = min(config::kCopyRows, begin + experts.rows[e] - row);
-    if (num_rows <= 0) continue;  // padding
+    const int32_t num_rows = rows_of_unit(experts, row);
+    if (num_rows <= 0) continue;
     // The tokens of all rows at once; scratch has words for those past the last.
     const int32_t own = params.memory.row_token[row + ptx::lane_idx() % config::kCopyRows];
+#pragma unroll 1
     for (int32_t i = 0; i < num_rows; ++i) {
       copy_row<Config>(params, row + i, __shfl_sync(kAllLanes, own, i));
     }
@@ -74,9 +89,9 @@ FM_DEVICE void copy_rows(const kernel::ForwardParams& params, const tile::Expert
     ptx::fence_proxy_async(ptx::space_global);
     __syncwarp();
     if (ptx::lane_idx() != 0) continue;
-    const int32_t height = blocks.block_height(experts.rows[e]);
-    const int32_t block_begin = begin + (row - begin) / height * height;
-    ptx::add_release_gpu(&params.memory.rows_ready[block_begin / config::kRowGroup], num_rows);
+    // The block is looked for only now: the copies leave no registers for it.
+    const int32_t block = block_begin_of(experts, {kMaxRows, 1}, row);
+    ptx::add_release_gpu(&params.memory.rows_ready[block / config::kRowGroup], num_rows);
   }
 }
 

@@ -1,8 +1,11 @@
 // The router's logits of 64 tokens: x w_router^T + bias, by the warps' matrix products.
 //
-// Products of 16-bit elements are exact in fp32. Sums of 64 k are the tensor core's (whose
+// Products of 16-bit elements are exact in fp32. Sums of 16 k are the tensor core's (whose
 // additions truncate); those are added in fp32 with rounding. fp32 weights are taken as three tf32
 // parts, which is all of their bits, so that both kinds lose nothing but in sums.
+//
+// The sum is one of config::kLogitSegments sums over parts of k. One CTA makes all of a tile's, or,
+// of few tiles, each a part's, which the choice adds in the same order.
 #pragma once
 
 #include "cuda/config/forward.h"
@@ -16,35 +19,57 @@ namespace flashmoe::cuda::stage {
 
 inline constexpr int32_t kTileTokens = static_cast<int32_t>(plan::kTileTokens);
 
+inline constexpr int32_t kLogitExperts = 128;  // that a CTA works on at a time
+
 // One step of the pipeline: 64 tokens and 128 experts by 64 k. Rows are padded by 16 bytes, so that
-// neither matrix loads nor single words of eight rows share a bank.
+// neither matrix loads nor single words of eight rows share a bank. kWide: fp32 weights.
+template <bool kWide>
 struct LogitsLayout {
-  static constexpr int32_t kExperts = 128;
+  static constexpr int32_t kExperts = kLogitExperts;
   static constexpr int32_t kDepth = 64;
-  static constexpr int32_t kStages = 4;
+  static constexpr int32_t kStages = kWide ? 4 : 7;
+  static constexpr int32_t kWeightBytes = kWide ? 4 : config::kElementBytes;
   static constexpr int32_t kTokenRowBytes = kDepth * config::kElementBytes + 16;
   static constexpr int32_t kTokenBytes = kTileTokens * kTokenRowBytes;
-  static constexpr int32_t kWideRowBytes = kDepth * 4 + 16;
-  static constexpr int32_t kStageBytes = kTokenBytes + kExperts * kWideRowBytes;
+  static constexpr int32_t kRowBytes = kDepth * kWeightBytes + 16;
+  static constexpr int32_t kStageBytes = kTokenBytes + kExperts * kRowBytes;
   static constexpr int32_t kBytes = kStages * kStageBytes;
 };
 
-// What the CTA loads of a tile: tokens [first_token, ...) and experts [first_expert, ...).
+FM_DEVICE float read_bias(const kernel::StridedView& bias, int32_t expert_idx) {
+  return bias.data == nullptr ? 0.0f : tile::read_real(bias, expert_idx);
+}
+
+// Values of one part of few tokens' logits.
+FM_DEVICE int64_t part_size(const config::ForwardSizes& sizes) {
+  return int64_t{sizes.tokens} * sizes.num_experts;
+}
+
+// What the CTA makes at a time: logits of tokens [first_token, ...) and experts [first_expert, ...),
+// summed over steps [first_step, end_step).
 struct LogitsTile {
   int32_t first_token;
   int32_t first_expert;
+  int32_t first_step;
+  int32_t end_step;
 };
+
+FM_DEVICE int32_t logit_steps(const config::ForwardSizes& sizes) {
+  return sizes.hidden / LogitsLayout<false>::kDepth;
+}
+FM_DEVICE int32_t steps_of_segment(const config::ForwardSizes& sizes) {
+  return (logit_steps(sizes) + config::kLogitSegments - 1) / config::kLogitSegments;
+}
 
 // What one thread copies in every step: a 16-byte piece of one token's row, and of every
 // kRowsApart-th expert's. Addresses are made once; rows that do not exist are zeros.
 template <bool kWide>
 struct StepCopies {
-  using Layout = LogitsLayout;
-  static constexpr int32_t kWeightBytes = kWide ? 4 : config::kElementBytes;
+  using Layout = LogitsLayout<kWide>;
+  static constexpr int32_t kWeightBytes = Layout::kWeightBytes;
   static constexpr int32_t kPieces = Layout::kDepth * kWeightBytes / 16;  // of a weight row
   static constexpr int32_t kRowsApart = config::kForwardThreads / kPieces;
   static constexpr int32_t kCopies = Layout::kExperts / kRowsApart;
-  static constexpr int32_t kRowBytes = kWide ? Layout::kWideRowBytes : Layout::kTokenRowBytes;
   static constexpr int32_t kTokenPieces = Layout::kDepth * config::kElementBytes / 16;
   static_assert(kTileTokens * kTokenPieces == config::kForwardThreads);
 
@@ -74,7 +99,7 @@ struct StepCopies {
     weight = static_cast<const uint8_t*>(params.router.weight) + weight_piece;
     if (num_weights > 0) weight += (tile.first_expert + weight_row) * row_bytes;
     weight_step = kRowsApart * row_bytes;
-    weight_at = Layout::kTokenBytes + weight_row * kRowBytes + weight_piece;
+    weight_at = Layout::kTokenBytes + weight_row * Layout::kRowBytes + weight_piece;
   }
 
   // Starts the copies of one step.
@@ -84,7 +109,7 @@ struct StepCopies {
     FM_UNROLL
     for (int32_t i = 0; i < kCopies; ++i) {
       const bool exists = i < num_weights;
-      ptx::cp_async_16(stage + weight_at + i * kRowsApart * kRowBytes,
+      ptx::cp_async_16(stage + weight_at + i * kRowsApart * Layout::kRowBytes,
                        weight + (exists ? i * weight_step : 0) + depth * kWeightBytes,
                        exists ? 16 : 0);
     }
@@ -116,7 +141,7 @@ struct WarpSums {
 // tokens, weights: addresses of the warp's first row of either.
 template <class Element>
 FM_DEVICE void multiply_step(WarpSums& sums, uint32_t tokens, uint32_t weights) {
-  using Layout = LogitsLayout;
+  using Layout = LogitsLayout<false>;
   const int lane = ptx::lane_idx();
   // Matrices 0 and 1 are rows 0-7 and 8-15 of the first 8 k, 2 and 3 of the next.
   const uint32_t a_row = tokens + lane % 16 * Layout::kTokenRowBytes + lane / 16 * 16;
@@ -157,14 +182,14 @@ struct Tf32Parts {
 // The same for fp32 weights. Any 16-bit element is a tf32 value.
 template <class Element>
 FM_DEVICE void multiply_wide_step(WarpSums& sums, const uint8_t* tokens, const uint8_t* weights) {
-  using Layout = LogitsLayout;
+  using Layout = LogitsLayout<true>;
   const int lane = ptx::lane_idx();
   const auto token = [&](int row, int k) {
     const auto* of_row = reinterpret_cast<const Element*>(tokens + row * Layout::kTokenRowBytes);
     return __float_as_uint(static_cast<float>(of_row[k]));
   };
   const auto weight = [&](int row, int k) {
-    return reinterpret_cast<const float*>(weights + row * Layout::kWideRowBytes)[k];
+    return reinterpret_cast<const float*>(weights + row * Layout::kRowBytes)[k];
   };
 #pragma unroll 2
   for (int k = 0; k < Layout::kDepth; k += 8) {
@@ -186,9 +211,12 @@ FM_DEVICE void multiply_wide_step(WarpSums& sums, const uint8_t* tokens, const u
   }
 }
 
-// Writes the warp's sums, with the bias, to the logits.
+// Writes the warp's sums of a tile: logits, with the bias, or part `part` of few tiles' sums.
 FM_DEVICE void write_logits(const kernel::ForwardParams& params, const LogitsTile& tile,
-                            const WarpSums& sums) {
+                            const WarpSums& sums, int32_t part) {
+  const bool is_part = params.sizes.has_few_tiles;
+  float* out = is_part ? params.memory.logit_parts + part * part_size(params.sizes)
+                       : params.router.logits;
   const int lane = ptx::lane_idx();
   const int warp_idx = ptx::thread_idx() / 32;
   const int32_t experts = params.sizes.num_experts;
@@ -200,64 +228,119 @@ FM_DEVICE void write_logits(const kernel::ForwardParams& params, const LogitsTil
       const int32_t expert =
           tile.first_expert + warp_idx / 4 * 32 + product * 8 + lane % 4 * 2 + i % 2;
       if (token >= params.sizes.tokens || expert >= experts) continue;
-      const auto& bias = params.router.bias;
-      const float added = bias.data == nullptr ? 0.0f : tile::read_real(bias, expert);
-      params.router.logits[int64_t{token} * experts + expert] = sums.values[product][i] + added;
+      const float added = is_part ? 0.0f : read_bias(params.router.bias, expert);
+      out[int64_t{token} * experts + expert] = sums.values[product][i] + added;
     }
   }
 }
 
-// The products of a tile, step by step. All threads of the CTA.
+// The sums of a tile, step by step. All threads of the CTA; arena: LogitsLayout::kBytes of shared
+// memory.
 template <class Element, bool kWide>
 FM_DEVICE void multiply_tile(const kernel::ForwardParams& params, uint8_t* arena,
                              const LogitsTile& tile, WarpSums& sums) {
-  using Layout = LogitsLayout;
-  using Copies = StepCopies<kWide>;
-  const int32_t num_steps = params.sizes.hidden / Layout::kDepth;
+  using Layout = LogitsLayout<kWide>;
   const int warp_idx = ptx::thread_idx() / 32;
   const uint32_t base = ptx::shared_address(arena);
   const int32_t tokens_at = warp_idx % 4 * 16 * Layout::kTokenRowBytes;
-  const int32_t weights_at = Layout::kTokenBytes + warp_idx / 4 * 32 * Copies::kRowBytes;
-  const Copies copies(params, tile);
+  const int32_t weights_at = Layout::kTokenBytes + warp_idx / 4 * 32 * Layout::kRowBytes;
+  const StepCopies<kWide> copies(params, tile);
   // One group a step, also past the last.
-  const auto start = [&](int32_t step) {
-    if (step < num_steps) {
-      copies.start(base + step % Layout::kStages * Layout::kStageBytes, step);
+  int32_t next_step = tile.first_step;
+  int32_t next_stage = 0;
+  const auto start_next = [&] {
+    if (next_step < tile.end_step) {
+      copies.start(base + next_stage * Layout::kStageBytes, next_step);
     }
     ptx::cp_async_commit_group();
+    ++next_step;
+    next_stage = next_stage == Layout::kStages - 1 ? 0 : next_stage + 1;
   };
-  for (int32_t step = 0; step < Layout::kStages - 1; ++step) start(step);
-  for (int32_t step = 0; step < num_steps; ++step) {
+  for (int i = 0; i < Layout::kStages - 1; ++i) start_next();
+  const int32_t steps_each = steps_of_segment(params.sizes);
+  int32_t left = steps_each;
+  int32_t stage = 0;
+  WarpSums segment;
+  segment.clear();
+  for (int32_t step = tile.first_step; step < tile.end_step; ++step) {
     ptx::cp_async_wait_group<Layout::kStages - 2>();
     __syncthreads();
-    start(step + Layout::kStages - 1);
-    const int32_t stage = step % Layout::kStages * Layout::kStageBytes;
-    WarpSums of_step;
-    of_step.clear();
+    start_next();
+    const int32_t at = stage * Layout::kStageBytes;
+    stage = stage == Layout::kStages - 1 ? 0 : stage + 1;
     if constexpr (kWide) {
-      multiply_wide_step<Element>(of_step, arena + stage + tokens_at, arena + stage + weights_at);
+      multiply_wide_step<Element>(segment, arena + at + tokens_at, arena + at + weights_at);
     } else {
-      multiply_step<Element>(of_step, base + stage + tokens_at, base + stage + weights_at);
+      multiply_step<Element>(segment, base + at + tokens_at, base + at + weights_at);
     }
-    sums.add(of_step);
+    if (--left > 0 && step + 1 < tile.end_step) continue;
+    sums.add(segment);
+    segment.clear();
+    left = steps_each;
   }
   ptx::cp_async_wait_group<0>();
 }
 
-// Logits of 64 tokens and 128 experts. All threads of the CTA; arena: LogitsLayout::kBytes of
-// shared memory.
-template <class Element>
-FM_DEVICE void compute_logits(const kernel::ForwardParams& params, uint8_t* arena,
-                              const LogitsTile& tile) {
-  WarpSums sums;
-  sums.clear();
-  if (params.router.weight_is_wide) {
-    multiply_tile<Element, true>(params, arena, tile, sums);
-  } else {
-    multiply_tile<Element, false>(params, arena, tile, sums);
+// What all CTAs make, as items: a tile of tokens, a block of experts and (of few tiles) a segment of
+// the sum. Few are dealt one by one; else a CTA makes all of the tiles that it then routes itself.
+struct LogitItems {
+  int32_t expert_blocks;
+  int32_t num_parts;
+  bool is_dealt;
+
+  FM_DEVICE explicit LogitItems(const config::ForwardSizes& sizes)
+      : expert_blocks((sizes.num_experts + kLogitExperts - 1) / kLogitExperts),
+        num_parts(sizes.has_few_tiles ? config::kLogitSegments : 1),
+        is_dealt(sizes.has_few_tiles) {}
+
+  FM_DEVICE int32_t of_tile() const { return expert_blocks * num_parts; }
+  // The CTA's n-th item.
+  FM_DEVICE int32_t item(int32_t n) const {
+    const auto num_ctas = static_cast<int32_t>(gridDim.x);
+    const auto cta = static_cast<int32_t>(blockIdx.x);
+    if (is_dealt) return cta + n * num_ctas;
+    return (cta + n / of_tile() * num_ctas) * of_tile() + n % of_tile();
   }
-  write_logits(params, tile, sums);
-  __syncthreads();
+};
+
+// Logits of the fused router, or their parts. All threads of all CTAs; arena: LogitsLayout::kBytes
+// of shared memory.
+template <class Element>
+FM_DEVICE void compute_logits(const kernel::ForwardParams& params, uint8_t* arena) {
+  const auto& sizes = params.sizes;
+  const LogitItems items(sizes);
+  const int32_t num_items = sizes.route_tiles * items.of_tile();
+  const int32_t steps = items.is_dealt ? steps_of_segment(sizes) : logit_steps(sizes);
+  for (int32_t n = 0, item = items.item(0); item < num_items; item = items.item(++n)) {
+    const int32_t part = item % items.num_parts;
+    const int32_t block = item / items.num_parts;
+    const LogitsTile tile{block / items.expert_blocks * kTileTokens,
+                          block % items.expert_blocks * kLogitExperts, part * steps,
+                          min((part + 1) * steps, logit_steps(sizes))};
+    WarpSums sums;
+    sums.clear();
+    if (params.router.weight_is_wide) {
+      multiply_tile<Element, true>(params, arena, tile, sums);
+    } else {
+      multiply_tile<Element, false>(params, arena, tile, sums);
+    }
+    write_logits(params, tile, sums, part);
+    __syncthreads();
+  }
+}
+
+// A token's logit from its parts.
+FM_DEVICE float sum_parts(const kernel::ForwardParams& params, int32_t token, int32_t expert) {
+  const auto& sizes = params.sizes;
+  const int64_t apart = part_size(sizes);
+  const float* part = params.memory.logit_parts + int64_t{token} * sizes.num_experts + expert;
+  float parts[config::kLogitSegments];
+  FM_UNROLL
+  for (int i = 0; i < config::kLogitSegments; ++i) parts[i] = part[i * apart];
+  float sum = 0.0f;
+  FM_UNROLL
+  for (float value : parts) sum += value;
+  return sum + read_bias(params.router.bias, expert);
 }
 
 }  // namespace flashmoe::cuda::stage

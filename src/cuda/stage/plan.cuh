@@ -57,50 +57,82 @@ FM_DEVICE void scan_histograms(const kernel::ForwardParams& params) {
   }
 }
 
-// Where every expert's rows and blocks begin. All threads of the CTA.
-FM_DEVICE void place_experts(const kernel::ForwardParams& params, tile::ExpertMemory& experts) {
+// Histograms of few tiles are not scanned but summed where they are read, which saves a meeting of
+// all CTAs.
+FM_DEVICE int32_t rows_before_tile(const kernel::ForwardParams& params, int32_t expert_idx,
+                                   int32_t tile_idx) {
   const auto& sizes = params.sizes;
-  const auto lane = ptx::thread_idx();
-  for (int32_t e = lane; e < sizes.num_experts; e += config::kForwardThreads) {
-    experts.rows[e] = min(params.memory.totals[e], sizes.capacity);
+  const int32_t* of_expert = params.memory.histograms + int64_t{expert_idx} * sizes.route_tiles;
+  if (!sizes.has_few_tiles) return of_expert[tile_idx];
+  int32_t sum = 0;
+#pragma unroll 4
+  for (int32_t i = 0; i < tile_idx; ++i) sum += of_expert[i];
+  return sum;
+}
+
+// Slots that chose the expert, dropped ones too.
+FM_DEVICE int32_t total_of(const kernel::ForwardParams& params, int32_t expert_idx) {
+  const auto& sizes = params.sizes;
+  return sizes.has_few_tiles ? rows_before_tile(params, expert_idx, sizes.route_tiles)
+                             : params.memory.totals[expert_idx];
+}
+
+// The table of experts while it is made: arrays of a tile::ExpertTable.
+struct ExpertPlaces {
+  int32_t* begin;
+  int32_t* rows;
+  int32_t* blocks_before;
+
+  FM_DEVICE ExpertPlaces(int32_t* words, int32_t num_experts)
+      : begin(words), rows(words + num_experts + 1), blocks_before(rows + num_experts) {}
+};
+
+// Where every expert's rows and blocks begin, from their rows. Whole warp.
+FM_DEVICE void place_experts(int32_t num_experts, const ExpertPlaces& experts) {
+  const int32_t lane = ptx::lane_idx();
+  const tile::TileGrid grid{config::Forward{}.up().max_tokens, 1};
+  int32_t groups_before = 0;
+  int32_t blocks_before = 0;
+  for (int32_t first = 0; first < num_experts; first += 32) {
+    const int32_t e = first + lane;
+    const int32_t rows = e < num_experts ? experts.rows[e] : 0;
+    int32_t groups;
+    int32_t blocks;
+    const int32_t group = exclusive_sum((rows + config::kRowGroup - 1) / config::kRowGroup, groups);
+    const int32_t block = exclusive_sum(grid.num_blocks(rows), blocks);
+    if (e < num_experts) {
+      experts.begin[e] = (groups_before + group) * config::kRowGroup;
+      experts.blocks_before[e] = blocks_before + block;
+    }
+    groups_before += groups;
+    blocks_before += blocks;
+  }
+  if (lane == 0) experts.begin[num_experts] = groups_before * config::kRowGroup;
+  if (lane == 0) experts.blocks_before[num_experts] = blocks_before;
+}
+
+// The table of experts in `words`. All threads of the CTA.
+FM_DEVICE void make_table(const kernel::ForwardParams& params, int32_t* words) {
+  const auto& sizes = params.sizes;
+  const ExpertPlaces experts(words, sizes.num_experts);
+  for (int32_t e = ptx::thread_idx(); e < sizes.num_experts; e += config::kForwardThreads) {
+    experts.rows[e] = min(total_of(params, e), sizes.capacity);
   }
   __syncthreads();
-  if (lane < 32) {
-    const tile::TileGrid grid{config::Forward{}.up().max_tokens, 1};
-    int32_t groups_before = 0;
-    int32_t blocks_before = 0;
-    for (int32_t first = 0; first < sizes.num_experts; first += 32) {
-      const int32_t e = first + lane;
-      const int32_t rows = e < sizes.num_experts ? experts.rows[e] : 0;
-      int32_t groups;
-      int32_t blocks;
-      const int32_t group =
-          exclusive_sum((rows + config::kRowGroup - 1) / config::kRowGroup, groups);
-      const int32_t block = exclusive_sum(grid.num_blocks(rows), blocks);
-      if (e < sizes.num_experts) {
-        experts.begin[e] = (groups_before + group) * config::kRowGroup;
-        experts.blocks_before[e] = blocks_before + block;
-      }
-      groups_before += groups;
-      blocks_before += blocks;
-    }
-    if (lane == 0) experts.begin[sizes.num_experts] = groups_before * config::kRowGroup;
-    if (lane == 0) experts.blocks_before[sizes.num_experts] = blocks_before;
-  }
+  if (ptx::thread_idx() < 32) place_experts(sizes.num_experts, experts);
   __syncthreads();
 }
 
 // What the caller reads of the plan; by one CTA. sum: a word of shared memory.
-FM_DEVICE void publish_plan(const kernel::ForwardParams& params, const tile::ExpertMemory& experts,
+FM_DEVICE void publish_plan(const kernel::ForwardParams& params, const tile::ExpertTable& experts,
                             int32_t* sum) {
   const auto& sizes = params.sizes;
   if (ptx::thread_idx() == 0) *sum = 0;
   __syncthreads();
   int32_t dropped = 0;
   for (int32_t e = ptx::thread_idx(); e < sizes.num_experts; e += config::kForwardThreads) {
-    const int32_t total = params.memory.totals[e];
-    params.memory.expert_begin[e] = experts.begin[e];
-    dropped += total - experts.rows[e];
+    const int32_t total = total_of(params, e);
+    dropped += total - experts.rows(e);
     if (params.tokens_per_expert == nullptr) continue;
     params.tokens_per_expert[e * params.tokens_per_expert_stride] = total;
   }
@@ -109,20 +141,19 @@ FM_DEVICE void publish_plan(const kernel::ForwardParams& params, const tile::Exp
   if (ptx::thread_idx() == 0 && params.dropped != nullptr) *params.dropped = *sum;
 }
 
-// Gives every slot its row. All threads of all CTAs.
-FM_DEVICE void place_slots(const kernel::ForwardParams& params, const tile::ExpertMemory& experts) {
+// Gives every slot from `first` on, `step` apart, its row.
+FM_DEVICE void place_slots(const kernel::ForwardParams& params, const tile::ExpertTable& experts,
+                           int32_t first, int32_t step) {
   const auto& sizes = params.sizes;
   const auto& memory = params.memory;
   const int32_t slots_of_tile = static_cast<int32_t>(plan::kTileTokens) * sizes.top_k;
-  for (int32_t slot = blockIdx.x * config::kForwardThreads + ptx::thread_idx();
-       slot < sizes.slots(); slot += gridDim.x * config::kForwardThreads) {
+  for (int32_t slot = first; slot < sizes.slots(); slot += step) {
     const int32_t e = memory.ids[slot];
     int32_t row = e;
     if (e >= 0) {
-      const int32_t tile_idx = slot / slots_of_tile;
       const int32_t rank =
-          memory.histograms[int64_t{e} * sizes.route_tiles + tile_idx] + memory.slot_ranks[slot];
-      row = plan::is_kept(rank, sizes.capacity) ? experts.begin[e] + rank : kNoExpert;
+          rows_before_tile(params, e, slot / slots_of_tile) + memory.slot_ranks[slot];
+      row = plan::is_kept(rank, sizes.capacity) ? experts.begin(e) + rank : kNoExpert;
     }
     memory.slot_row[slot] = row;
     if (row < 0) continue;
@@ -131,12 +162,26 @@ FM_DEVICE void place_slots(const kernel::ForwardParams& params, const tile::Expe
   }
 }
 
-// The plan of the launch, after routing. All threads of all CTAs; arena: shared memory of the CTA.
-FM_DEVICE void place_rows(const kernel::ForwardParams& params, tile::ExpertMemory& experts,
-                          uint8_t* arena) {
-  place_experts(params, experts);
-  if (blockIdx.x == 0) publish_plan(params, experts, reinterpret_cast<int32_t*>(arena));
-  place_slots(params, experts);
+// The plan of the launch, after routing. All threads of all CTAs; arena: shared memory of the CTA;
+// kept: where its roles will read the table of experts. Every CTA makes that table; of few slots
+// every CTA gives all their rows, too, and reads what it wrote itself (all write the same), which
+// saves another meeting. Returns the number of all experts' blocks.
+FM_DEVICE int32_t place_rows(const kernel::ForwardParams& params, uint8_t* arena, int32_t* kept) {
+  const auto& sizes = params.sizes;
+  const int32_t thread = ptx::thread_idx();
+  const int32_t num_words = tile::ExpertTable::num_words(sizes.num_experts);
+  auto* words = reinterpret_cast<int32_t*>(arena);
+  make_table(params, words);
+  const tile::ExpertTable experts{words, sizes.num_experts};
+  for (int32_t i = thread; i < num_words; i += config::kForwardThreads) kept[i] = words[i];
+  if (blockIdx.x == 0) publish_plan(params, experts, words + num_words);
+  if (sizes.has_few_slots) {
+    place_slots(params, experts, thread, config::kForwardThreads);
+  } else {
+    place_slots(params, experts, blockIdx.x * config::kForwardThreads + thread,
+                gridDim.x * config::kForwardThreads);
+  }
+  return experts.num_blocks();
 }
 
 }  // namespace flashmoe::cuda::stage

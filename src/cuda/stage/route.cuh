@@ -6,6 +6,11 @@
 
 namespace flashmoe::cuda::stage {
 
+struct Choice {
+  int32_t expert_idx;
+  float weight;
+};
+
 // Writes a slot's routing where the next stages read it and, with a router, to the outputs.
 FM_DEVICE void write_slot(const kernel::ForwardParams& params, int32_t token, int32_t j,
                           const Choice& choice, bool is_output) {
@@ -18,26 +23,41 @@ FM_DEVICE void write_slot(const kernel::ForwardParams& params, int32_t token, in
   tile::write_real(params.router.weights, token, j, choice.weight);
 }
 
-// Chooses the experts of a tile whose logits are there. All threads of the CTA.
+// Chooses the experts of a tile whose logits, or their parts, are there. All threads of the CTA;
+// arena: shared memory for as many teams at a time as it holds.
 FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, int32_t arena_bytes,
                            int32_t first_token) {
   const auto& sizes = params.sizes;
-  const int32_t warp_idx = ptx::thread_idx() / 32;
-  const int32_t lane = ptx::lane_idx();
-  const int32_t warp_bytes = 4 * ChoiceMemory::words(sizes.num_experts);
-  const int32_t num_warps = min(config::kForwardWarps, arena_bytes / warp_bytes);
+  const auto& router = params.router;
+  const int32_t team_bytes = 4 * TeamMemory::words(sizes.num_experts, router.num_groups);
+  const int32_t num_teams = min(kTileTokens, arena_bytes / team_bytes);
+  const int32_t team_idx = ptx::thread_idx() / kTeamLanes;
   const int32_t end = min(first_token + kTileTokens, sizes.tokens);
-  if (warp_idx >= num_warps) return;
-  const ChoiceMemory memory = ChoiceMemory::from(arena, sizes.num_experts, warp_idx);
-  for (int32_t token = first_token + warp_idx; token < end; token += num_warps) {
-    const float* logits = params.router.logits + int64_t{token} * sizes.num_experts;
-    Choice choice{kUndefined, __int_as_float(0x7FC00000)};
-    if (load_logits(sizes.num_experts, logits, memory.scores)) {
-      choice = choose_experts(params.router, sizes.num_experts, sizes.top_k, memory);
-    } else if (lane == 0) {
+  for (int32_t first = first_token; first < end; first += num_teams) {
+    const int32_t token = first + team_idx;
+    const bool has_token = team_idx < num_teams && token < end;
+    if (!__any_sync(kAllLanes, has_token)) continue;
+    const TeamMemory memory =
+        TeamMemory::from(arena, team_idx, sizes.num_experts, router.num_groups, has_token);
+    float* logits = router.logits + int64_t{token} * sizes.num_experts;
+    const bool is_defined = load_logits(memory, [&](int32_t e) {
+      if (!sizes.has_few_tiles) return logits[e];
+      return logits[e] = sum_parts(params, token, e);
+    });
+    choose_experts(router, sizes, memory);
+    const TeamSlots slots = weigh_experts(router, sizes, memory);
+    if (!has_token) continue;
+    if (!is_defined && team_lane() == 0) {
       sync::write_report(params.report, sync::WaitTag::kUndefinedLogits, token, 0);
     }
-    if (lane < sizes.top_k) write_slot(params, token, lane, choice, true);
+    FM_UNROLL
+    for (int i = 0; i < TeamSlots::kOfLane; ++i) {
+      const int32_t j = team_lane() + i * kTeamLanes;
+      if (j >= sizes.top_k) break;
+      const Choice choice = is_defined ? Choice{slots.expert_idx[i], slots.weight[i]}
+                                       : Choice{kUndefined, not_a_number()};
+      write_slot(params, token, j, choice, true);
+    }
   }
 }
 
@@ -104,22 +124,17 @@ FM_DEVICE void check_selection_bias(const kernel::ForwardParams& params) {
   }
 }
 
-// Routing of all tiles. All threads of all CTAs; arena: shared memory of the CTA.
-template <class Element>
+// Ids, weights and histograms of all tiles, the logits' parts being there. All threads of all CTAs;
+// arena: shared memory of the CTA.
 FM_DEVICE void route(const kernel::ForwardParams& params, uint8_t* arena, int32_t arena_bytes) {
   const auto& sizes = params.sizes;
   const bool is_fused = params.router.weight != nullptr;
   const auto num_ctas = static_cast<int32_t>(gridDim.x);
   if (is_fused) {
-    check_selection_bias(params);
     for (int32_t tile_idx = blockIdx.x; tile_idx < sizes.route_tiles; tile_idx += num_ctas) {
-      const int32_t first_token = tile_idx * kTileTokens;
-      for (int32_t expert = 0; expert < sizes.num_experts; expert += LogitsLayout::kExperts) {
-        compute_logits<Element>(params, arena, {first_token, expert});
-      }
-      choose_tile(params, arena, arena_bytes, first_token);
-      __syncthreads();
+      choose_tile(params, arena, arena_bytes, tile_idx * kTileTokens);
     }
+    __syncthreads();
   }
   // The CTA that chose a tile's experts also ranks its slots; a warp takes a tile.
   const auto warp_idx = ptx::thread_idx() / 32;

@@ -1,4 +1,4 @@
-// The experts' rows in a CTA's shared memory: written by its plan, read by all its roles.
+// The experts' rows where a CTA's roles read them: written by its plan.
 #pragma once
 
 #include "cuda/config/forward.h"
@@ -7,14 +7,9 @@
 
 namespace flashmoe::cuda::tile {
 
+// In shared memory, if they are few.
 struct ExpertMemory {
-  int32_t begin[config::kMaxExperts + 1];
-  int32_t rows[config::kMaxExperts];
-  int32_t blocks_before[config::kMaxExperts + 1];
-
-  FM_DEVICE ExpertTable table(int32_t num_experts) const {
-    return {begin, rows, blocks_before, num_experts};
-  }
+  int32_t words[ExpertTable::num_words(config::kNearExperts)];
 };
 
 FM_DEVICE int32_t k_blocks_of(const Tile& tile, const config::ForwardSizes& sizes) {

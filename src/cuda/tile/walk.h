@@ -17,20 +17,27 @@ namespace flashmoe::cuda::tile {
 inline constexpr int16_t kUpProduct = 0;
 inline constexpr int16_t kDownProduct = 1;
 
-// The plan's rows of each expert, in memory that the walk reads quickly (a CTA's shared memory).
+// The plan's rows of each expert: three arrays, one after the other, in memory that the walk reads
+// quickly.
 struct ExpertTable {
-  const int32_t* begin;          // [E + 1]; the rows of an expert begin on multiples of kTokenStep
-  const int32_t* rows;           // [E]
-  const int32_t* blocks_before;  // [E + 1], of the experts before
+  const int32_t* words;  // [num_words(num_experts)]
   int32_t num_experts;
 
-  FM_HD constexpr int32_t num_blocks() const { return blocks_before[num_experts]; }
+  FM_HD static constexpr int32_t num_words(int32_t num_experts) { return 3 * num_experts + 2; }
+
+  // First row; a multiple of kTokenStep. Of expert num_experts: the end of all rows.
+  FM_HD constexpr int32_t begin(int32_t e) const { return words[e]; }
+  FM_HD constexpr int32_t rows(int32_t e) const { return words[num_experts + 1 + e]; }
+  // Blocks of the experts before.
+  FM_HD constexpr int32_t blocks_before(int32_t e) const { return words[2 * num_experts + 1 + e]; }
+
+  FM_HD constexpr int32_t num_blocks() const { return blocks_before(num_experts); }
   // The expert that row `row_idx` (rounded up to groups) belongs to.
   FM_HD constexpr int32_t expert_of_row(int32_t row_idx) const {
-    return last_at_most(begin, row_idx);
+    return last_at_most(words, row_idx);
   }
   FM_HD constexpr int32_t expert_of_block(int32_t block_idx) const {
-    return last_at_most(blocks_before, block_idx);
+    return last_at_most(words + 2 * num_experts + 1, block_idx);
   }
 
  private:
@@ -82,9 +89,9 @@ struct Walk {
     const int32_t place = ticket / pairs;
     const int32_t e = experts.expert_of_block(is_reversed ? num_blocks - 1 - place : place);
     const int32_t blocks_before =
-        is_reversed ? num_blocks - experts.blocks_before[e + 1] : experts.blocks_before[e];
+        is_reversed ? num_blocks - experts.blocks_before(e + 1) : experts.blocks_before(e);
     Tile tile = TileGrid{max_rows, pairs}.tile_at(ticket - blocks_before * pairs, e,
-                                                  experts.begin[e], experts.rows[e]);
+                                                  experts.begin(e), experts.rows(e));
     if (column_block < 0) return tile;
     tile.product = kDownProduct;
     tile.weight_pair_idx += column_block * column_pairs;
