@@ -121,23 +121,23 @@ struct ForwardSizes {
 
 // Scratch of a launch. The head is zero when made and lasts; the rest belongs to one launch.
 enum class ForwardScratch : int {
-  kState,        // kernel::ForwardState
-  kRowsReady,    // u32 [rows / 16]: at a block's first group, rows of it that are copied
-  kUpDone,       // u32 [rows / 16]: at a block's first group, up tiles that are stored
-  kDownDone,     // u32 [column blocks]: down tiles that are stored
-  kIds,          // i32 [T * k]: -1 no expert, -2 the token has no defined routing
-  kWeights,      // f32 [T * k]
-  kSlotRanks,    // i32 [T * k]: place among the tile's slots of the same expert
-  kHistograms,   // i32 [E][tiles]: slots of a tile; after the scan, of all tiles before it
-  kTotals,       // i32 [E]
-  kExperts,      // i32 [3 * E + 2]: tile::ExpertTable of more experts than kNearExperts
-  kRowToken,     // i32 [rows]
-  kRowWeight,    // f32 [rows], weight_on_input
-  kSlotRow,      // i32 [T * k]: -1 none, -2 as in kIds
-  kLogits,       // f32 [T][E], fused router without an output for them
-  kLogitParts,   // f32 [8][T][E], fused router of few tiles
-  kRows,         // T [rows][H]: tokens in expert order; then the down product, block by block
-  kHidden,       // T [rows][I]
+  kState,       // kernel::ForwardState
+  kRowsReady,   // u32 [rows / 16]: at a block's first group, rows of it that are copied
+  kUpDone,      // u32 [rows / 16]: at a block's first group, up tiles that are stored
+  kDownDone,    // u32 [column blocks]: down tiles that are stored
+  kIds,         // i32 [T * k]: -1 no expert, -2 the token has no defined routing
+  kWeights,     // f32 [T * k]
+  kSlotRanks,   // i32 [T * k]: place among the tile's slots of the same expert
+  kHistograms,  // i32 [E][tiles]: slots of a tile; after the scan, of all tiles before it
+  kTotals,      // i32 [E]
+  kExperts,     // i32 [3 * E + 2]: tile::ExpertTable of more experts than kNearExperts
+  kRowToken,    // i32 [rows]
+  kRowWeight,   // f32 [rows], weight_on_input
+  kSlotRow,     // i32 [T * k]: -1 none, -2 as in kIds
+  kLogits,      // f32 [T][E], fused router without an output for them
+  kLogitParts,  // f32 [8][T][E], fused router of few tiles
+  kRows,        // T [rows][H]: tokens in expert order; then the down product, block by block
+  kHidden,      // T [rows][I]
   kCount
 };
 

@@ -1,17 +1,18 @@
 // The forward as one persistent cooperative kernel. All warps of all CTAs first route the tokens
 // and place their rows; then roles meet in shared-memory rings and at counters in global memory:
 //
-//   tickets (a warp of the pair's leader)  takes tickets, waits for what a tile depends on, sends
-//                                          tiles to both CTAs
+//   tickets (a warp of the pair's leader)  takes tickets, sends their tiles to both CTAs and
+//                                          whether what they depend on is there
 //   load    (a thread of each CTA)         copies operands: own weights, half the pair's tokens
+//                                          (waits for these if it must)
 //   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
 //                                          epilogue (ping-pong)
 //   comm    (a warpgroup of each CTA)      copies tokens into expert order ahead of the up tiles;
 //                                          combines column blocks behind the down tiles
 //
 // Counters (cleared by every launch before its plan, published by release, read by acquire):
-//   rows_ready[first group of a block]  comm -> tickets: rows of the block that are copied
-//   up_done[first group of a block]     math -> tickets: CTAs' up tiles of the block that are stored
+//   rows_ready[first group of a block]  comm -> tickets, load: rows of the block that are copied
+//   up_done[first group of a block]     math -> tickets, load: CTAs' up tiles of it that are stored
 //   down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
 // What crosses between ordinary and copy-engine accesses is fenced on both sides.
 #pragma once
@@ -58,15 +59,21 @@ FM_DEVICE tile::ExpertTable table_of(const ForwardParams& params, Shared& smem) 
   return {experts_of(params, smem), params.sizes.num_experts};
 }
 
-// Waits until the tile's operands are in global memory. One thread.
-FM_DEVICE void wait_for_operands(const ForwardParams& params, const tile::Tile& tile,
-                                 sync::Waiter& waiter) {
-  const bool is_up = tile.product == tile::kUpProduct;
-  uint32_t* counters = is_up ? params.memory.rows_ready : params.memory.up_done;
-  const uint32_t expected = is_up ? tile.num_rows : params.sizes.up_pairs * config::kClusterSize;
-  waiter.wait_word(counters + tile.row_begin / config::kRowGroup, expected,
-                   is_up ? sync::WaitTag::kRowsReady : sync::WaitTag::kUpDone);
-}
+// The count that a tile's tokens are complete at, and where it is.
+struct Dependency {
+  uint32_t* word;
+  uint32_t expected;
+  sync::WaitTag tag;
+
+  FM_DEVICE Dependency(const ForwardParams& params, const tile::Tile& tile) {
+    const bool is_up = tile.product == tile::kUpProduct;
+    uint32_t* counters = is_up ? params.memory.rows_ready : params.memory.up_done;
+    word = counters + tile.row_begin / config::kRowGroup;
+    expected = is_up ? tile.num_rows : params.sizes.up_pairs * config::kClusterSize;
+    tag = is_up ? sync::WaitTag::kRowsReady : sync::WaitTag::kUpDone;
+  }
+  FM_DEVICE bool is_met() const { return ptx::ld_acquire_gpu(word) == expected; }
+};
 
 // Whole warp of the leader. Tickets are taken one tile ahead, at the pace of the load.
 template <class Config>
@@ -76,10 +83,9 @@ FM_DEVICE void forward_tickets(const ForwardParams& params, ForwardShared<Config
   const bool is_taker = ptx::lane_idx() == 0;
   TileWriter tiles(smem.tiles);
   const auto& sizes = params.sizes;
-  const tile::Walk walk{table_of(params, smem), Config::value.up().max_tokens,
-                        sizes.up_pairs, sizes.down_pairs, sizes.column_pairs};
+  const tile::Walk walk{table_of(params, smem), Config::value.up().max_tokens, sizes.up_pairs,
+                        sizes.down_pairs, sizes.column_pairs};
   uint32_t pace_parity = 0;
-  bool is_down = false;
   for (bool is_first = true;; is_first = false) {
     if (!is_first) {
       waiter.wait(&smem.pace, pace_parity, sync::WaitTag::kPace);
@@ -89,14 +95,10 @@ FM_DEVICE void forward_tickets(const ForwardParams& params, ForwardShared<Config
     if (is_taker) ticket = take_ticket(params.memory.state->tickets, is_first, num_clusters);
     ticket = __shfl_sync(0xFFFFFFFF, ticket, 0);
     tile::Tile tile = walk.tile_at(ticket);
-    if (is_taker && !tile.is_end()) wait_for_operands(params, tile, waiter);
+    const bool is_ready = is_taker && !tile.is_end() && Dependency(params, tile).is_met();
+    tile.is_ready = __shfl_sync(0xFFFFFFFF, is_ready, 0);
     if (!__all_sync(0xFFFFFFFF, waiter.alive())) tile = tile::Tile{};
     tiles.send(tile, waiter);
-    if (is_taker && is_first) set_mark_of_first(params, Mark::kUp);
-    if (is_taker && tile.product == tile::kDownProduct && !is_down) {
-      set_mark_of_first(params, Mark::kDown);
-    }
-    is_down = tile.product == tile::kDownProduct;
     if (tile.is_end()) break;
   }
   if (is_taker) set_mark_of_first(params, Mark::kLastTile);
@@ -109,10 +111,16 @@ inline constexpr int32_t kPaceLead = 4;
 
 // Weights of one k-block; separate gate and up tensors are two copies of 64 rows.
 template <class Config>
-FM_DEVICE void load_up_weights(const ForwardParams& params, uint8_t* destination, uint64_t* full,
-                               const tile::Tile& tile, int32_t weight_tile_idx, int32_t depth) {
+FM_DEVICE void load_weights(const ForwardParams& params, uint8_t* destination, uint64_t* full,
+                            const tile::Tile& tile, int32_t weight_tile_idx, int32_t depth) {
   using Up = config::UpOf<Config>;
+  using Down = config::DownOf<Config>;
   constexpr config::GroupedProduct kUp = Up::value;
+  if (tile.product == tile::kDownProduct) {
+    tile::load_weights<Down>(destination, full, params.down_weights, tile.local_expert_idx,
+                             weight_tile_idx, depth);
+    return;
+  }
   tile::load_weights<Up>(destination, full, params.up_weights[0], tile.local_expert_idx,
                          weight_tile_idx, depth);
   if (kUp.epilogue != config::Epilogue::kGated || !params.separate_gate) return;
@@ -120,42 +128,53 @@ FM_DEVICE void load_up_weights(const ForwardParams& params, uint8_t* destination
                          tile.local_expert_idx, weight_tile_idx, depth);
 }
 
-// One thread of each CTA.
+// One thread of each CTA. Weights of a tile whose tokens are not there yet go ahead of them, as far
+// as there are stages.
 template <class Config>
 FM_DEVICE void forward_load(const ForwardParams& params, ForwardShared<Config>& smem,
                             sync::Waiter waiter, int32_t cta_rank) {
   constexpr config::GroupedProduct kUp = Config::value.up();
   sync::StageWriter<kUp.num_stages> stages(smem.stage_barriers);
   TileReader tiles(smem.tiles);
+  Mark next_mark = Mark::kUp;
   while (true) {
     const tile::Tile tile = tiles.take_and_rearm(waiter);
     if (tile.is_end() || !waiter.alive()) break;
-    ptx::fence_proxy_async(ptx::space_global);
-    const bool is_up = tile.product == tile::kUpProduct;
     const int32_t num_steps = tile.num_steps();
-    const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + cta_rank;
     const uint32_t num_bytes = kUp.weight_bytes() + kUp.token_bytes(num_steps);
-    const CUtensorMap& tokens =
-        is_up ? params.row_tokens[num_steps - 1] : params.hidden_tokens[num_steps - 1];
     const int32_t num_k_blocks = tile::k_blocks_of(tile, params.sizes);
+    const auto start_weights = [&](int32_t k_block) {
+      stages.acquire(num_bytes, waiter);
+      load_weights<Config>(params, smem.stages[stages.slot()].weights, stages.full(), tile,
+                           2 * tile.weight_pair_idx + cta_rank, k_block * config::kDepthStep);
+      stages.advance();
+    };
+    auto stages_of_tokens = stages;
+    const int32_t num_ahead = tile.is_ready ? 0 : min(num_k_blocks, kUp.num_stages);
+    for (int32_t k_block = 0; k_block < num_ahead; ++k_block) start_weights(k_block);
+    if (!tile.is_ready) {
+      const Dependency tokens(params, tile);
+      waiter.wait_word(tokens.word, tokens.expected, tokens.tag);
+    }
+    ptx::fence_proxy_async(ptx::space_global);
+    if (next_mark == Mark::kUp ||
+        (next_mark == Mark::kDown && tile.product == tile::kDownProduct)) {
+      if (cta_rank == 0) set_mark_of_first(params, next_mark);
+      next_mark = next_mark == Mark::kUp ? Mark::kDown : Mark::kLastTile;
+    }
+    const CUtensorMap& tokens = tile.product == tile::kUpProduct
+                                    ? params.row_tokens[num_steps - 1]
+                                    : params.hidden_tokens[num_steps - 1];
     const int32_t pace_block = max(num_k_blocks / 2 - kPaceLead, 0);
     for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
-      stages.acquire(num_bytes, waiter);
-      auto& stage = smem.stages[stages.slot()];
-      const int32_t depth = k_block * config::kDepthStep;
-      tile::load_tokens_for_pair(stage.tokens, stages.full(), tokens, tile.row_begin, num_steps,
-                                 depth, cta_rank);
-      if (is_up) {
-        load_up_weights<Config>(params, stage.weights, stages.full(), tile, weight_tile_idx, depth);
-      } else {
-        tile::load_weights<config::DownOf<Config>>(stage.weights, stages.full(),
-                                                   params.down_weights, tile.local_expert_idx,
-                                                   weight_tile_idx, depth);
-      }
+      if (k_block >= num_ahead) start_weights(k_block);
+      tile::load_tokens_for_pair(smem.stages[stages_of_tokens.slot()].tokens,
+                                 stages_of_tokens.full(), tokens, tile.row_begin, num_steps,
+                                 k_block * config::kDepthStep, cta_rank);
+      stages_of_tokens.advance();
       if (k_block == pace_block && cta_rank == 0) {
         ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
       }
-      stages.advance();
     }
   }
 }
@@ -306,8 +325,7 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
     const int32_t warp_idx = ptx::thread_idx() / 32 - config::kWarpgroup / 32;
     auto* rows = reinterpret_cast<uint8_t*>(smem.stages) +
                  warp_idx * stage::RowRing<config::kMathRows>::kBytes;
-    stage::combine<Config, config::kMathRows>(params, smem.extra.num_blocks, rows,
-                                              waiter);
+    stage::combine<Config, config::kMathRows>(params, smem.extra.num_blocks, rows, waiter);
   }
 }
 

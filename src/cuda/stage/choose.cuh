@@ -39,8 +39,7 @@ struct TeamMemory {
 
   // Words of shared memory from one team's to the next: the teams of a warp use different banks.
   FM_DEVICE static int32_t words(int32_t num_experts, int32_t num_groups) {
-    const int32_t used =
-        2 * num_experts + num_groups + static_cast<int32_t>(config::kMaxTopK);
+    const int32_t used = 2 * num_experts + num_groups + static_cast<int32_t>(config::kMaxTopK);
     return (used + 31) / 32 * 32 + kTeamLanes;
   }
   FM_DEVICE static TeamMemory from(uint8_t* arena, int32_t team_idx, int32_t num_experts,
@@ -238,8 +237,8 @@ FM_DEVICE void exclude_groups(const kernel::RouterParams& router, int32_t group_
 }
 
 // The token's experts, best first, into memory.chosen; its logits are in memory.scores. Whole warp.
-FM_DEVICE void choose_experts(const kernel::RouterParams& router,
-                              const config::ForwardSizes& sizes, const TeamMemory& memory) {
+FM_DEVICE void choose_experts(const kernel::RouterParams& router, const config::ForwardSizes& sizes,
+                              const TeamMemory& memory) {
   const int32_t lane = team_lane();
   score_all(router.score, memory);
   const bool biased = router.selection_bias.data != nullptr;

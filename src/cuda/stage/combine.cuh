@@ -127,8 +127,8 @@ class CombineCopies {
     const int32_t column = place_.column + ptx::lane_idx() * kVector;
     const void* source = nullptr;
     if (row >= 0 && column < place_.column_end(sizes)) {
-      source = static_cast<const uint16_t*>(params_.memory.rows) + int64_t{row} * sizes.hidden +
-               column;
+      source =
+          static_cast<const uint16_t*>(params_.memory.rows) + int64_t{row} * sizes.hidden + column;
     }
     if (++slot_ == sizes.top_k) {
       slot_ = 0;
@@ -210,7 +210,8 @@ inline constexpr int32_t kCombineWarps = config::kCommWarps + config::kMathWarps
 // where the number of all experts' blocks is; memory: RowRing<kRows>::kBytes of shared memory.
 // Whole warp; kCombineWarps of every CTA come here.
 template <class Config, int kRows>
-FM_DEVICE void combine(const kernel::ForwardParams& params, int32_t num_blocks, uint8_t* memory, sync::Waiter& waiter) {
+FM_DEVICE void combine(const kernel::ForwardParams& params, int32_t num_blocks, uint8_t* memory,
+                       sync::Waiter& waiter) {
   static_assert(kRows < 32);  // see CombineUnits
   using Element = tile::ElementOf<Config::value.element>;
   const auto& sizes = params.sizes;

@@ -45,8 +45,8 @@ FM_DEVICE int64_t part_size(const config::ForwardSizes& sizes) {
   return int64_t{sizes.tokens} * sizes.num_experts;
 }
 
-// What the CTA makes at a time: logits of tokens [first_token, ...) and experts [first_expert, ...),
-// summed over steps [first_step, end_step).
+// What the CTA makes at a time: logits of tokens [first_token, ...) and experts [first_expert,
+// ...), summed over steps [first_step, end_step).
 struct LogitsTile {
   int32_t first_token;
   int32_t first_expert;
@@ -215,8 +215,8 @@ FM_DEVICE void multiply_wide_step(WarpSums& sums, const uint8_t* tokens, const u
 FM_DEVICE void write_logits(const kernel::ForwardParams& params, const LogitsTile& tile,
                             const WarpSums& sums, int32_t part) {
   const bool is_part = params.sizes.has_few_tiles;
-  float* out = is_part ? params.memory.logit_parts + part * part_size(params.sizes)
-                       : params.router.logits;
+  float* out =
+      is_part ? params.memory.logit_parts + part * part_size(params.sizes) : params.router.logits;
   const int lane = ptx::lane_idx();
   const int warp_idx = ptx::thread_idx() / 32;
   const int32_t experts = params.sizes.num_experts;
@@ -281,8 +281,9 @@ FM_DEVICE void multiply_tile(const kernel::ForwardParams& params, uint8_t* arena
   ptx::cp_async_wait_group<0>();
 }
 
-// What all CTAs make, as items: a tile of tokens, a block of experts and (of few tiles) a segment of
-// the sum. Few are dealt one by one; else a CTA makes all of the tiles that it then routes itself.
+// What all CTAs make, as items: a tile of tokens, a block of experts and (of few tiles) a segment
+// of the sum. Few are dealt one by one; else a CTA makes all of the tiles that it then routes
+// itself.
 struct LogitItems {
   int32_t expert_blocks;
   int32_t num_parts;

@@ -15,11 +15,12 @@ FM_DEVICE float times_sigmoid(float x, float slope) {
 }
 
 // erf within 2e-7: log2(erfc(t)) over [0, 4] as a polynomial, fitted by least squares weighted with
-// erfc. The compiler's erff keeps seven coefficients in registers, which the epilogue does not have.
+// erfc. The compiler's erff keeps seven coefficients in registers, which the epilogue does not
+// have.
 FM_DEVICE float erf_of(float x) {
-  constexpr float kCoefficients[] = {-1.6279086f,     -0.91841638f,   -0.14848162f,
-                                     0.028253688f,    -0.00077463558f, -0.0014894385f,
-                                     0.00044550683f,  -4.5358524e-05f};
+  constexpr float kCoefficients[] = {-1.6279086f,    -0.91841638f,    -0.14848162f,
+                                     0.028253688f,   -0.00077463558f, -0.0014894385f,
+                                     0.00044550683f, -4.5358524e-05f};
   const float t = fminf(fabsf(x), 4.0f);
   float sum = kCoefficients[7];
   FM_UNROLL

@@ -20,7 +20,8 @@ inline constexpr int32_t kTokenStep = 16;  // granularity of a block's rows, pla
 struct alignas(16) Tile {
   int32_t row_begin;
   int16_t num_rows;  // 0: no more tiles
-  int16_t product;   // of a kernel that has several
+  int8_t product;    // of a kernel that has several
+  bool is_ready;     // its tokens are known to be in global memory
   int32_t local_expert_idx;
   int32_t weight_pair_idx;
 
@@ -57,6 +58,7 @@ struct TileGrid {
     return {.row_begin = expert_begin + first,
             .num_rows = static_cast<int16_t>(left < height ? left : height),
             .product = 0,
+            .is_ready = false,
             .local_expert_idx = local_expert_idx,
             .weight_pair_idx = weight_pair_idx};
   }

@@ -14,8 +14,8 @@
 namespace flashmoe::cuda::tile {
 
 // Tile::product of the forward.
-inline constexpr int16_t kUpProduct = 0;
-inline constexpr int16_t kDownProduct = 1;
+inline constexpr int8_t kUpProduct = 0;
+inline constexpr int8_t kDownProduct = 1;
 
 // The plan's rows of each expert: three arrays, one after the other, in memory that the walk reads
 // quickly.
