@@ -265,14 +265,17 @@ template <class Config>
 FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>& smem,
                               sync::Waiter& waiter) {
   using Element = typename tile::ElementOf<Config::value.element>::Type;
-  static_assert(sizeof(smem.stages) >= stage::LogitsLayout<false>::kBytes &&
-                sizeof(smem.stages) >= stage::LogitsLayout<true>::kBytes);
+  constexpr int32_t kArenaBytes = sizeof(smem.stages);
+  static_assert(stage::LogitsLayout<false>::kBytes <= kArenaBytes);
+  static_assert(stage::LogitsLayout<true>::kBytes <= kArenaBytes);
+  static_assert(stage::kRouteBytes <= kArenaBytes);
+  static_assert(stage::kPlanBytes <= kArenaBytes);
   const auto& sizes = params.sizes;
   auto* arena = reinterpret_cast<uint8_t*>(smem.stages);
   sync::GridBarrier* barrier = &params.memory.state->barrier;
   stage::clear_counters(params, sizes.row_groups);
   if (!compute_logits<Element>(params, arena, waiter)) return false;
-  stage::route(params, arena, static_cast<int32_t>(sizeof(smem.stages)));
+  stage::route(params, arena, kArenaBytes);
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kRouted);
   if (!sync::meet_all(barrier, waiter)) return false;
   if (!sizes.has_few_tiles) {

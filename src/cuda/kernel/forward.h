@@ -46,12 +46,12 @@ struct StridedView {
 struct RouterParams {
   const void* weight;  // [E, H], rows contiguous: the layer's element type, or f32
   int64_t weight_stride;
-  bool weight_is_wide;         // f32
   StridedView bias;            // [E], may be null
   StridedView selection_bias;  // [E] f32, may be null
   float* logits;               // [T, E]
   int32_t score;               // fm_score
   bool renormalize;
+  bool weight_is_wide;  // f32
   float scale;
   int32_t num_groups;
   int32_t top_groups;
@@ -79,7 +79,7 @@ struct ForwardMemory {
   void* rows;
 };
 
-inline constexpr int32_t kTokenMaps = 176 / tile::kTokenStep;
+inline constexpr int32_t kTokenMaps = config::Forward{}.up().max_steps();
 
 struct ForwardParams {
   CUtensorMap up_weights[2];  // one of gate and up rows, or (separate) one of each
@@ -105,6 +105,8 @@ struct ForwardParams {
   sync::WaitReport* report;
   uint64_t timeout_ns;
 };
+
+static_assert(sizeof(ForwardParams) <= 4096);  // a launch's parameters, without the large ones
 
 struct ForwardEntry {
   const void* function;

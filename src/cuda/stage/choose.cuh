@@ -38,7 +38,7 @@ struct TeamMemory {
   int32_t num_experts;  // 0: the team has no token
 
   // Words of shared memory from one team's to the next: the teams of a warp use different banks.
-  FM_DEVICE static int32_t words(int32_t num_experts, int32_t num_groups) {
+  FM_HD static constexpr int32_t words(int32_t num_experts, int32_t num_groups) {
     const int32_t used = 2 * num_experts + num_groups + static_cast<int32_t>(config::kMaxTopK);
     return (used + 31) / 32 * 32 + kTeamLanes;
   }

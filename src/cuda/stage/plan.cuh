@@ -162,6 +162,10 @@ FM_DEVICE void place_slots(const kernel::ForwardParams& params, const tile::Expe
   }
 }
 
+// Least shared memory that the plan needs: the table of experts and a word.
+inline constexpr int32_t kPlanBytes =
+    4 * (tile::ExpertTable::num_words(static_cast<int32_t>(config::kMaxExperts)) + 1);
+
 // The plan of the launch, after routing. All threads of all CTAs; arena: shared memory of the CTA;
 // kept: where its roles will read the table of experts. Every CTA makes that table; of few slots
 // every CTA gives all their rows, too, and reads what it wrote itself (all write the same), which

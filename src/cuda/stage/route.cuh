@@ -1,6 +1,8 @@
 // Ids, weights and histograms of tiles of 64 tokens.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/stage/choose.cuh"
 #include "cuda/stage/logits.cuh"
 
@@ -70,7 +72,7 @@ FM_DEVICE void read_tile(const kernel::ForwardParams& params, int32_t first_slot
     const int32_t j = first_slot + i - token * sizes.top_k;
     const int64_t id = tile::read_index(params.router.ids, token, j);
     if (id < kNoExpert) sync::write_report(params.report, sync::WaitTag::kInvalidId, token, 0);
-    Choice choice{kNoExpert, 0.0f};
+    Choice choice{id < kNoExpert ? kUndefined : kNoExpert, 0.0f};
     if (id >= 0 && id < sizes.num_experts) {
       choice = {static_cast<int32_t>(id), tile::read_real(params.router.weights, token, j)};
     }
@@ -123,6 +125,11 @@ FM_DEVICE void check_selection_bias(const kernel::ForwardParams& params) {
     sync::write_report(params.report, sync::WaitTag::kUndefinedBias, e, 0);
   }
 }
+
+// Least shared memory that routing needs: one team's, or every warp's counts.
+inline constexpr int32_t kRouteBytes =
+    4 * std::max(TeamMemory::words(config::kMaxExperts, config::kMaxExperts),
+                 static_cast<int32_t>(config::kForwardWarps* config::kMaxExperts));
 
 // Ids, weights and histograms of all tiles, the logits' parts being there. All threads of all CTAs;
 // arena: shared memory of the CTA.
