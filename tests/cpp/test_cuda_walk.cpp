@@ -19,7 +19,7 @@ constexpr int32_t kMaxPairs = 8;
 
 // The table as the plan writes it, from the rows of each expert.
 struct Table {
-  std::vector<int32_t> begin{0}, rows, blocks_before{0};
+  std::vector<int32_t> begin{0}, rows, blocks_before{0}, words;
 
   explicit Table(std::vector<int32_t> rows_of_expert) : rows(std::move(rows_of_expert)) {
     const tile::TileGrid grid{kMaxRows, 1};
@@ -28,10 +28,11 @@ struct Table {
       begin.push_back(begin.back() + groups * config::kRowGroup);
       blocks_before.push_back(blocks_before.back() + grid.num_blocks(count));
     }
+    for (const auto* array : {&begin, &rows, &blocks_before}) {
+      words.insert(words.end(), array->begin(), array->end());
+    }
   }
-  tile::ExpertTable view() const {
-    return {begin.data(), rows.data(), blocks_before.data(), static_cast<int32_t>(rows.size())};
-  }
+  tile::ExpertTable view() const { return {words.data(), static_cast<int32_t>(rows.size())}; }
 };
 
 std::vector<int32_t> random_rows(std::mt19937& random, int32_t num_experts) {
