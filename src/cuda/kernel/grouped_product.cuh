@@ -31,11 +31,7 @@ struct ProductJob {
     FM_DEVICE Source(const Params& params, Shared&)
         : experts_(params.expert_begin, params.expert_rows, params.num_experts,
                    {kShape.max_tokens, params.num_weight_pairs}) {}
-    FM_DEVICE tile::Tile next(int32_t ticket, bool, sync::Waiter& waiter) {
-      return __all_sync(0xFFFFFFFF, waiter.alive()) ? experts_.find(ticket) : tile::Tile{};
-    }
-    FM_DEVICE void sent(const tile::Tile&, bool) {}
-    FM_DEVICE void ended() {}
+    FM_DEVICE tile::Tile tile_of(int32_t ticket) { return experts_.find(ticket); }
 
    private:
     tile::ExpertWindow experts_;
@@ -51,7 +47,6 @@ struct ProductJob {
     return params.tokens[tile.num_steps() - 1];
   }
   FM_DEVICE static int32_t pace_block(int32_t num_k_blocks) { return num_k_blocks / 2; }
-  FM_DEVICE static void before_loads() {}
   FM_DEVICE static void load_weights(const Params& params, uint8_t* destination, uint64_t* full,
                                      const tile::Tile& tile, int32_t weight_tile_idx,
                                      int32_t depth) {

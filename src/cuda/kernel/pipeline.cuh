@@ -11,14 +11,12 @@
 //   tickets(params)                                the counter
 //   num_k_blocks(params, tile)                     steps of 64 k
 //   pace_block(num_k_blocks)                       the step at whose load the next ticket is due
-//   before_loads()                                 orders a tile's loads behind who wrote the rows
 //   token_map(params, tile)                        of the tile's rows
 //   load_weights(params, to, full, tile, idx, k)   this CTA's weights of one step
 //   multiply(tile, operands...)                    tile::multiply_steps of the tile's configuration
 //   finish(params, sums, staging, tile)            stores the results; whole warpgroup
 // and a Source, which the ticket warp makes of params and shared memory:
-//   next(ticket, is_taker, waiter)                 its tile, whose operands are there; whole warp
-//   sent(tile, is_first), ended()                  the taker, after each tile and after the last
+//   tile_of(ticket)                                whole warp; tickets do not decrease
 #pragma once
 
 #include "cuda/kernel/roles.cuh"
@@ -49,12 +47,11 @@ FM_DEVICE void tickets_role(const typename Job::Params& params, typename Job::Sh
     int32_t ticket = 0;
     if (is_taker) ticket = take_ticket(Job::tickets(params), is_first, num_clusters);
     ticket = __shfl_sync(0xFFFFFFFF, ticket, 0);
-    const tile::Tile tile = source.next(ticket, is_taker, waiter);
+    const bool alive = __all_sync(0xFFFFFFFF, waiter.alive());
+    const tile::Tile tile = alive ? source.tile_of(ticket) : tile::Tile{};
     tiles.send(tile, waiter);
-    if (is_taker) source.sent(tile, is_first);
     if (tile.is_end()) break;
   }
-  if (is_taker) source.ended();
   if (is_taker) finish_tickets(Job::tickets(params), num_clusters);
 }
 
@@ -68,7 +65,6 @@ FM_DEVICE void load_role(const typename Job::Params& params, typename Job::Share
   while (true) {
     const tile::Tile tile = tiles.take_and_rearm(waiter);
     if (tile.is_end() || !waiter.alive()) break;
-    Job::before_loads();
     const int32_t num_steps = tile.num_steps();
     const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + cta_rank;
     const uint32_t num_bytes = kShape.weight_bytes() + kShape.token_bytes(num_steps);
