@@ -64,11 +64,16 @@ TEST(CudaSchedule, BlocksAreThePlansBlocks) {
 }
 
 TEST(CudaSchedule, StepsRoundRowsUp) {
+  const auto steps_of = [](int32_t num_rows) {
+    Tile tile{};
+    tile.num_rows = static_cast<int16_t>(num_rows);
+    return tile.num_steps();
+  };
   EXPECT_TRUE(Tile{}.is_end());
-  EXPECT_EQ((Tile{0, 1, 0, 0, 0}.num_steps()), 1);
-  EXPECT_EQ((Tile{0, 16, 0, 0, 0}.num_steps()), 1);
-  EXPECT_EQ((Tile{0, 17, 0, 0, 0}.num_steps()), 2);
-  EXPECT_EQ((Tile{0, kMaxRows, 0, 0, 0}.num_steps()), config::kTokenMaps);
+  EXPECT_EQ(steps_of(1), 1);
+  EXPECT_EQ(steps_of(16), 1);
+  EXPECT_EQ(steps_of(17), 2);
+  EXPECT_EQ(steps_of(kMaxRows), config::kTokenMaps);
 }
 
 TEST(CudaConfig, FitsTheRegistersAndSharedMemoryOfHopper) {
