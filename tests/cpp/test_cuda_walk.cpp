@@ -111,6 +111,7 @@ TEST(CudaForward, RegionsOfTheScratchDoNotOverlap) {
                                             .num_experts = 65,
                                             .top_k = 3,
                                             .state_bytes = 24,
+                                            .has_router = true,
                                             .own_logits = true,
                                             .weight_on_input = true});
   int64_t end = 0;
@@ -131,6 +132,7 @@ TEST(CudaForward, StateIsFirst) {
                                             .num_experts = 1,
                                             .top_k = 1,
                                             .state_bytes = 24,
+                                            .has_router = false,
                                             .own_logits = false,
                                             .weight_on_input = false});
   EXPECT_EQ(table[config::ForwardScratch::kState].offset, 0);
