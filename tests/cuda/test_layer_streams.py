@@ -96,6 +96,27 @@ def test_nan_in_the_selection_bias_names_the_expert(group):
     finish(group)
 
 
+def test_an_id_below_minus_one_is_raised_and_spoils_its_token(group):
+    layer, bad = make_layer(), 21
+    _, routed = layer(group)
+    ids = routed.topk_ids.clone()
+
+    def run():
+        weights = (layer.w_up, layer.w_down)
+        return flashmoe.experts(layer.x, ids, routed.topk_weights, *weights, group=group)
+
+    expected = run().clone()
+    ids[bad, 2] = -2
+    made = run()
+    torch.cuda.synchronize()
+    with pytest.raises(RoutingError, match=rf"expert id below -1 \(first seen in token {bad}\)"):
+        group.stats()
+    others = torch.arange(len(ids), device="cuda") != bad
+    assert torch.isnan(made[bad]).all()
+    assert same_bits([made[others]], [expected[others]])
+    finish(group)
+
+
 def test_scratch_that_grows_on_streams_in_turn(group):
     """Every stream finds scratch that another one has just taken and cleared."""
     layers = [make_layer(tokens=tokens) for tokens in (10, 500, 3000, 20)]
