@@ -19,7 +19,7 @@
 
 #include "cuda/kernel/forward.h"
 #include "cuda/kernel/mark.cuh"
-#include "cuda/kernel/roles.cuh"
+#include "cuda/kernel/pipeline.cuh"
 #include "cuda/ptx/prefetch.cuh"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/stage/combine.cuh"
@@ -27,11 +27,7 @@
 #include "cuda/stage/plan.cuh"
 #include "cuda/stage/route.cuh"
 #include "cuda/sync/grid_barrier.cuh"
-#include "cuda/tile/activation.cuh"
-#include "cuda/tile/epilogue.cuh"
 #include "cuda/tile/expert_memory.cuh"
-#include "cuda/tile/load.cuh"
-#include "cuda/tile/mainloop.cuh"
 #include "cuda/tile/shared_memory.cuh"
 
 namespace flashmoe::cuda::kernel {
@@ -59,197 +55,134 @@ FM_DEVICE tile::ExpertTable table_of(const ForwardParams& params, Shared& smem) 
   return {experts_of(params, smem), params.sizes.num_experts};
 }
 
-// The count that a tile's tokens are complete at, and where it is.
-struct Dependency {
-  uint32_t* word;
-  uint32_t expected;
-  sync::WaitTag tag;
-
-  FM_DEVICE Dependency(const ForwardParams& params, const tile::Tile& tile) {
-    const bool is_up = tile.product == tile::kUpProduct;
-    uint32_t* counters = is_up ? params.memory.rows_ready : params.memory.up_done;
-    word = counters + tile.row_begin / config::kRowGroup;
-    expected = is_up ? tile.num_rows : params.sizes.up_pairs * config::kClusterSize;
-    tag = is_up ? sync::WaitTag::kRowsReady : sync::WaitTag::kUpDone;
-  }
-  FM_DEVICE bool is_met() const { return ptx::ld_acquire_gpu(word) == expected; }
-};
-
-// Whole warp of the leader. Tickets are taken one tile ahead, at the pace of the load.
+// The forward's part of the roles in pipeline.cuh.
 template <class Config>
-FM_DEVICE void forward_tickets(const ForwardParams& params, ForwardShared<Config>& smem,
-                               sync::Waiter waiter) {
-  const int32_t num_clusters = gridDim.x / config::kClusterSize;
-  const bool is_taker = ptx::lane_idx() == 0;
-  TileWriter tiles(smem.tiles);
-  const auto& sizes = params.sizes;
-  const tile::Walk walk{table_of(params, smem), Config::value.up().max_tokens, sizes.up_pairs,
-                        sizes.down_pairs, sizes.column_pairs};
-  uint32_t pace_parity = 0;
-  for (bool is_first = true;; is_first = false) {
-    if (!is_first) {
-      waiter.wait(&smem.pace, pace_parity, sync::WaitTag::kPace);
-      pace_parity ^= 1;
-    }
-    int32_t ticket = 0;
-    if (is_taker) ticket = take_ticket(params.memory.state->tickets, is_first, num_clusters);
-    ticket = __shfl_sync(0xFFFFFFFF, ticket, 0);
-    tile::Tile tile = walk.tile_at(ticket);
-    const bool is_ready = is_taker && !tile.is_end() && Dependency(params, tile).is_met();
-    tile.is_ready = __shfl_sync(0xFFFFFFFF, is_ready, 0);
-    if (!__all_sync(0xFFFFFFFF, waiter.alive())) tile = tile::Tile{};
-    tiles.send(tile, waiter);
-    if (tile.is_end()) break;
-  }
-  if (is_taker) set_mark_of_first(params, Mark::kLastTile);
-  if (is_taker) finish_tickets(params.memory.state->tickets, num_clusters);
-}
-
-// The next ticket is taken when this many k-blocks less than half of a tile are loaded: a ticket,
-// its tile and the look at what the tile depends on take as long as a few k-blocks.
-inline constexpr int32_t kPaceLead = 4;
-
-// Weights of one k-block; separate gate and up tensors are two copies of 64 rows.
-template <class Config>
-FM_DEVICE void load_weights(const ForwardParams& params, uint8_t* destination, uint64_t* full,
-                            const tile::Tile& tile, int32_t weight_tile_idx, int32_t depth) {
+struct ForwardJob {
+  using Params = ForwardParams;
+  using Shared = ForwardShared<Config>;
   using Up = config::UpOf<Config>;
   using Down = config::DownOf<Config>;
-  constexpr config::GroupedProduct kUp = Up::value;
-  if (tile.product == tile::kDownProduct) {
-    tile::load_weights<Down>(destination, full, params.down_weights, tile.local_expert_idx,
-                             weight_tile_idx, depth);
-    return;
-  }
-  tile::load_weights<Up>(destination, full, params.up_weights[0], tile.local_expert_idx,
-                         weight_tile_idx, depth);
-  if (kUp.epilogue != config::Epilogue::kGated || !params.separate_gate) return;
-  tile::load_weights<Up>(destination + kUp.weight_bytes() / 2, full, params.up_weights[1],
-                         tile.local_expert_idx, weight_tile_idx, depth);
-}
+  static constexpr config::GroupedProduct kShape = Config::value.up();
 
-// One thread of each CTA. Weights of a tile whose tokens are not there yet go ahead of them, as far
-// as there are stages.
-template <class Config>
-FM_DEVICE void forward_load(const ForwardParams& params, ForwardShared<Config>& smem,
-                            sync::Waiter waiter, int32_t cta_rank) {
-  constexpr config::GroupedProduct kUp = Config::value.up();
-  sync::StageWriter<kUp.num_stages> stages(smem.stage_barriers);
-  TileReader tiles(smem.tiles);
-  Mark next_mark = Mark::kUp;
-  while (true) {
-    const tile::Tile tile = tiles.take_and_rearm(waiter);
-    if (tile.is_end() || !waiter.alive()) break;
-    const int32_t num_steps = tile.num_steps();
-    const uint32_t num_bytes = kUp.weight_bytes() + kUp.token_bytes(num_steps);
-    const int32_t num_k_blocks = tile::k_blocks_of(tile, params.sizes);
-    const auto start_weights = [&](int32_t k_block) {
-      stages.acquire(num_bytes, waiter);
-      load_weights<Config>(params, smem.stages[stages.slot()].weights, stages.full(), tile,
-                           2 * tile.weight_pair_idx + cta_rank, k_block * config::kDepthStep);
-      stages.advance();
-    };
-    auto stages_of_tokens = stages;
-    const int32_t num_ahead = tile.is_ready ? 0 : min(num_k_blocks, kUp.num_stages);
-    for (int32_t k_block = 0; k_block < num_ahead; ++k_block) start_weights(k_block);
+  // What a tile's tokens wait for: a count, and where it is.
+  struct Dependency {
+    uint32_t* word;
+    uint32_t expected;
+    sync::WaitTag tag;
+
+    FM_DEVICE Dependency(const Params& params, const tile::Tile& tile) {
+      const bool is_up = tile.product == tile::kUpProduct;
+      uint32_t* counters = is_up ? params.memory.rows_ready : params.memory.up_done;
+      word = counters + tile.row_begin / config::kRowGroup;
+      expected = is_up ? tile.num_rows : params.sizes.up_pairs * config::kClusterSize;
+      tag = is_up ? sync::WaitTag::kRowsReady : sync::WaitTag::kUpDone;
+    }
+  };
+
+  class Source {
+   public:
+    FM_DEVICE Source(const Params& params, Shared& smem)
+        : params_(params),
+          walk_{table_of(params, smem), kShape.max_tokens, params.sizes.up_pairs,
+                params.sizes.down_pairs, params.sizes.column_pairs} {}
+    FM_DEVICE tile::Tile tile_of(int32_t ticket) {
+      tile::Tile tile = walk_.tile_at(ticket);
+      bool is_ready = false;
+      if (ptx::lane_idx() == 0 && !tile.is_end()) {
+        const Dependency tokens(params_, tile);
+        is_ready = ptx::ld_acquire_gpu(tokens.word) == tokens.expected;
+      }
+      tile.is_ready = __shfl_sync(0xFFFFFFFF, is_ready, 0);
+      mark(tile);
+      return tile;
+    }
+
+   private:
+    // The first tile of either product.
+    FM_DEVICE void mark(const tile::Tile& tile) {
+      if (tile.is_end() || tile.product == product_) return;
+      product_ = tile.product;
+      const bool is_up = product_ == tile::kUpProduct;
+      if (ptx::lane_idx() == 0) set_mark_of_first(params_, is_up ? Mark::kUp : Mark::kDown);
+    }
+
+    const Params& params_;
+    tile::Walk walk_;
+    int32_t product_ = -1;
+  };
+
+  FM_DEVICE static TicketCounter& tickets(const Params& params) {
+    return params.memory.state->tickets;
+  }
+  FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile& tile) {
+    const auto& sizes = params.sizes;
+    return (tile.product == tile::kUpProduct ? sizes.hidden : sizes.intermediate) /
+           config::kDepthStep;
+  }
+  // A ticket, its tile and the look at what the tile waits for take as long as a few k-blocks.
+  FM_DEVICE static int32_t pace_block(int32_t num_k_blocks) {
+    constexpr int32_t kLead = 4;
+    return max(num_k_blocks / 2 - kLead, 0);
+  }
+  FM_DEVICE static const CUtensorMap& token_map(const Params& params, const tile::Tile& tile) {
+    const auto& maps = tile.product == tile::kUpProduct ? params.row_tokens : params.hidden_tokens;
+    return maps[tile.num_steps() - 1];
+  }
+  FM_DEVICE static void wait_for_tokens(const Params& params, const tile::Tile& tile,
+                                        sync::Waiter& waiter) {
     if (!tile.is_ready) {
       const Dependency tokens(params, tile);
       waiter.wait_word(tokens.word, tokens.expected, tokens.tag);
     }
     ptx::fence_proxy_async(ptx::space_global);
-    if (next_mark == Mark::kUp ||
-        (next_mark == Mark::kDown && tile.product == tile::kDownProduct)) {
-      if (cta_rank == 0) set_mark_of_first(params, next_mark);
-      next_mark = next_mark == Mark::kUp ? Mark::kDown : Mark::kLastTile;
+  }
+  // Separate gate and up tensors are two copies of 64 rows.
+  FM_DEVICE static void load_weights(const Params& params, uint8_t* destination, uint64_t* full,
+                                     const tile::Tile& tile, int32_t weight_tile_idx,
+                                     int32_t depth) {
+    const int32_t e = tile.local_expert_idx;
+    if (tile.product == tile::kDownProduct) {
+      tile::load_weights<Down>(destination, full, params.down_weights, e, weight_tile_idx, depth);
+      return;
     }
-    const CUtensorMap& tokens = tile.product == tile::kUpProduct
-                                    ? params.row_tokens[num_steps - 1]
-                                    : params.hidden_tokens[num_steps - 1];
-    const int32_t pace_block = max(num_k_blocks / 2 - kPaceLead, 0);
-    for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
-      if (k_block >= num_ahead) start_weights(k_block);
-      tile::load_tokens_for_pair(smem.stages[stages_of_tokens.slot()].tokens,
-                                 stages_of_tokens.full(), tokens, tile.row_begin, num_steps,
-                                 k_block * config::kDepthStep, cta_rank);
-      stages_of_tokens.advance();
-      if (k_block == pace_block && cta_rank == 0) {
-        ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
-      }
+    tile::load_weights<Up>(destination, full, params.up_weights[0], e, weight_tile_idx, depth);
+    if (kShape.epilogue != config::Epilogue::kGated || !params.separate_gate) return;
+    tile::load_weights<Up>(destination + kShape.weight_bytes() / 2, full, params.up_weights[1], e,
+                           weight_tile_idx, depth);
+  }
+  // Both mainloops are one where the weights' major orders are.
+  template <class... Operands>
+  FM_DEVICE static void multiply(const tile::Tile& tile, Operands&&... operands) {
+    if constexpr (Config::value.up_major == Config::value.down_major) {
+      tile::multiply_steps<Up>(tile.num_steps(), operands...);
+    } else if (tile.product == tile::kUpProduct) {
+      tile::multiply_steps<Up>(tile.num_steps(), operands...);
+    } else {
+      tile::multiply_steps<Down>(tile.num_steps(), operands...);
     }
   }
-}
-
-// Stores a tile's results and counts it where its readers wait. Whole warpgroup.
-template <class Config>
-FM_DEVICE void finish_tile(const ForwardParams& params, const float* sums, tile::Staging& staging,
-                           const tile::Tile& current) {
-  using Up = config::UpOf<Config>;
-  using Down = config::DownOf<Config>;
-  const tile::Tile tile = current;
-  const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
-  uint32_t* done;
-  if (tile.product == tile::kUpProduct) {
-    const tile::RowBias bias = tile::load_bias<Up>(params.up_bias, tile, weight_tile_idx);
-    tile::with_results<Up>(sums, params.activation, bias, [&](const auto& results) {
-      tile::store_tile<Up>(results, staging, params.hidden_out, tile, weight_tile_idx);
-    });
-    done = &params.memory.up_done[tile.row_begin / config::kRowGroup];
-  } else {
-    const tile::RowBias bias = tile::load_bias<Down>(params.down_bias, tile, weight_tile_idx);
-    tile::with_results<Down>(sums, params.activation, bias, [&](const auto& results) {
-      tile::store_tile<Down>(results, staging, params.row_out, tile, weight_tile_idx);
-    });
-    done = &params.memory.down_done[tile.weight_pair_idx / params.sizes.column_pairs];
+  // Stores a tile's results and counts it where its readers wait.
+  FM_DEVICE static void finish(const Params& params, const float* sums, tile::Staging& staging,
+                               const tile::Tile& current) {
+    const tile::Tile tile = current;
+    const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
+    uint32_t* done;
+    if (tile.product == tile::kUpProduct) {
+      const tile::RowBias bias = tile::load_bias<Up>(params.up_bias, tile, weight_tile_idx);
+      tile::with_results<Up>(sums, params.activation, bias, [&](const auto& results) {
+        tile::store_tile<Up>(results, staging, params.hidden_out, tile, weight_tile_idx);
+      });
+      done = &params.memory.up_done[tile.row_begin / config::kRowGroup];
+    } else {
+      const tile::RowBias bias = tile::load_bias<Down>(params.down_bias, tile, weight_tile_idx);
+      tile::with_results<Down>(sums, params.activation, bias, [&](const auto& results) {
+        tile::store_tile<Down>(results, staging, params.row_out, tile, weight_tile_idx);
+      });
+      done = &params.memory.down_done[tile.weight_pair_idx / params.sizes.column_pairs];
+    }
+    staging.publish(done);
   }
-  staging.publish(done);
-}
-
-// The products of a tile. Both mainloops are one where the weights' major orders are.
-template <class Config, class... Operands>
-FM_DEVICE void multiply_tile(const tile::Tile& tile, Operands&&... operands) {
-  if constexpr (Config::value.up_major == Config::value.down_major) {
-    tile::multiply_steps<config::UpOf<Config>>(tile.num_steps(), operands...);
-  } else if (tile.product == tile::kUpProduct) {
-    tile::multiply_steps<config::UpOf<Config>>(tile.num_steps(), operands...);
-  } else {
-    tile::multiply_steps<config::DownOf<Config>>(tile.num_steps(), operands...);
-  }
-}
-
-// One warpgroup. Warpgroup 0 has the CTA's tiles 0, 2, 4, ...; warpgroup 1 the others.
-template <class Config>
-FM_DEVICE void forward_math(const ForwardParams& params, ForwardShared<Config>& smem,
-                            sync::Waiter& waiter, int warpgroup_idx) {
-  constexpr config::GroupedProduct kUp = Config::value.up();
-  sync::StageReader<kUp.num_stages> stages(smem.stage_barriers);
-  TileReader tiles(smem.tiles);
-  sync::Turns turns(smem.turns, warpgroup_idx);
-  tile::Staging staging(smem.staging[warpgroup_idx], warpgroup_idx);
-  float sums[kUp.max_tokens];
-
-  tile::Tile tile = tiles.take(waiter);
-  const auto pass_over = [&] {  // from the other's tile to the own one after it
-    if (tile.is_end()) return;
-    stages.skip(tile::k_blocks_of(tile, params.sizes));
-    tile = tiles.take(waiter);
-  };
-  if (warpgroup_idx == 1) {
-    turns.pass();
-    pass_over();
-  }
-  tile::Tile& current = smem.extra.current[warpgroup_idx];
-  while (true) {
-    if (threadIdx.x % config::kWarpgroup == 0) current = tile;
-    if (!staging.all(!tile.is_end() && waiter.alive())) break;
-    turns.wait(waiter);
-    multiply_tile<Config>(tile, sums, smem.stages, stages, tile::k_blocks_of(tile, params.sizes),
-                          waiter, [&] { turns.pass(); });
-    finish_tile<Config>(params, sums, staging, current);
-    tile = tiles.take(waiter);
-    pass_over();
-  }
-  staging.drain();
-}
+};
 
 // Logits of the fused router. False if a CTA did not come in time.
 template <class Element>
@@ -308,21 +241,24 @@ inline constexpr int kStagesFree = 3;  // a barrier of the math warps; tile::Sta
 template <class Config>
 FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& smem,
                          int32_t cta_rank) {
-  constexpr config::GroupedProduct kUp = Config::value.up();
+  using Job = ForwardJob<Config>;
   sync::Waiter waiter(params.report, params.timeout_ns);
   // The same in all lanes, as the compiler must see it for setmaxnreg.
   const int warpgroup_idx = __shfl_sync(0xFFFFFFFF, threadIdx.x / config::kWarpgroup, 0);
   if (warpgroup_idx == 0) {
-    ptx::setmaxnreg_dec<kUp.load_registers>();
+    ptx::setmaxnreg_dec<Job::kShape.load_registers>();
     const Role role = role_of(cta_rank);
-    if (role == Role::kLoad) forward_load<Config>(params, smem, waiter, cta_rank);
-    if (role == Role::kTickets) forward_tickets<Config>(params, smem, waiter);
+    if (role == Role::kLoad) load_role<Job>(params, smem, waiter, cta_rank);
+    if (role == Role::kTickets) {
+      tickets_role<Job>(params, smem, waiter);
+      if (ptx::lane_idx() == 0) set_mark_of_first(params, Mark::kLastTile);
+    }
   } else if (warpgroup_idx == 3) {
     ptx::setmaxnreg_dec<config::kCommRegisters>();
     forward_comm<Config>(params, smem, waiter);
   } else {
-    ptx::setmaxnreg_inc<kUp.math_registers>();
-    forward_math<Config>(params, smem, waiter, warpgroup_idx - 1);
+    ptx::setmaxnreg_inc<Job::kShape.math_registers>();
+    math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
     // No operand is on its way any more once both warpgroups have done their last tile.
     ptx::barrier_sync(kStagesFree, 2 * config::kWarpgroup);
     const int32_t warp_idx = ptx::thread_idx() / 32 - config::kWarpgroup / 32;

@@ -31,7 +31,11 @@ struct ProductJob {
     FM_DEVICE Source(const Params& params, Shared&)
         : experts_(params.expert_begin, params.expert_rows, params.num_experts,
                    {kShape.max_tokens, params.num_weight_pairs}) {}
-    FM_DEVICE tile::Tile tile_of(int32_t ticket) { return experts_.find(ticket); }
+    FM_DEVICE tile::Tile tile_of(int32_t ticket) {
+      tile::Tile tile = experts_.find(ticket);
+      tile.is_ready = true;
+      return tile;
+    }
 
    private:
     tile::ExpertWindow experts_;
@@ -46,6 +50,7 @@ struct ProductJob {
   FM_DEVICE static const CUtensorMap& token_map(const Params& params, const tile::Tile& tile) {
     return params.tokens[tile.num_steps() - 1];
   }
+  FM_DEVICE static void wait_for_tokens(const Params&, const tile::Tile&, sync::Waiter&) {}
   FM_DEVICE static int32_t pace_block(int32_t num_k_blocks) { return num_k_blocks / 2; }
   FM_DEVICE static void load_weights(const Params& params, uint8_t* destination, uint64_t* full,
                                      const tile::Tile& tile, int32_t weight_tile_idx,

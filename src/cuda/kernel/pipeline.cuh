@@ -1,7 +1,8 @@
 // The roles of every kernel of tiles: a pair of CTAs that meet in shared-memory rings.
 //
 //   tickets (a warp of the pair's leader)  takes tickets one tile ahead, sends tiles to both CTAs
-//   load    (a thread of each CTA)         copies operands: own weights, half the pair's tokens
+//   load    (a thread of each CTA)         copies operands: own weights, half the pair's tokens;
+//                                          weights of a tile whose tokens are not there yet first
 //   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
 //                                          epilogue (ping-pong)
 //
@@ -12,11 +13,13 @@
 //   num_k_blocks(params, tile)                     steps of 64 k
 //   pace_block(num_k_blocks)                       the step at whose load the next ticket is due
 //   token_map(params, tile)                        of the tile's rows
+//   wait_for_tokens(params, tile, waiter)          the copy engine may read the tile's rows
 //   load_weights(params, to, full, tile, idx, k)   this CTA's weights of one step
 //   multiply(tile, operands...)                    tile::multiply_steps of the tile's configuration
 //   finish(params, sums, staging, tile)            stores the results; whole warpgroup
 // and a Source, which the ticket warp makes of params and shared memory:
-//   tile_of(ticket)                                whole warp; tickets do not decrease
+//   tile_of(ticket)                                whole warp; tickets do not decrease. Says also
+//                                                  whether the tile's tokens are there already
 #pragma once
 
 #include "cuda/kernel/roles.cuh"
@@ -66,22 +69,29 @@ FM_DEVICE void load_role(const typename Job::Params& params, typename Job::Share
     const tile::Tile tile = tiles.take_and_rearm(waiter);
     if (tile.is_end() || !waiter.alive()) break;
     const int32_t num_steps = tile.num_steps();
-    const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + cta_rank;
     const uint32_t num_bytes = kShape.weight_bytes() + kShape.token_bytes(num_steps);
-    const CUtensorMap& tokens = Job::token_map(params, tile);
     const int32_t num_k_blocks = Job::num_k_blocks(params, tile);
+    const auto load_weights = [&](int32_t k_block) {
+      stages.acquire(num_bytes, waiter);
+      Job::load_weights(params, smem.stages[stages.slot()].weights, stages.full(), tile,
+                        2 * tile.weight_pair_idx + cta_rank, k_block * config::kDepthStep);
+      stages.advance();
+    };
+    auto stages_of_tokens = stages;
+    const int32_t num_ahead = tile.is_ready ? 0 : min(num_k_blocks, kShape.num_stages);
+    for (int32_t k_block = 0; k_block < num_ahead; ++k_block) load_weights(k_block);
+    Job::wait_for_tokens(params, tile, waiter);
+    const CUtensorMap& tokens = Job::token_map(params, tile);
     const int32_t pace_block = Job::pace_block(num_k_blocks);
     for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
-      stages.acquire(num_bytes, waiter);
-      auto& stage = smem.stages[stages.slot()];
-      const int32_t depth = k_block * config::kDepthStep;
-      tile::load_tokens_for_pair(stage.tokens, stages.full(), tokens, tile.row_begin, num_steps,
-                                 depth, cta_rank);
-      Job::load_weights(params, stage.weights, stages.full(), tile, weight_tile_idx, depth);
+      if (k_block >= num_ahead) load_weights(k_block);
+      tile::load_tokens_for_pair(smem.stages[stages_of_tokens.slot()].tokens,
+                                 stages_of_tokens.full(), tokens, tile.row_begin, num_steps,
+                                 k_block * config::kDepthStep, cta_rank);
+      stages_of_tokens.advance();
       if (k_block == pace_block && cta_rank == 0) {
         ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
       }
-      stages.advance();
     }
   }
 }

@@ -12,8 +12,4 @@ struct ExpertMemory {
   int32_t words[ExpertTable::num_words(config::kNearExperts)];
 };
 
-FM_DEVICE int32_t k_blocks_of(const Tile& tile, const config::ForwardSizes& sizes) {
-  return (tile.product == kUpProduct ? sizes.hidden : sizes.intermediate) / config::kDepthStep;
-}
-
 }  // namespace flashmoe::cuda::tile
