@@ -261,9 +261,10 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
     math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
     // No operand is on its way any more once both warpgroups have done their last tile.
     ptx::barrier_sync(kStagesFree, 2 * config::kWarpgroup);
+    using Rows = stage::RowRing<config::kMathRows>;
+    static_assert(config::kMathWarps * Rows::kBytes <= sizeof(smem.stages));
     const int32_t warp_idx = ptx::thread_idx() / 32 - config::kWarpgroup / 32;
-    auto* rows = reinterpret_cast<uint8_t*>(smem.stages) +
-                 warp_idx * stage::RowRing<config::kMathRows>::kBytes;
+    auto* rows = reinterpret_cast<uint8_t*>(smem.stages) + warp_idx * Rows::kBytes;
     stage::combine<Config, config::kMathRows>(params, smem.extra.num_blocks, rows, waiter);
   }
 }

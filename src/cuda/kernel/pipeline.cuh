@@ -81,6 +81,7 @@ FM_DEVICE void load_role(const typename Job::Params& params, typename Job::Share
     const int32_t num_ahead = tile.is_ready ? 0 : min(num_k_blocks, kShape.num_stages);
     for (int32_t k_block = 0; k_block < num_ahead; ++k_block) load_weights(k_block);
     Job::wait_for_tokens(params, tile, waiter);
+    if (!waiter.alive()) break;
     const CUtensorMap& tokens = Job::token_map(params, tile);
     const int32_t pace_block = Job::pace_block(num_k_blocks);
     for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
