@@ -155,7 +155,9 @@ FM_DEVICE bool load_logits(const TeamMemory& memory, const Logit& logit) {
     bad |= !(x < infinity());
     any |= x < infinity() && x > -infinity();
   }
-  const bool is_defined = !team_any(bad) && team_any(any);
+  const bool is_bad = team_any(bad);  // all lanes vote twice: teams differ
+  const bool is_any = team_any(any);
+  const bool is_defined = !is_bad && is_any;
   if (!is_defined) {
     for (int32_t e = team_lane(); e < memory.num_experts; e += kTeamLanes) memory.scores[e] = 0.0f;
   }

@@ -212,7 +212,7 @@ inline constexpr int32_t kCombineWarps = config::kCommWarps + config::kMathWarps
 template <class Config, int kRows>
 FM_DEVICE void combine(const kernel::ForwardParams& params, int32_t num_blocks, uint8_t* memory,
                        sync::Waiter& waiter) {
-  static_assert(kRows < 32);  // see CombineUnits
+  static_assert(kRows < 31);  // see CombineUnits
   using Element = tile::ElementOf<Config::value.element>;
   const auto& sizes = params.sizes;
   auto& state = *params.memory.state;
