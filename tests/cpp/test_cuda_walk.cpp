@@ -104,16 +104,19 @@ TEST(CudaWalk, FindsTheExpertOfEveryRowGroup) {
   }
 }
 
+// A shape that has every region.
+constexpr config::ForwardTableShape kFullShape{.tokens = 1000,
+                                               .hidden = 192,
+                                               .intermediate = 128,
+                                               .num_experts = 65,
+                                               .top_k = 3,
+                                               .state_bytes = 24,
+                                               .has_router = true,
+                                               .own_logits = true,
+                                               .weight_on_input = true};
+
 TEST(CudaForward, RegionsOfTheScratchDoNotOverlap) {
-  const auto table = config::forward_table({.tokens = 1000,
-                                            .hidden = 192,
-                                            .intermediate = 128,
-                                            .num_experts = 65,
-                                            .top_k = 3,
-                                            .state_bytes = 24,
-                                            .has_router = true,
-                                            .own_logits = true,
-                                            .weight_on_input = true});
+  const auto table = config::forward_table(kFullShape);
   int64_t end = 0;
   for (const plan::Region& region : table.regions) {
     EXPECT_GE(region.offset, end) << region.name;
@@ -126,16 +129,13 @@ TEST(CudaForward, RegionsOfTheScratchDoNotOverlap) {
 
 // A region whose words must last between launches lies where no size moves it.
 TEST(CudaForward, StateIsFirst) {
-  const auto table = config::forward_table({.tokens = 0,
-                                            .hidden = 64,
-                                            .intermediate = 64,
-                                            .num_experts = 1,
-                                            .top_k = 1,
-                                            .state_bytes = 24,
-                                            .has_router = false,
-                                            .own_logits = false,
-                                            .weight_on_input = false});
-  EXPECT_EQ(table[config::ForwardScratch::kState].offset, 0);
+  config::ForwardTableShape least = kFullShape;
+  least.tokens = 0;
+  least.has_router = least.own_logits = least.weight_on_input = false;
+  for (const config::ForwardTableShape& shape : {kFullShape, least}) {
+    const auto table = config::forward_table(shape);
+    EXPECT_EQ(table[config::ForwardScratch::kState].offset, 0);
+  }
 }
 
 }  // namespace
