@@ -40,10 +40,10 @@ inline constexpr int32_t kForwardWarps = kForwardThreads / 32;
 inline constexpr int32_t kCommWarps = kWarpgroup / 32;
 inline constexpr int32_t kMathWarps = 2 * kWarpgroup / 32;
 
-// Rows that a warp has on their way while it combines. A communication warp's fill what operand
-// stages leave of shared memory; a math warp, after its last tile, uses those stages.
-inline constexpr int32_t kCommRows = 5;
-inline constexpr int32_t kMathRows = 24;
+// Steps of four rows that a warp has on their way while it combines. A communication warp's fill
+// what operand stages leave of shared memory; a math warp, after its last tile, uses those stages.
+inline constexpr int32_t kCommSteps = 2;
+inline constexpr int32_t kMathSteps = 6;
 // Tables of more experts than this are in global memory instead of shared.
 inline constexpr int32_t kNearExperts = 170;
 
@@ -108,11 +108,16 @@ struct ForwardSizes {
   int32_t combine_tokens;  // tokens that a warp combines at a time: a unit
   int32_t combine_units;   // of a column block; at least 1
   int32_t row_groups;      // groups of 16 rows that scratch has
-  bool has_few_tiles;      // kFewTiles or less to route
-  bool has_few_slots;      // kFewSlots or less, of few tiles
+  // Of several ranks: how their rows lie here. Tables are of virtual experts: (group of sources,
+  // local expert), all local experts of the first group first.
+  int32_t local_experts;
+  int32_t source_groups;  // sources in step order: each a group, or all of them one
+  bool has_few_tiles;     // kFewTiles or less to route
+  bool has_few_slots;     // kFewSlots or less, of few tiles
   bool weight_on_input;
 
   FM_HD constexpr int32_t slots() const { return tokens * top_k; }
+  FM_HD constexpr int32_t table_experts() const { return source_groups * local_experts; }
   FM_HD constexpr int32_t pairs_of_column_block(int32_t column_block) const {
     const int32_t left = down_pairs - column_block * column_pairs;
     return left < column_pairs ? left : column_pairs;
@@ -130,10 +135,11 @@ enum class ForwardScratch : int {
   kSlotRanks,   // i32 [T * k]: place among the tile's slots of the same expert
   kHistograms,  // i32 [E][tiles]: slots of a tile; after the scan, of all tiles before it
   kTotals,      // i32 [E]
-  kExperts,     // i32 [3 * E + 2]: tile::ExpertTable of more experts than kNearExperts
-  kRowToken,    // i32 [rows]
+  kExperts,     // i32 [3 * E + 2]: tile::ExpertTable of more than kNearExperts (virtual) experts
+  kRowToken,    // i32 [rows]: with several ranks, source * most tokens of a rank + token
   kRowWeight,   // f32 [rows], weight_on_input
-  kSlotRow,     // i32 [T * k]: -1 none, -2 as in kIds
+  kSlotRow,     // i32 [T * k], of every rank: -1 none; -2 as in kIds, of a rank alone
+  kSlotOwner,   // i32 [T * k], several ranks: the rank of its expert; -1 none, -2 as in kIds
   kLogits,      // f32 [T][E], fused router without an output for them
   kLogitParts,  // f32 [8][T][E], fused router of few tiles
   kRows,        // T [rows][H]: tokens in expert order; then the down product, block by block
@@ -143,6 +149,7 @@ enum class ForwardScratch : int {
 
 using ForwardTable = plan::RegionTable<ForwardScratch, static_cast<int>(ForwardScratch::kCount)>;
 
+// Rows of an expert-sorted order of so many slots. num_experts: virtual ones.
 FM_HD constexpr int64_t forward_rows(int64_t slots, int64_t num_experts) {
   return plan::max_rows(slots, num_experts, kRowGroup);
 }
@@ -153,6 +160,8 @@ struct ForwardTableShape {
   int64_t intermediate;
   int64_t num_experts;
   int64_t top_k;
+  int64_t rows;        // that a launch may have
+  int64_t rank_slots;  // most slots of all ranks together, 0 for a rank alone
   int64_t state_bytes;
   bool has_router;
   bool own_logits;
@@ -162,8 +171,7 @@ struct ForwardTableShape {
 FM_HD constexpr ForwardTable forward_table(const ForwardTableShape& s) {
   ForwardTable table;
   const int64_t slots = s.tokens * s.top_k;
-  const int64_t rows = forward_rows(slots, s.num_experts);
-  const int64_t groups = rows / kRowGroup;
+  const int64_t groups = s.rows / kRowGroup;
   const int64_t tiles = plan::num_chunks(s.tokens);
   // One column block is never less than a weight pair.
   const int64_t column_blocks = plan::ceil_div(s.hidden, kClusterSize * kWeightRows);
@@ -177,14 +185,16 @@ FM_HD constexpr ForwardTable forward_table(const ForwardTableShape& s) {
   table.add(ForwardScratch::kHistograms, "histograms", tiles * s.num_experts * 4);
   table.add(ForwardScratch::kTotals, "totals", s.num_experts * 4);
   table.add(ForwardScratch::kExperts, "experts", (3 * s.num_experts + 2) * 4);
-  table.add(ForwardScratch::kRowToken, "row token", rows * 4);
-  table.add(ForwardScratch::kRowWeight, "row weight", s.weight_on_input ? rows * 4 : 0);
-  table.add(ForwardScratch::kSlotRow, "slot row", slots * 4);
+  table.add(ForwardScratch::kRowToken, "row token", s.rows * 4);
+  table.add(ForwardScratch::kRowWeight, "row weight", s.weight_on_input ? s.rows * 4 : 0);
+  const bool is_alone = s.rank_slots == 0;
+  table.add(ForwardScratch::kSlotRow, "slot row", (is_alone ? slots : s.rank_slots) * 4);
+  table.add(ForwardScratch::kSlotOwner, "slot owner", is_alone ? 0 : slots * 4);
   table.add(ForwardScratch::kLogits, "logits", s.own_logits ? s.tokens * s.num_experts * 4 : 0);
   const int64_t parts = s.has_router && tiles <= kFewTiles ? kLogitSegments : 0;
   table.add(ForwardScratch::kLogitParts, "logit parts", parts * s.tokens * s.num_experts * 4);
-  table.add(ForwardScratch::kRows, "rows", rows * s.hidden * kElementBytes);
-  table.add(ForwardScratch::kHidden, "hidden rows", rows * s.intermediate * kElementBytes);
+  table.add(ForwardScratch::kRows, "rows", s.rows * s.hidden * kElementBytes);
+  table.add(ForwardScratch::kHidden, "hidden rows", s.rows * s.intermediate * kElementBytes);
   return table;
 }
 

@@ -7,8 +7,9 @@
 //                                          (waits for these if it must)
 //   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
 //                                          epilogue (ping-pong)
-//   comm    (a warpgroup of each CTA)      copies tokens into expert order ahead of the up tiles;
-//                                          combines column blocks behind the down tiles
+//   comm    (a warpgroup of each CTA)      sends tokens to the other ranks that need them, and
+//                                          copies what came into expert order ahead of the up
+//                                          tiles; combines column blocks behind the down tiles
 //
 // Counters (cleared by every launch before its plan, published by release, read by acquire):
 //   rows_ready[first group of a block]  comm -> tickets, load: rows of the block that are copied
@@ -24,8 +25,10 @@
 #include "cuda/ptx/registers.cuh"
 #include "cuda/stage/combine.cuh"
 #include "cuda/stage/copy_rows.cuh"
+#include "cuda/stage/exchange.cuh"
 #include "cuda/stage/plan.cuh"
 #include "cuda/stage/route.cuh"
+#include "cuda/stage/send_rows.cuh"
 #include "cuda/sync/grid_barrier.cuh"
 #include "cuda/tile/expert_memory.cuh"
 #include "cuda/tile/shared_memory.cuh"
@@ -33,9 +36,10 @@
 namespace flashmoe::cuda::kernel {
 
 struct ForwardExtra {
-  alignas(16) uint8_t comm_rows[config::kCommWarps][stage::RowRing<config::kCommRows>::kBytes];
+  stage::CombineStep comm_steps[config::kCommWarps][config::kCommSteps];
   tile::ExpertMemory experts;
   int32_t num_blocks;  // of all experts
+  stage::RankState ranks;
   // The tile of each math warpgroup while its products run: no registers are free for it. Written
   // by one thread before the barrier that opens the loop, read by all after the products.
   tile::Tile current[2];
@@ -47,12 +51,12 @@ using ForwardShared = tile::SharedMemory<config::UpOf<Config>, ForwardExtra>;
 // Where the table of experts is.
 template <class Shared>
 FM_DEVICE int32_t* experts_of(const ForwardParams& params, Shared& smem) {
-  return params.sizes.num_experts <= config::kNearExperts ? smem.extra.experts.words
-                                                          : params.memory.experts;
+  return params.sizes.table_experts() <= config::kNearExperts ? smem.extra.experts.words
+                                                              : params.memory.experts;
 }
 template <class Shared>
 FM_DEVICE tile::ExpertTable table_of(const ForwardParams& params, Shared& smem) {
-  return {experts_of(params, smem), params.sizes.num_experts};
+  return {experts_of(params, smem), params.sizes.table_experts()};
 }
 
 // The forward's part of the roles in pipeline.cuh.
@@ -87,6 +91,9 @@ struct ForwardJob {
                 params.sizes.down_pairs, params.sizes.column_pairs} {}
     FM_DEVICE tile::Tile tile_of(int32_t ticket) {
       tile::Tile tile = walk_.tile_at(ticket);
+      if (params_.sizes.source_groups > 1) {
+        tile.local_expert_idx %= params_.sizes.local_experts;
+      }
       bool is_ready = false;
       if (ptx::lane_idx() == 0 && !tile.is_end()) {
         const Dependency tokens(params_, tile);
@@ -215,7 +222,11 @@ FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>
     stage::scan_histograms(params);
     if (!sync::meet_all(barrier, waiter)) return false;
   }
-  const int32_t num_blocks = stage::place_rows(params, arena, experts_of(params, smem));
+  const int32_t num_blocks =
+      stage::is_alone(params)
+          ? stage::place_rows(params, arena, experts_of(params, smem))
+          : stage::plan_ranks(params, arena, experts_of(params, smem), smem.extra.ranks, waiter);
+  if (num_blocks < 0) return false;
   if (ptx::thread_idx() == 0) smem.extra.num_blocks = num_blocks;
   // The arena becomes operand stages, which the copy engine fills.
   ptx::fence_proxy_async(ptx::space_shared);
@@ -229,10 +240,20 @@ FM_DEVICE void forward_comm(const ForwardParams& params, ForwardShared<Config>& 
   const auto warp_idx = [] {  // read where it is used: no register holds it in between
     return ptx::thread_idx() / 32 % config::kCommWarps;
   };
-  stage::copy_rows<Config>(params, table_of(params, smem), warp_idx() * gridDim.x + blockIdx.x,
-                           gridDim.x * config::kCommWarps);
-  stage::combine<Config, config::kCommRows>(params, smem.extra.num_blocks,
-                                            smem.extra.comm_rows[warp_idx()], waiter);
+  const auto worker_idx = [&] {
+    return warp_idx() * gridDim.x + ptx::cta_idx();
+  };
+  const auto num_workers = [] {
+    return gridDim.x * config::kCommWarps;
+  };
+  if (stage::is_alone(params)) {
+    stage::copy_rows<Config>(params, table_of(params, smem), worker_idx(), num_workers());
+  } else {
+    stage::send_and_copy_rows<Config>(params, smem.extra.ranks, table_of(params, smem), worker_idx,
+                                      num_workers, waiter);
+  }
+  stage::combine<Config>(params, smem.extra.ranks, smem.extra.num_blocks, warp_idx(),
+                         smem.extra.comm_steps[warp_idx()], waiter);
 }
 
 inline constexpr int kStagesFree = 3;  // a barrier of the math warps; tile::Staging has 1 and 2
@@ -242,7 +263,7 @@ template <class Config>
 FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& smem,
                          int32_t cta_rank) {
   using Job = ForwardJob<Config>;
-  sync::Waiter waiter(params.report, params.timeout_ns);
+  sync::Waiter waiter(params.waits);
   // The same in all lanes, as the compiler must see it for setmaxnreg.
   const int warpgroup_idx = __shfl_sync(0xFFFFFFFF, threadIdx.x / config::kWarpgroup, 0);
   if (warpgroup_idx == 0) {
@@ -253,6 +274,8 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
       tickets_role<Job>(params, smem, waiter);
       if (ptx::lane_idx() == 0) set_mark_of_first(params, Mark::kLastTile);
     }
+    if (role == Role::kPost && !stage::is_alone(params))
+      stage::post_flags(params, smem.extra.ranks);
   } else if (warpgroup_idx == 3) {
     ptx::setmaxnreg_dec<config::kCommRegisters>();
     forward_comm<Config>(params, smem, waiter);
@@ -261,11 +284,12 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
     math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
     // No operand is on its way any more once both warpgroups have done their last tile.
     ptx::barrier_sync(kStagesFree, 2 * config::kWarpgroup);
-    using Rows = stage::RowRing<config::kMathRows>;
-    static_assert(config::kMathWarps * Rows::kBytes <= sizeof(smem.stages));
+    using Steps = stage::CombineStep[config::kMathWarps][config::kMathSteps];
+    static_assert(sizeof(Steps) <= sizeof(smem.stages));
+    auto& steps = reinterpret_cast<Steps&>(smem.stages);
     const int32_t warp_idx = ptx::thread_idx() / 32 - config::kWarpgroup / 32;
-    auto* rows = reinterpret_cast<uint8_t*>(smem.stages) + warp_idx * Rows::kBytes;
-    stage::combine<Config, config::kMathRows>(params, smem.extra.num_blocks, rows, waiter);
+    stage::combine<Config>(params, smem.extra.ranks, smem.extra.num_blocks,
+                           config::kCommWarps + warp_idx, steps[warp_idx], waiter);
   }
 }
 
@@ -278,10 +302,11 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   if (ptx::thread_idx() == 0) {
     set_mark_of_first(params, Mark::kStart);
     smem.init();
+    smem.extra.ranks.post.init();
     ptx::prefetch_tensormap(&params.up_weights[0]);
     ptx::prefetch_tensormap(&params.down_weights);
   }
-  sync::Waiter waiter(params.report, params.timeout_ns);
+  sync::Waiter waiter(params.waits);
   const bool all_here = route_and_plan<Config>(params, smem, waiter);
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
@@ -291,6 +316,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   __syncwarp();
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
+  if (ptx::thread_idx() == 0) stage::stop_peers(params);
 }
 
 template <config::ForwardConfig Config>

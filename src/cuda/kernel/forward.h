@@ -7,6 +7,7 @@
 
 #include "cuda/config/activation.h"
 #include "cuda/config/forward.h"
+#include "cuda/config/ranks.h"
 #include "cuda/kernel/grouped_product.h"
 #include "cuda/sync/grid_barrier.h"
 #include "cuda/sync/report.h"
@@ -75,8 +76,26 @@ struct ForwardMemory {
   int32_t* row_token;
   float* row_weight;
   int32_t* slot_row;
+  int32_t* slot_owner;
   float* logit_parts;
   void* rows;
+};
+
+// This rank among the ranks of the launch; of a rank alone only `world`, 1, is read.
+struct RankParams {
+  int32_t rank;
+  int32_t world;
+  int32_t token_cap;     // most tokens of a rank: received and partial rows of one are so many
+  int32_t bank_experts;  // places of a bank's counts, and of its slots
+  int32_t bank_slots;
+  int32_t row_cap;        // rows that scratch has
+  int64_t counts_offset;  // of config::Symmetric's regions
+  int64_t slots_offset;
+  int64_t flags_offset;
+  int64_t received_offset;
+  int64_t partial_offset;
+  uint8_t* regions[config::kMaxRanks];
+  config::RankHeader header;  // this rank's
 };
 
 inline constexpr int32_t kTokenMaps = config::Forward{}.up().max_steps();
@@ -102,11 +121,12 @@ struct ForwardParams {
   int64_t* tokens_per_expert;  // [E], may be null
   int64_t tokens_per_expert_stride;
   int64_t* dropped;  // [1], may be null
-  sync::WaitReport* report;
-  uint64_t timeout_ns;
+  sync::WaitBounds waits;
+  RankParams ranks;
 };
 
-static_assert(sizeof(ForwardParams) <= 4096);  // a launch's parameters, without the large ones
+// The large form of a launch's parameters, which sm_70 and driver 530 brought.
+static_assert(sizeof(ForwardParams) <= 32764);
 
 struct ForwardEntry {
   const void* function;

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(config::kThreads, 1)
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
 
-  sync::Waiter waiter(&params.workspace->report, params.timeout_ns);
+  sync::Waiter waiter(params.waits);
   // The same in all lanes, as the compiler must see it for setmaxnreg.
   const int warpgroup_idx = __shfl_sync(0xFFFFFFFF, threadIdx.x / config::kWarpgroup, 0);
   if (warpgroup_idx == 0) {

@@ -34,7 +34,7 @@ struct GroupedProductParams {
   const int64_t* expert_begin;  // [num_experts] first row
   const int64_t* expert_rows;   // [num_experts]
   Workspace* workspace;
-  uint64_t timeout_ns;
+  sync::WaitBounds waits;
   int32_t num_experts;
   int32_t num_k_blocks;
   int32_t num_weight_pairs;  // of an expert

@@ -1,6 +1,7 @@
 #include "cuda/launch/forward.h"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 
 #include "base/error.h"
@@ -59,9 +60,10 @@ kernel::ForwardEntry kernel_for(const fm_layer& layer, const Operands& operands)
 // A column block of the down product is combined while the next one runs. Wider ones leave more to
 // combine at the end, narrower ones read the hidden rows more often, which costs experts with few
 // rows most (docs/perf-notes.md).
-int32_t choose_column_pairs(const plan::Problem& problem) {
+// Of the most tokens of a rank: all ranks must choose the same.
+int32_t choose_column_pairs(const plan::Problem& problem, int64_t token_cap) {
   constexpr int64_t kFewRows = 512;
-  return problem.slots() / problem.num_experts <= kFewRows ? 4 : 2;
+  return token_cap * problem.top_k / problem.num_experts <= kFewRows ? 4 : 2;
 }
 
 // Every warp of 132 SMs has a few units of a column block, and a unit is at most eight tokens.
@@ -81,8 +83,29 @@ plan::Problem problem_of(const fm_layer& layer, const Operands& operands) {
   return problem;
 }
 
+// Most tokens of a rank in this launch.
+int64_t token_cap_of(const Operands& operands, const RankArguments& ranks) {
+  return ranks.world == 1 ? operands.x.shape[0] : ranks.capacity.tokens;
+}
+
+// Each source's rows get blocks of their own, in the order in which they come, if that leaves whole
+// blocks; experts of few rows have those of all sources together.
+int32_t choose_source_groups(const fm_layer& layer, const Operands& operands,
+                             const RankArguments& ranks) {
+  constexpr int64_t kRowsOfBlock = 128;
+  const int64_t rows = operands.x.shape[0] * layer.top_k / layer.num_experts;
+  return rows >= kRowsOfBlock ? ranks.world : 1;
+}
+
+// Rows of all ranks that scratch holds: twice the average, which for two ranks is all there can be.
+int64_t rows_of(const fm_layer& layer, const Operands& operands, const RankArguments& ranks) {
+  const int64_t slots = token_cap_of(operands, ranks) * layer.top_k;
+  return config::forward_rows(slots * std::min(ranks.world, 2), layer.num_experts);
+}
+
 config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
-                              const config::Forward& config, int32_t column_pairs) {
+                              const RankArguments& ranks, const config::Forward& config,
+                              int32_t column_pairs) {
   const plan::Problem problem = problem_of(layer, operands);
   const auto pairs = [](int64_t columns, const config::GroupedProduct& product) {
     return static_cast<int32_t>(
@@ -98,28 +121,36 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
   sizes.capacity = static_cast<int32_t>(plan::expert_capacity(layer.capacity_factor, problem));
   sizes.up_pairs = pairs(problem.intermediate, config.up());
   sizes.down_pairs = pairs(problem.hidden, config.down());
-  sizes.column_pairs =
-      std::min(column_pairs > 0 ? column_pairs : choose_column_pairs(problem), sizes.down_pairs);
+  sizes.column_pairs = std::min(
+      column_pairs > 0 ? column_pairs : choose_column_pairs(problem, token_cap_of(operands, ranks)),
+      sizes.down_pairs);
   sizes.column_blocks = static_cast<int32_t>(plan::ceil_div(sizes.down_pairs, sizes.column_pairs));
   sizes.column_width = sizes.column_pairs * config.down().out_columns() * config::kClusterSize;
   sizes.combine_tokens = choose_combine_tokens(problem.tokens);
   sizes.combine_units = static_cast<int32_t>(
       std::max<int64_t>(plan::ceil_div(problem.tokens, sizes.combine_tokens), 1));
-  sizes.row_groups = static_cast<int32_t>(
-      config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
+  sizes.row_groups = static_cast<int32_t>(rows_of(layer, operands, ranks) / config::kRowGroup);
+  sizes.source_groups = choose_source_groups(layer, operands, ranks);
+  sizes.local_experts = static_cast<int32_t>(problem.num_experts / ranks.world);
   sizes.has_few_tiles = sizes.route_tiles <= config::kFewTiles;
-  sizes.has_few_slots = sizes.has_few_tiles && problem.slots() <= config::kFewSlots;
+  sizes.has_few_slots =
+      ranks.world == 1 && sizes.has_few_tiles && problem.slots() <= config::kFewSlots;
   sizes.weight_on_input = layer.weight_on_input != 0;
   return sizes;
 }
 
-config::ForwardTable table_of(const fm_layer& layer, const Operands& operands) {
+config::ForwardTable table_of(const fm_layer& layer, const Operands& operands,
+                              const RankArguments& ranks) {
+  const int64_t rank_slots =
+      ranks.world == 1 ? 0 : ranks.world * token_cap_of(operands, ranks) * layer.top_k;
   return config::forward_table(
       {.tokens = operands.x.shape[0],
        .hidden = layer.hidden,
        .intermediate = layer.intermediate,
        .num_experts = layer.num_experts,
        .top_k = layer.top_k,
+       .rows = rows_of(layer, operands, ranks),
+       .rank_slots = rank_slots,
        .state_bytes = sizeof(kernel::ForwardState),
        .has_router = present(operands.w_router),
        .own_logits = present(operands.w_router) && !present(operands.logits),
@@ -146,6 +177,7 @@ kernel::ForwardMemory memory_of(const ForwardArguments& a, const config::Forward
           .row_token = region<int32_t>(a, table, ForwardScratch::kRowToken),
           .row_weight = region<float>(a, table, ForwardScratch::kRowWeight),
           .slot_row = region<int32_t>(a, table, ForwardScratch::kSlotRow),
+          .slot_owner = region<int32_t>(a, table, ForwardScratch::kSlotOwner),
           .logit_parts = region<float>(a, table, ForwardScratch::kLogitParts),
           .rows = region<void>(a, table, ForwardScratch::kRows)};
 }
@@ -242,12 +274,72 @@ void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
   params.hidden_out = out(hidden, layer.intermediate, "hidden rows");
 }
 
+int64_t bits_of(double value) { return std::bit_cast<int64_t>(value); }
+
+config::RankHeader header_of(const ForwardArguments& arguments) {
+  using config::RankField;
+  const fm_layer& layer = arguments.layer;
+  config::RankHeader header{};
+  const auto set = [&](RankField field, int64_t value) {
+    header.fields[static_cast<int>(field)] = value;
+  };
+  header.tokens = arguments.operands.x.shape[0];
+  set(RankField::kDtype, layer.dtype);
+  set(RankField::kHidden, layer.hidden);
+  set(RankField::kIntermediate, layer.intermediate);
+  set(RankField::kNumExperts, layer.num_experts);
+  set(RankField::kTopK, layer.top_k);
+  set(RankField::kActivation, layer.activation);
+  set(RankField::kGated, layer.gated);
+  set(RankField::kWeightOnInput, layer.weight_on_input);
+  set(RankField::kActAlpha, bits_of(layer.act_alpha));
+  set(RankField::kActLimit, bits_of(layer.act_limit));
+  set(RankField::kUpOffset, bits_of(layer.up_offset));
+  set(RankField::kCapacityFactor, bits_of(layer.capacity_factor));
+  set(RankField::kLayerId, layer.layer_id);
+  set(RankField::kTokenCapacity, arguments.ranks.capacity.tokens);
+  return header;
+}
+
+kernel::RankParams ranks_of(const ForwardArguments& arguments, int64_t rows) {
+  using config::Symmetric;
+  const RankArguments& given = arguments.ranks;
+  kernel::RankParams ranks{};
+  ranks.rank = given.rank;
+  ranks.world = given.world;
+  if (given.world == 1) return ranks;
+  const config::SymmetricTable table = config::symmetric_table(given.world, given.capacity);
+  ranks.token_cap = static_cast<int32_t>(given.capacity.tokens);
+  ranks.bank_experts = static_cast<int32_t>(given.capacity.local_experts);
+  ranks.bank_slots = static_cast<int32_t>(given.capacity.slots);
+  ranks.row_cap = static_cast<int32_t>(rows);
+  ranks.counts_offset = table[Symmetric::kCounts].offset;
+  ranks.slots_offset = table[Symmetric::kSlots].offset;
+  ranks.flags_offset = table[Symmetric::kFlags].offset;
+  ranks.received_offset = table[Symmetric::kReceived].offset;
+  ranks.partial_offset = table[Symmetric::kPartial].offset;
+  for (int32_t rank = 0; rank < given.world; ++rank) {
+    ranks.regions[rank] = static_cast<uint8_t*>(given.regions[rank]);
+  }
+  ranks.header = header_of(arguments);
+  return ranks;
+}
+
+sync::WaitBounds waits_of(const ForwardArguments& arguments) {
+  sync::WaitBounds waits{arguments.report, sync::microseconds(arguments.timeout_ns), nullptr, 0};
+  const RankArguments& ranks = arguments.ranks;
+  if (ranks.world == 1) return waits;
+  waits.abort = &static_cast<config::RankControl*>(ranks.regions[ranks.rank])->abort;
+  waits.own_mark = static_cast<uint32_t>(ranks.rank) + 1;
+  return waits;
+}
+
 kernel::ForwardParams make_params(const ForwardArguments& arguments,
                                   const config::Forward& config) {
   const Operands& o = arguments.operands;
-  const config::ForwardTable table = table_of(arguments.layer, o);
+  const config::ForwardTable table = table_of(arguments.layer, o, arguments.ranks);
   kernel::ForwardParams params{};
-  params.sizes = sizes_of(arguments.layer, o, config, arguments.column_pairs);
+  params.sizes = sizes_of(arguments.layer, o, arguments.ranks, config, arguments.column_pairs);
   params.activation = activation_of(arguments.layer);
   params.router = router_of(arguments, table);
   params.memory = memory_of(arguments, table);
@@ -260,8 +352,8 @@ kernel::ForwardParams make_params(const ForwardArguments& arguments,
   params.tokens_per_expert = static_cast<int64_t*>(o.tokens_per_expert.data);
   params.tokens_per_expert_stride = o.tokens_per_expert.stride[0];
   params.dropped = static_cast<int64_t*>(o.dropped.data);
-  params.report = arguments.report;
-  params.timeout_ns = arguments.timeout_ns;
+  params.waits = waits_of(arguments);
+  params.ranks = ranks_of(arguments, int64_t{params.sizes.row_groups} * config::kRowGroup);
   return params;
 }
 
@@ -284,7 +376,36 @@ std::string refuse_rows(const char* name, const fm_tensor& tensor, int64_t eleme
   return {};
 }
 
-std::string refuse_sizes(const fm_layer& layer, const Operands& operands) {
+// What the words that ranks exchange do not hold, or their memory has no room for.
+std::string refuse_ranks(const fm_layer& layer, const Operands& operands,
+                         const RankArguments& ranks) {
+  const config::SymmetricCapacity& has = ranks.capacity;
+  if (ranks.world > config::kMaxRanks) {
+    return text_of("the group has ", ranks.world, " ranks; accepted on CUDA: to ",
+                   config::kMaxRanks);
+  }
+  const int64_t slots = has.tokens * layer.top_k;
+  if (slots > config::kMaxRankSlots) {
+    return text_of("tokens * top_k of a rank is ", slots,
+                   "; accepted on CUDA with several ranks: ", "to ", config::kMaxRankSlots);
+  }
+  if (operands.x.shape[0] > has.tokens) {
+    return text_of("x has ", operands.x.shape[0], " tokens; the group's memory is made for ",
+                   has.tokens);
+  }
+  const config::SymmetricCapacity needs = config::needed_capacity(
+      ranks.world, has.tokens, layer.hidden, layer.top_k, layer.num_experts / ranks.world);
+  if (needs.slots > has.slots || needs.local_experts > has.local_experts ||
+      needs.flag_words > has.flag_words || needs.row_bytes > has.row_bytes) {
+    return text_of("the group's memory is made for ", has.slots, " slots, ", has.local_experts,
+                   " experts a rank and ", has.row_bytes, " bytes of rows; this layer needs ",
+                   needs.slots, ", ", needs.local_experts, " and ", needs.row_bytes);
+  }
+  return {};
+}
+
+std::string refuse_sizes(const fm_layer& layer, const Operands& operands,
+                         const RankArguments& ranks) {
   // Rows and slots are counted in 32 bits, in steps of all threads of a grid.
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - (1 << 20);
   constexpr int64_t kMaxSize = int64_t{1} << 20;
@@ -301,17 +422,17 @@ std::string refuse_sizes(const fm_layer& layer, const Operands& operands) {
   if (layer.top_k > config::kMaxTopK) {
     return text_of("top_k is ", layer.top_k, "; accepted on CUDA: to ", config::kMaxTopK);
   }
-  const int64_t rows = config::forward_rows(operands.x.shape[0] * layer.top_k, layer.num_experts);
-  if (rows > kMaxRows) {
-    return text_of("tokens * top_k is ", operands.x.shape[0] * layer.top_k,
-                   "; accepted on CUDA: to ", kMaxRows);
+  if (rows_of(layer, operands, ranks) > kMaxRows) {
+    return text_of("tokens * top_k is ", token_cap_of(operands, ranks) * layer.top_k,
+                   "; accepted on CUDA: to ", kMaxRows / std::min(ranks.world, 2));
   }
-  return {};
+  return ranks.world == 1 ? std::string{} : refuse_ranks(layer, operands, ranks);
 }
 
 // Why the kernels cannot run this layer on these operands, or an empty text.
-std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& operands) {
-  if (std::string reason = refuse_sizes(layer, operands); !reason.empty()) return reason;
+std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& operands,
+                             const RankArguments& ranks) {
+  if (std::string reason = refuse_sizes(layer, operands, ranks); !reason.empty()) return reason;
   const int64_t router_bytes = operands.w_router.dtype == FM_F32 ? 4 : 2;
   const std::pair<const char*, const fm_tensor*> tensors[] = {
       {"x", &operands.x},           {"w_gate", &operands.w_gate}, {"w_up", &operands.w_up},
@@ -328,21 +449,23 @@ std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& opera
 
 }  // namespace
 
-void check_supported(const fm_layer& layer, const fm_forward_args& operands) {
-  const std::string reason = reason_to_refuse(layer, operands);
+void check_supported(const fm_layer& layer, const fm_forward_args& operands,
+                     const RankArguments& ranks) {
+  const std::string reason = reason_to_refuse(layer, operands, ranks);
   if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
 }
 
-int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands) {
-  return table_of(layer, operands).total;
+int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands,
+                              const RankArguments& ranks) {
+  return table_of(layer, operands, ranks).total;
 }
 
 std::string describe_forward(const fm_layer& layer, const fm_forward_args& operands,
                              int32_t num_sms) {
   check_supported(layer, operands);
   const kernel::ForwardEntry entry = kernel_for(layer, operands);
-  const config::ForwardSizes sizes = sizes_of(layer, operands, entry.config, 0);
-  const config::ForwardTable table = table_of(layer, operands);
+  const config::ForwardSizes sizes = sizes_of(layer, operands, {}, entry.config, 0);
+  const config::ForwardTable table = table_of(layer, operands, {});
   const config::GroupedProduct up = entry.config.up();
   std::ostringstream text;
   text << "up      " << config::describe(up) << "\n"
@@ -359,7 +482,7 @@ std::string describe_forward(const fm_layer& layer, const fm_forward_args& opera
 }
 
 void launch_forward(const ForwardArguments& arguments) {
-  check_supported(arguments.layer, arguments.operands);
+  check_supported(arguments.layer, arguments.operands, arguments.ranks);
   const kernel::ForwardEntry entry = kernel_for(arguments.layer, arguments.operands);
   kernel::ForwardParams params = make_params(arguments, entry.config);
   launch_pairs({entry.function, entry.shared_bytes, config::kForwardThreads,

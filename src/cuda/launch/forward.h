@@ -6,10 +6,22 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda/config/ranks.h"
 #include "cuda/sync/report.h"
 #include "flashmoe/c_api.h"
 
 namespace flashmoe::cuda::launch {
+
+// The ranks of a launch, as one of them sees them.
+struct RankArguments {
+  int32_t rank = 0;
+  int32_t world = 1;  // 1: the rest is not read
+  // What the ranks' regions were made for, the same on all of them.
+  config::SymmetricCapacity capacity;
+  // [world] device addresses of the ranks' regions, zero when made, each of
+  // config::symmetric_table(world, capacity).total bytes or more.
+  void* const* regions = nullptr;
+};
 
 // What one forward runs with. The engine has checked shapes, dtypes and strides of `operands` as
 // for the CPU and that there is no z (engine/cuda_call.h); every data pointer is memory of the
@@ -25,16 +37,19 @@ struct ForwardArguments {
   sync::WaitReport* report = nullptr;
   uint64_t timeout_ns = ~uint64_t{0};  // of every wait in the kernel
   int32_t max_sms = 0;                 // most SMs to use, 0: all
-  int32_t column_pairs = 0;            // 256 columns each of a column block; 0: chosen
+  RankArguments ranks;
+  int32_t column_pairs = 0;  // 256 columns each of a column block; 0: chosen
   cudaStream_t stream = nullptr;
 };
 
 // Throws FM_UNSUPPORTED with the reason if the kernels cannot run this layer on these operands.
 // Looks at sizes, strides and addresses only; never at a device.
-void check_supported(const fm_layer& layer, const fm_forward_args& operands);
+void check_supported(const fm_layer& layer, const fm_forward_args& operands,
+                     const RankArguments& ranks = {});
 
 // Scratch of a launch; grows with the tokens.
-int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands);
+int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands,
+                              const RankArguments& ranks = {});
 
 // The configuration that a launch on `num_sms` SMs runs with, a line for each fact. Throws as
 // check_supported() does.

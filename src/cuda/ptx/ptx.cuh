@@ -25,5 +25,11 @@ FM_DEVICE int32_t thread_idx() {
   return idx;
 }
 FM_DEVICE int32_t lane_idx() { return thread_idx() % 32; }
+// blockIdx.x, likewise.
+FM_DEVICE int32_t cta_idx() {
+  int32_t idx;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(idx));
+  return idx;
+}
 
 }  // namespace flashmoe::cuda::ptx

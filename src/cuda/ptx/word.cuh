@@ -1,4 +1,4 @@
-// Words that one CTA writes and another waits for, at GPU scope.
+// Words that one CTA writes and another waits for: of the same GPU, or (sys) of any.
 #pragma once
 
 #include <cuda/atomic>
@@ -21,6 +21,32 @@ FM_DEVICE uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t value) {
 }
 FM_DEVICE void st_release_gpu(uint32_t* word, uint32_t value) {
   GpuWord(*word).store(value, ::cuda::memory_order_release);
+}
+
+using SystemWord = ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_system>;
+
+// Any thread, sm_70.
+FM_DEVICE uint32_t ld_acquire_sys(uint32_t* word) {
+  return SystemWord(*word).load(::cuda::memory_order_acquire);
+}
+FM_DEVICE uint32_t ld_relaxed_sys(uint32_t* word) {
+  return SystemWord(*word).load(::cuda::memory_order_relaxed);
+}
+FM_DEVICE void st_relaxed_sys(uint32_t* word, uint32_t value) {
+  SystemWord(*word).store(value, ::cuda::memory_order_relaxed);
+}
+FM_DEVICE void st_release_sys(uint32_t* word, uint32_t value) {
+  SystemWord(*word).store(value, ::cuda::memory_order_release);
+}
+
+using CtaWord = ::cuda::atomic_ref<uint64_t, ::cuda::thread_scope_block>;
+
+// Any thread of the CTA, sm_70.
+FM_DEVICE uint64_t ld_acquire_cta(uint64_t* word) {
+  return CtaWord(*word).load(::cuda::memory_order_acquire);
+}
+FM_DEVICE void st_release_cta(uint64_t* word, uint64_t value) {
+  CtaWord(*word).store(value, ::cuda::memory_order_release);
 }
 
 }  // namespace flashmoe::cuda::ptx

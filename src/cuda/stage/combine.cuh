@@ -1,27 +1,26 @@
-// y[t] = sum of the token's rows, weighted, in slot order and fp32: a column block at a time, while
-// the products of the next one run. Rows come through shared memory, so that a warp of few
-// registers has several on their way at any time.
+// Sums of tokens' rows, weighted, in slot order and fp32: a column block at a time, while the
+// products of the next one run.
+//
+// A warp sums 256 columns of a token at a time, four rows in a step: what one row needs takes a
+// warp longer to issue than its 512 bytes take to come, so that four go through every step side by
+// side. Rows come through shared memory: a warp of few registers then has several steps' on their
+// way at any time, and with them what becomes of their sums.
 #pragma once
 
-#include "cuda/kernel/forward.h"
 #include "cuda/kernel/mark.cuh"
-#include "cuda/kernel/roles.cuh"
 #include "cuda/ptx/copy.cuh"
-#include "cuda/stage/choose.cuh"
-#include "cuda/stage/copy_rows.cuh"
-#include "cuda/sync/wait.cuh"
+#include "cuda/stage/combine_units.cuh"
 #include "cuda/tile/element.cuh"
 
 namespace flashmoe::cuda::stage {
 
+using tile::kVector;
+inline constexpr int32_t kPieceColumns = 32 * kVector;  // a warp's, eight of each lane
+
 // A lane's eight columns.
 struct ColumnSums {
-  float values[kVector];
+  float values[kVector] = {};
 
-  FM_DEVICE explicit ColumnSums(float start) {
-    FM_UNROLL
-    for (float& value : values) value = start;
-  }
   template <class Element>
   FM_DEVICE void add(const int4& row, float weight) {
     const uint32_t words[4] = {static_cast<uint32_t>(row.x), static_cast<uint32_t>(row.y),
@@ -42,214 +41,196 @@ struct ColumnSums {
   }
 };
 
-// A token's slots: lane j knows slot j's row and weight.
-struct TokenSlots {
-  int32_t row;
-  float weight;
+inline constexpr int32_t kStepRows = 4;
 
-  FM_DEVICE static TokenSlots load(const kernel::ForwardParams& params, int32_t token) {
-    const auto& sizes = params.sizes;
-    const int32_t lane = ptx::lane_idx();
-    if (lane >= sizes.top_k || token >= sizes.tokens) return {kNoExpert, 0.0f};
-    const int64_t slot = int64_t{token} * sizes.top_k + lane;
-    return {params.memory.slot_row[slot],
-            sizes.weight_on_input ? 1.0f : params.memory.weights[slot]};
-  }
+// The rows of one step, in shared memory, and what becomes of them. Rows are copied by the lanes
+// that read them; the rest is written by one lane each for all.
+struct alignas(16) CombineStep {
+  int4 rows[kStepRows][32];
+  uint32_t weights[kStepRows];  // bits of the weight, or kNoRow
+  // Where the sum goes that ends with the row, and in the low bits how many times 64 columns it
+  // has; 0: it goes on.
+  uint64_t targets[kStepRows];
+  sync::Letter letter;  // to be sent behind the step's sums
+  bool is_end;          // nothing follows
 };
+inline constexpr uint32_t kNoRow = 0xFFFFFFFF;
 
-// Units of work: columns of one column block of a few tokens. A warp takes them one by one; the
-// copies and the sums pass through them in the same order, the copies ahead. Unit n of the warp is
-// in lane n % 32: copies are less than 32 rows ahead.
-class CombineUnits {
+// Where a warp's units, tokens and rows are at; fills one step after another.
+class CombineStream {
  public:
-  FM_DEVICE explicit CombineUnits(kernel::TicketCounter& counter) : counter_(counter) {}
-
-  // Takes unit n, the next one; unit() waits for it. Whole warp.
-  FM_DEVICE void take(int32_t n) {
-    if (ptx::lane_idx() == n % 32) {
-      units_ = static_cast<int32_t>(atomicAdd(&counter_.next, 1u));
-    }
-  }
-  FM_DEVICE int32_t unit(int32_t n) const { return __shfl_sync(kAllLanes, units_, n % 32); }
-
- private:
-  kernel::TicketCounter& counter_;
-  int32_t units_ = 0;
-};
-
-inline constexpr int32_t kPieceColumns = 32 * kVector;  // a warp's, eight of each lane
-
-// A piece of a token's row in the units of a warp. The same in all lanes.
-struct CombinePlace {
-  int32_t n = 0;  // which unit of the warp
-  int32_t token = 0;
-  int32_t end = 0;  // token after the unit's last
-  int32_t column_block = -1;
-  int32_t column = 0;  // the piece's first
-
-  FM_DEVICE void enter(const config::ForwardSizes& sizes, int32_t unit) {
-    column_block = unit / sizes.combine_units;
-    token = (unit - column_block * sizes.combine_units) * sizes.combine_tokens;
-    end = min(token + sizes.combine_tokens, sizes.tokens);
-    column = column_block * sizes.column_width;
-  }
-  FM_DEVICE bool is_end(const config::ForwardSizes& sizes) const {
-    return column_block >= sizes.column_blocks || sizes.tokens == 0;
-  }
-  FM_DEVICE int32_t column_end(const config::ForwardSizes& sizes) const {
-    return min((column_block + 1) * sizes.column_width, sizes.hidden);
-  }
-  // To the token's next piece; false, and at the next token's first, after its last.
-  FM_DEVICE bool next_piece(const config::ForwardSizes& sizes) {
-    column += kPieceColumns;
-    if (column < column_end(sizes)) return true;
-    column = column_block * sizes.column_width;
-    ++token;
-    return false;
-  }
-};
-
-// Starts the copies of a warp's rows, piece by piece, slot by slot.
-class CombineCopies {
- public:
-  FM_DEVICE CombineCopies(const kernel::ForwardParams& params, int32_t num_blocks,
-                          CombineUnits& units, sync::Waiter& waiter)
-      : params_(params), num_blocks_(num_blocks), units_(units), waiter_(waiter) {
-    units_.take(0);
+  // num_steps: those between the step that is filled and the one that is summed.
+  FM_DEVICE CombineStream(const kernel::ForwardParams& params, const CombineUnits& units,
+                          kernel::TicketCounter& counter, int32_t num_steps)
+      : params_(params), units_(units), tickets_(counter), num_steps_(num_steps) {
+    tickets_.take(0);
     enter_unit();
   }
 
-  // This lane's columns of the next row, null where there are none. Whole warp.
-  FM_DEVICE const void* next() {
-    const auto& sizes = params_.sizes;
-    if (place_.is_end(sizes)) return nullptr;
-    const int32_t row = __shfl_sync(kAllLanes, slots_.row, slot_);
-    const int32_t column = place_.column + ptx::lane_idx() * kVector;
-    const void* source = nullptr;
-    if (row >= 0 && column < place_.column_end(sizes)) {
-      source =
-          static_cast<const uint16_t*>(params_.memory.rows) + int64_t{row} * sizes.hidden + column;
+  // Whole warp, when all lanes have read what the step held before.
+  FM_DEVICE void fill(CombineStep& step, sync::Waiter& waiter) {
+    const int32_t lane = ptx::lane_idx();
+    // A unit whose rows may not be there yet begins when all before it are summed: a warp that
+    // waited with sums of its own unfinished could wait for a rank that waits for those.
+    if (stalls_ > 0 && --stalls_ == 0 && !units_.is_end(unit_)) units_.wait(unit_, waiter);
+    const bool is_alive = __all_sync(kAllLanes, waiter.alive());
+    const bool is_end = stalls_ == 0 && (units_.is_end(unit_) || !is_alive);
+    if (lane == 0) step.is_end = is_end;
+    if (stalls_ > 0 || is_end) {
+      clear(step);
+    } else {
+      fill_rows(step);
     }
-    if (++slot_ == sizes.top_k) {
-      slot_ = 0;
-      if (!place_.next_piece(sizes)) next_token();
-    }
-    return source;
+    ptx::cp_async_commit_group();
   }
 
  private:
+  FM_DEVICE static void clear(CombineStep& step) {
+    const int32_t lane = ptx::lane_idx();
+    if (lane < kStepRows) {
+      step.weights[lane] = kNoRow;
+      step.targets[lane] = 0;
+    }
+    if (lane == 0) step.letter = {0, 0};
+  }
+  FM_DEVICE int32_t first_column() const { return unit_.column_block * params_.sizes.column_width; }
+  FM_DEVICE int32_t column_end() const {
+    return min(first_column() + params_.sizes.column_width, params_.sizes.hidden);
+  }
+  // Rows of all of the token's pieces.
+  FM_DEVICE int32_t rows_of_token() const {
+    const int32_t pieces = (column_end() - first_column() + kPieceColumns - 1) / kPieceColumns;
+    const bool is_empty = !__any_sync(kAllLanes, rows_.row >= 0) && !units_.writes_empty(unit_);
+    return is_empty ? 0 : pieces * units_.num_rows(unit_);
+  }
+
+  // Lane i finds out about row i % kStepRows.
+  FM_DEVICE void fill_rows(CombineStep& step) {
+    const int32_t lane = ptx::lane_idx();
+    const int32_t num_rows = units_.num_rows(unit_);
+    const int32_t all = rows_of_token();
+    const int32_t idx = next_ + lane % kStepRows;
+    const int32_t piece = idx / num_rows;
+    const int32_t slot = idx - piece * num_rows;
+    const int32_t column = first_column() + piece * kPieceColumns;
+    int32_t row = __shfl_sync(kAllLanes, rows_.row, slot);
+    const float weight = __shfl_sync(kAllLanes, rows_.weight, slot);
+    if (idx >= all) row = kNoExpert;
+    if (lane < kStepRows) {
+      const bool ends = idx < all && slot == num_rows - 1;
+      step.weights[lane] = weight_bits(row, weight);
+      step.targets[lane] = ends ? target_at(column) : 0;
+    }
+    copy_rows(step, row, column);
+    next_ += kStepRows;
+    const bool is_token_done = next_ >= all;
+    const bool is_unit_done = is_token_done && unit_.token + 1 == unit_.end;
+    if (lane == 0) step.letter = is_unit_done ? units_.letter_of(unit_) : sync::Letter{0, 0};
+    if (is_token_done) next_token();
+  }
+  FM_DEVICE static uint32_t weight_bits(int32_t row, float weight) {
+    constexpr uint32_t kNotANumber = 0x7FC00000;
+    if (row == kUndefined || (row >= 0 && weight != weight)) return kNotANumber;
+    return row >= 0 ? __float_as_uint(weight) : kNoRow;
+  }
+  FM_DEVICE uint64_t target_at(int32_t column) const {
+    const int32_t columns = min(column_end() - column, kPieceColumns);
+    return reinterpret_cast<uint64_t>(units_.target_of(unit_, unit_.token) + column) |
+           static_cast<uint64_t>(columns / 64);
+  }
+  FM_DEVICE void copy_rows(CombineStep& step, int32_t row, int32_t column) const {
+    const int32_t lane = ptx::lane_idx();
+    const uint16_t* base = units_.base_of(unit_);
+    const int32_t end = column_end();
+    FM_UNROLL
+    for (int i = 0; i < kStepRows; ++i) {
+      const int32_t row_i = __shfl_sync(kAllLanes, row, i);
+      const int32_t column_i = __shfl_sync(kAllLanes, column, i) + lane * kVector;
+      if (row_i < 0 || column_i >= end) continue;
+      ptx::cp_async_16(ptx::shared_address(&step.rows[i][lane]),
+                       base + int64_t{row_i} * params_.sizes.hidden + column_i, 16);
+    }
+  }
   FM_DEVICE void next_token() {
-    if (place_.token == place_.end) {
-      ++place_.n;
-      enter_unit();
+    next_ = 0;
+    if (++unit_.token < unit_.end) {
+      rows_ = next_rows_;
+      next_rows_ = units_.rows_of(unit_, unit_.token + 1);
     } else {
-      slots_ = next_slots_;
-      load_ahead();
+      ++n_;
+      enter_unit();
     }
   }
   FM_DEVICE void enter_unit() {
-    const auto& sizes = params_.sizes;
-    const int32_t last_block = place_.column_block;
-    place_.enter(sizes, units_.unit(place_.n));
-    if (place_.is_end(sizes)) return;
-    units_.take(place_.n + 1);
-    slots_ = TokenSlots::load(params_, place_.token);
-    load_ahead();
-    if (place_.column_block == last_block) return;
-    const int32_t tiles = num_blocks_ * sizes.pairs_of_column_block(place_.column_block);
-    waiter_.wait_word(&params_.memory.down_done[place_.column_block], tiles * config::kClusterSize,
-                      sync::WaitTag::kDownDone);
-  }
-  FM_DEVICE void load_ahead() {
-    next_slots_ = TokenSlots::load(params_, min(place_.token + 1, params_.sizes.tokens));
+    const CombineUnit last = unit_;
+    unit_ = units_.unit_at(tickets_.ticket(n_));
+    if (units_.is_end(unit_) || !units_.is_ready(unit_, last)) stalls_ = num_steps_;
+    if (units_.is_end(unit_)) return;
+    tickets_.take(n_ + 1);
+    rows_ = units_.rows_of(unit_, unit_.token);
+    next_rows_ = units_.rows_of(unit_, unit_.token + 1);
   }
 
   const kernel::ForwardParams& params_;
-  int32_t num_blocks_;
-  CombineUnits& units_;
-  sync::Waiter& waiter_;
-  CombinePlace place_;
-  int32_t slot_ = 0;
-  TokenSlots slots_;
-  TokenSlots next_slots_;
-};
-
-// Rows on their way through shared memory, in order. Each lane copies and reads 16 bytes of a row
-// of its own, so that no lane waits for another.
-template <int kRows>
-class RowRing {
- public:
-  static constexpr int32_t kRowBytes = 32 * 16;
-  static constexpr int32_t kBytes = kRows * kRowBytes;
-
-  // memory: kBytes of the warp's.
-  FM_DEVICE explicit RowRing(uint8_t* memory)
-      : first_(ptx::shared_address(memory) + ptx::lane_idx() * 16), at_(first_) {}
-
-  // The oldest row.
-  FM_DEVICE int4 read() {
-    ptx::cp_async_wait_group<kRows - 1>();
-    return ptx::ld_shared_16(at_);
-  }
-  // Starts the copy of a row, or of none, in the place of the oldest.
-  FM_DEVICE void start(const void* source) {
-    if (source != nullptr) ptx::cp_async_16(at_, source, 16);
-    ptx::cp_async_commit_group();
-    at_ = at_ == first_ + (kRows - 1) * kRowBytes ? first_ : at_ + kRowBytes;
-  }
-
- private:
-  uint32_t first_;
-  uint32_t at_;
+  const CombineUnits& units_;
+  CombineTickets tickets_;
+  int32_t num_steps_;
+  int32_t n_ = 0;  // which unit of the warp
+  CombineUnit unit_;
+  int32_t next_ = 0;    // row of the token, over all its pieces
+  int32_t stalls_ = 0;  // steps until the unit may begin
+  TokenRows rows_;      // of the token
+  TokenRows next_rows_;
 };
 
 // Warps of a CTA that combine: the communication warps, and the math warps after their last tile.
 inline constexpr int32_t kCombineWarps = config::kCommWarps + config::kMathWarps;
 
-// Combines unit after unit, of the first column block to the last, until none is left. num_blocks:
-// where the number of all experts' blocks is; memory: RowRing<kRows>::kBytes of shared memory.
-// Whole warp; kCombineWarps of every CTA come here.
-template <class Config, int kRows>
-FM_DEVICE void combine(const kernel::ForwardParams& params, int32_t num_blocks, uint8_t* memory,
-                       sync::Waiter& waiter) {
-  static_assert(kRows < 31);  // see CombineUnits
-  using Element = tile::ElementOf<Config::value.element>;
-  const auto& sizes = params.sizes;
-  auto& state = *params.memory.state;
-  CombineUnits units(state.combine);
-  CombineCopies copies(params, num_blocks, units, waiter);
-  RowRing<kRows> rows(memory);
-#pragma unroll 1
-  for (int i = 0; i < kRows; ++i) rows.start(copies.next());
-  CombinePlace place;
-  for (place.enter(sizes, units.unit(0)); !place.is_end(sizes);
-       ++place.n, place.enter(sizes, units.unit(place.n))) {
-    if (!__all_sync(kAllLanes, waiter.alive())) break;
-    while (place.token < place.end) {
-      const TokenSlots slots = TokenSlots::load(params, place.token);
-      const bool is_undefined = __any_sync(kAllLanes, slots.row == kUndefined);
-      const float start = is_undefined ? __int_as_float(0x7FC00000) : 0.0f;
-      const int32_t token = place.token;
-      while (place.token == token) {
-        ColumnSums sums(start);
-#pragma unroll 1
-        for (int32_t j = 0; j < sizes.top_k; ++j) {
-          const int4 row = rows.read();
-          const float weight = __shfl_sync(kAllLanes, slots.weight, j);
-          if (__shfl_sync(kAllLanes, slots.row, j) >= 0) {
-            sums.template add<Element>(row, weight);
-          }
-          rows.start(copies.next());
-        }
-        const int32_t column = place.column + ptx::lane_idx() * kVector;
-        if (column < place.column_end(sizes)) {
-          auto* y = static_cast<uint16_t*>(params.y) + token * params.y_stride;
-          *reinterpret_cast<int4*>(y + column) = sums.template rounded<Element>();
-        }
-        place.next_piece(sizes);
-      }
+// Adds a step's rows to the sums, and writes those that end. Whole warp.
+template <class Element>
+FM_DEVICE void sum_step(const CombineStep& step, ColumnSums& sums) {
+  const int32_t lane = ptx::lane_idx();
+  FM_UNROLL
+  for (int i = 0; i < kStepRows; ++i) {
+    const uint32_t weight = step.weights[i];
+    if (weight != kNoRow) {
+      const int4 row = ptx::ld_shared_16(ptx::shared_address(&step.rows[i][lane]));
+      sums.template add<Element>(row, __uint_as_float(weight));
     }
+    const uint64_t target = step.targets[i];
+    if (target == 0) continue;
+    if (lane < static_cast<int32_t>(target & 15) * (64 / kVector)) {
+      reinterpret_cast<int4*>(target & ~uint64_t{15})[lane] = sums.template rounded<Element>();
+    }
+    sums = {};
   }
+}
+
+// Combines unit after unit, of the first column block to the last, until none is left. num_blocks:
+// the number of all experts' blocks; warp_idx: of kCombineWarps; steps: the warp's, in shared
+// memory. Whole warp; kCombineWarps of every CTA come here.
+template <class Config, int kSteps>
+FM_DEVICE void combine(const kernel::ForwardParams& params, RankState& ranks, int32_t num_blocks,
+                       int32_t warp_idx, CombineStep (&steps)[kSteps], sync::Waiter& waiter) {
+  using Element = tile::ElementOf<Config::value.element>;
+  auto& state = *params.memory.state;
+  const CombineUnits units(params, ranks, num_blocks);
+  CombineStream stream(params, units, state.combine, kSteps);
+#pragma unroll 1
+  for (int i = 0; i < kSteps; ++i) stream.fill(steps[i], waiter);
+  ColumnSums sums;
+#pragma unroll 1
+  for (int at = 0;; at = at + 1 == kSteps ? 0 : at + 1) {
+    CombineStep& step = steps[at];
+    ptx::cp_async_wait_group<kSteps - 1>();
+    __syncwarp();  // what one lane wrote for all
+    if (step.is_end) break;
+    sum_step<Element>(step, sums);
+    if (step.letter.ranks != 0) ranks.post.send(warp_idx, step.letter);
+    __syncwarp();
+    stream.fill(step, waiter);
+  }
+  if (!is_alone(params)) ranks.post.close(warp_idx);
   if (ptx::lane_idx() == 0 && kernel::finish_tickets(state.combine, gridDim.x * kCombineWarps)) {
     kernel::set_mark(params, kernel::Mark::kEnd);
   }

@@ -18,10 +18,17 @@ enum class WaitTag : uint32_t {
   kRowsReady,   // an up tile waits for its block's rows
   kUpDone,      // a down tile waits for its block's hidden rows
   kDownDone,    // a combine unit waits for its column block
+  kMetadata,    // the plan waits for what a rank says of its tokens
+  kPushed,      // a copy waits for rows that a rank sends
+  kReturned,    // a sum waits for the part of a rank
+  kAborted,     // the group was stopped; `parity` is 1 + the rank that stopped it
   // Not waits: what a token's routing may be wrong with.
   kUndefinedLogits,  // NaN, +inf or nothing finite; block_idx is the token
   kUndefinedBias,    // NaN in the selection bias
   kInvalidId,        // an expert id below -1; block_idx is the token
+  // Nor these: what ranks may disagree in, or have no room for.
+  kMismatch,     // a config::RankField (block_idx) of rank peer.rank differs
+  kTooManyRows,  // `expected` rows came to this rank; peer.seen: it has room for so many
 };
 
 constexpr const char* name_of(WaitTag tag) {
@@ -48,6 +55,18 @@ constexpr const char* name_of(WaitTag tag) {
       return "hidden rows of a block";
     case WaitTag::kDownDone:
       return "rows of a column block";
+    case WaitTag::kMetadata:
+      return "metadata of a rank";
+    case WaitTag::kPushed:
+      return "rows from a rank";
+    case WaitTag::kReturned:
+      return "partial sums from a rank";
+    case WaitTag::kAborted:
+      return "the group was stopped";
+    case WaitTag::kMismatch:
+      return "a field that differs between ranks";
+    case WaitTag::kTooManyRows:
+      return "more rows than there is room for";
     case WaitTag::kUndefinedLogits:
       return "router logits that are NaN, +inf or all -inf";
     case WaitTag::kUndefinedBias:
@@ -58,6 +77,13 @@ constexpr const char* name_of(WaitTag tag) {
   return "unknown";
 }
 
+// What a wait for another rank knows.
+struct PeerReport {
+  int32_t rank = -1;
+  uint32_t epoch = 0;  // of the launch: what the flag should have held
+  uint32_t seen = 0;   // what it held
+};
+
 // One per workspace, in device memory or pinned host memory. Written by the first thread that has
 // something to report (it claims `tag` by compare-and-swap from zero, then fills the rest), read by
 // the host, zeroed by the host when the workspace is made and when it has read it.
@@ -66,6 +92,21 @@ struct WaitReport {
   uint32_t block_idx;
   uint32_t thread_idx;
   uint32_t parity;  // of the phase that did not complete
+  PeerReport peer;
 };
+
+// How long the waits of a launch last, and where the first one that does not end is written down.
+struct WaitBounds {
+  WaitReport* report;
+  uint32_t timeout_us;  // of 1024 ns; the largest: no bound
+  uint32_t* abort;      // not zero: all waits end. May be null
+  uint32_t own_mark;    // what a wait that gives up leaves there: 1 + this rank
+};
+
+// Nanoseconds as WaitBounds counts them.
+constexpr uint32_t microseconds(uint64_t nanoseconds) {
+  const uint64_t all = nanoseconds >> 10;
+  return all < 0xFFFFFFFF ? static_cast<uint32_t>(all) : 0xFFFFFFFF;
+}
 
 }  // namespace flashmoe::cuda::sync

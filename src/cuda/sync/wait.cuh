@@ -9,30 +9,35 @@
 
 namespace flashmoe::cuda::sync {
 
-// Fills the report unless it holds something already. Any thread; the report may be host memory.
-FM_DEVICE void write_report(WaitReport* report, WaitTag tag, uint32_t block_idx, uint32_t parity) {
-  if (atomicCAS_system(&report->tag, 0u, static_cast<uint32_t>(tag)) != 0u) return;
+// Fills the report unless it holds something already; true if it did. Any thread; the report may be
+// host memory.
+FM_DEVICE bool write_report(WaitReport* report, WaitTag tag, uint32_t block_idx,
+                            uint32_t expected) {
+  if (atomicCAS_system(&report->tag, 0u, static_cast<uint32_t>(tag)) != 0u) return false;
   report->block_idx = block_idx;
   report->thread_idx = ptx::thread_idx();
-  report->parity = parity;
+  report->parity = expected;
+  return true;
 }
 
 // What one thread (or one warp, each lane its own copy) waits with.
 class Waiter {
  public:
-  FM_DEVICE Waiter(WaitReport* report, uint64_t timeout_ns)
-      : report_(report), timeout_ns_(timeout_ns) {}
+  FM_DEVICE explicit Waiter(const WaitBounds& bounds) : bounds_(bounds) {}
 
   // False once a wait of this thread has run out of time: what it would have read is undefined.
   FM_DEVICE bool alive() const { return alive_; }
 
-  // Returns when the phase of `barrier` with this parity is complete, or the time is over.
+  // Returns when the phase of `barrier` with this parity is complete, or the time is over. It does
+  // not end when the group is stopped: what roles of a CTA wait for does not come from other ranks,
+  // or from a warp that gave up and still counts what it should have copied.
   FM_DEVICE void wait(uint64_t* barrier, uint32_t parity, WaitTag tag) {
     if (ptx::mbarrier_try_wait_parity(barrier, parity) || !alive_) return;
-    const uint64_t start = ptx::get_sreg_globaltimer();
+    const uint32_t start = now();
     while (!ptx::mbarrier_try_wait_parity(barrier, parity)) {
-      if (ptx::get_sreg_globaltimer() - start > timeout_ns_) {
-        give_up(parity, tag);
+      if (now() - start > bounds_.timeout_us) {
+        alive_ = false;
+        write_report(bounds_.report, tag, ptx::cta_idx(), parity);
         return;
       }
     }
@@ -42,28 +47,57 @@ class Waiter {
   // then visible to this thread), or the time is over.
   FM_DEVICE void wait_word(uint32_t* word, uint32_t expected, WaitTag tag) {
     if (ptx::ld_acquire_gpu(word) == expected || !alive_) return;
-    const uint64_t start = ptx::get_sreg_globaltimer();
+    const uint32_t start = now();
     while (ptx::ld_acquire_gpu(word) != expected) {
       __nanosleep(kPollPause);
-      if (ptx::get_sreg_globaltimer() - start > timeout_ns_) {
+      if (is_over(start)) {
         give_up(expected, tag);
         return;
       }
     }
   }
 
-  FM_DEVICE WaitReport* report() const { return report_; }
+  // The same for a flag of this launch that rank `peer` raises. When it does not come, all waits of
+  // this rank end.
+  FM_DEVICE void wait_flag(uint32_t* flag, uint32_t epoch, WaitTag tag, int32_t peer) {
+    if (ptx::ld_acquire_sys(flag) == epoch || !alive_) return;
+    const uint32_t start = now();
+    while (ptx::ld_acquire_sys(flag) != epoch) {
+      if (is_over(start)) {
+        const uint32_t seen = ptx::ld_relaxed_sys(flag);
+        if (give_up(epoch, tag)) bounds_.report->peer = {peer, epoch, seen};
+        atomicCAS_system(bounds_.abort, 0u, bounds_.own_mark);
+        return;
+      }
+    }
+  }
+
+  FM_DEVICE WaitReport* report() const { return bounds_.report; }
 
  private:
   static constexpr uint32_t kPollPause = 20;  // ns between two looks at a word
+  static constexpr uint32_t kPatience = 10;  // us before a wait looks whether the group was stopped
 
-  FM_DEVICE void give_up(uint32_t parity, WaitTag tag) {
+  // In 1024 ns: a word, of which mainloops have one to spare.
+  FM_DEVICE static uint32_t now() {
+    return static_cast<uint32_t>(ptx::get_sreg_globaltimer() >> 10);
+  }
+  FM_DEVICE bool is_stopped() const {
+    return bounds_.abort != nullptr && ptx::ld_relaxed_sys(bounds_.abort) != 0;
+  }
+  FM_DEVICE bool is_over(uint32_t start) const {
+    const uint32_t waited = now() - start;
+    return waited > bounds_.timeout_us || (waited > kPatience && is_stopped());
+  }
+  // True for the first that gives up: it has said why.
+  FM_DEVICE bool give_up(uint32_t expected, WaitTag tag) {
     alive_ = false;
-    write_report(report_, tag, blockIdx.x, parity);
+    const bool stopped = is_stopped();
+    return write_report(bounds_.report, stopped ? WaitTag::kAborted : tag, ptx::cta_idx(),
+                        stopped ? *bounds_.abort : expected);
   }
 
-  WaitReport* report_;
-  uint64_t timeout_ns_;
+  const WaitBounds& bounds_;
   bool alive_ = true;
 };
 

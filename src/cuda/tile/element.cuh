@@ -9,6 +9,8 @@
 
 namespace flashmoe::cuda::tile {
 
+inline constexpr int32_t kVector = 8;  // 16-bit elements of a 16-byte access
+
 template <config::Element kElement>
 struct ElementOf;
 

@@ -1,0 +1,226 @@
+// What is left to do once the down product's rows are there: sums of a token's rows, in units of
+// one column block of a few tokens.
+//
+// A rank alone sums every token's rows into y. Of several ranks each sums the rows that it has of
+// every source's tokens and sends the sums home; at home the parts of all ranks are added up, in
+// rank order, into y.
+#pragma once
+
+#include "cuda/kernel/forward.h"
+#include "cuda/kernel/roles.cuh"
+#include "cuda/stage/choose.cuh"
+#include "cuda/stage/exchange.cuh"
+#include "cuda/sync/wait.cuh"
+
+namespace flashmoe::cuda::stage {
+
+// What a token's sum is made of: lane j knows the j-th row, among those of its kind, and its
+// weight. A row below 0 does not exist; kUndefined: and the sum is not a number.
+struct TokenRows {
+  int32_t row;
+  float weight;
+};
+
+// Unit numbers that a warp takes one by one, and one ahead. The n-th is in lane n % 32.
+class CombineTickets {
+ public:
+  FM_DEVICE explicit CombineTickets(kernel::TicketCounter& counter) : counter_(counter) {}
+
+  // Takes the n-th, the next one; ticket() waits for it. Whole warp.
+  FM_DEVICE void take(int32_t n) {
+    if (ptx::lane_idx() == n % 32) {
+      tickets_ = static_cast<int32_t>(atomicAdd(&counter_.next, 1u));
+    }
+  }
+  FM_DEVICE int32_t ticket(int32_t n) const { return __shfl_sync(kAllLanes, tickets_, n % 32); }
+
+ private:
+  kernel::TicketCounter& counter_;
+  int32_t tickets_ = 0;
+};
+
+// Source of a unit that adds up what the ranks sent home.
+inline constexpr int32_t kHome = -1;
+
+// A unit; the same in all lanes.
+struct CombineUnit {
+  int32_t column_block = -1;
+  int32_t source = 0;  // rank of its tokens, or kHome
+  int32_t token = 0;
+  int32_t end = 0;  // token after the last
+};
+
+class CombineUnits {
+ public:
+  // num_blocks: of all experts.
+  FM_DEVICE CombineUnits(const kernel::ForwardParams& params, const RankState& state,
+                         int32_t num_blocks)
+      : params_(params), state_(state), num_blocks_(num_blocks) {}
+
+  // The unit of a ticket.
+  FM_DEVICE CombineUnit unit_at(int32_t ticket) const {
+    return is_alone(params_) ? own_unit(ticket) : rank_unit(ticket);
+  }
+  FM_DEVICE bool is_end(const CombineUnit& unit) const {
+    return unit.column_block >= params_.sizes.column_blocks;
+  }
+  // Whether all rows of `unit` are there if those of `last` were, which the warp had before.
+  FM_DEVICE bool is_ready(const CombineUnit& unit, const CombineUnit& last) const {
+    return unit.source != kHome && last.source != kHome && unit.column_block == last.column_block;
+  }
+  // Returns when they are. Whole warp.
+  FM_DEVICE void wait(const CombineUnit& unit, sync::Waiter& waiter) const {
+    if (unit.source == kHome) {
+      wait_for_parts(unit, waiter);
+      return;
+    }
+    const int32_t tiles = num_blocks_ * params_.sizes.pairs_of_column_block(unit.column_block);
+    waiter.wait_word(&params_.memory.down_done[unit.column_block], tiles * config::kClusterSize,
+                     sync::WaitTag::kDownDone);
+  }
+
+  // Rows of a token's sum, those that do not exist too.
+  FM_DEVICE int32_t num_rows(const CombineUnit& unit) const {
+    return unit.source == kHome ? params_.ranks.world : params_.sizes.top_k;
+  }
+  // Of any token: none of one that does not exist. Whole warp.
+  FM_DEVICE TokenRows rows_of(const CombineUnit& unit, int32_t token) const {
+    if (unit.source == kHome) return parts_of(token);
+    const int32_t lane = ptx::lane_idx();
+    if (lane >= params_.sizes.top_k || token >= tokens_of(unit)) return {kNoExpert, 0.0f};
+    const int64_t slot = int64_t{token} * params_.sizes.top_k + lane;
+    if (is_alone(params_)) {
+      return {params_.memory.slot_row[slot], weight_of(params_.memory.weights[slot])};
+    }
+    const auto& ranks = params_.ranks;
+    const int64_t first = int64_t{unit.source} * ranks.token_cap * params_.sizes.top_k;
+    const auto* slots = Regions{ranks}.slots(ranks.rank, state_.epoch, unit.source);
+    return {params_.memory.slot_row[first + slot], weight_of(slots[slot].weight)};
+  }
+  // Must the sum be written if none of its rows exists? Nobody reads a part without rows.
+  FM_DEVICE bool writes_empty(const CombineUnit& unit) const {
+    return unit.source == kHome || is_alone(params_);
+  }
+  // Where row 0 is.
+  FM_DEVICE const uint16_t* base_of(const CombineUnit& unit) const {
+    if (unit.source != kHome) return static_cast<const uint16_t*>(params_.memory.rows);
+    return Regions{params_.ranks}.partial(params_.ranks.rank, 0, 0, params_.sizes.hidden);
+  }
+  // Where the token's sum goes.
+  FM_DEVICE uint16_t* target_of(const CombineUnit& unit, int32_t token) const {
+    if (writes_empty(unit)) {
+      return static_cast<uint16_t*>(params_.y) + token * params_.y_stride;
+    }
+    return Regions{params_.ranks}.partial(unit.source, params_.ranks.rank, token,
+                                          params_.sizes.hidden);
+  }
+  // What tells the source that the sums of the unit, of which `unit.token` is the last token, are
+  // there; no ranks: there is nothing to tell.
+  FM_DEVICE sync::Letter letter_of(const CombineUnit& unit) const {
+    if (writes_empty(unit)) return {0, 0};
+    const auto& ranks = params_.ranks;
+    const int32_t idx = unit.token / config::return_tokens(state_.tokens[unit.source]);
+    return {
+        Regions{ranks}.return_word(ranks.rank, params_.sizes.column_blocks, unit.column_block, idx),
+        1u << unit.source};
+  }
+
+ private:
+  FM_DEVICE float weight_of(float weight) const {
+    return params_.sizes.weight_on_input ? 1.0f : weight;
+  }
+  FM_DEVICE CombineUnit own_unit(int32_t ticket) const {
+    const auto& sizes = params_.sizes;
+    CombineUnit unit;
+    unit.column_block = sizes.tokens == 0 ? sizes.column_blocks : ticket / sizes.combine_units;
+    unit.token = (ticket - unit.column_block * sizes.combine_units) * sizes.combine_tokens;
+    unit.end = min(unit.token + sizes.combine_tokens, sizes.tokens);
+    return unit;
+  }
+  // Column block after column block: what is sent home of it, by sources, the peers' first; then
+  // the own tokens' sums of the block before, whose parts had the time to come.
+  FM_DEVICE CombineUnit rank_unit(int32_t ticket) const {
+    const auto& sizes = params_.sizes;
+    const int32_t at_home = config::home_units(state_.tokens[params_.ranks.rank]);
+    int32_t sent = 0;
+#pragma unroll 1
+    for (int32_t s = 0; s < params_.ranks.world; ++s) {
+      sent += config::return_units(state_.tokens[s]);
+    }
+    const int32_t both = max(sent + at_home, 1);
+    int32_t block = 0;
+    if (ticket >= sent) {
+      block = 1 + (ticket - sent) / both;
+      ticket -= sent + (block - 1) * both;
+    }
+    const bool is_sent = block < sizes.column_blocks && ticket < sent;
+    if (is_sent) return sent_unit(block, ticket);
+    if (block < sizes.column_blocks) ticket -= sent;
+    CombineUnit unit;
+    unit.column_block = sizes.column_blocks;
+    if (block > sizes.column_blocks || ticket >= at_home) return unit;
+    const int32_t unit_tokens = config::home_tokens(sizes.tokens);
+    unit.column_block = block - 1;
+    unit.source = kHome;
+    unit.token = ticket * unit_tokens;
+    unit.end = min(unit.token + unit_tokens, sizes.tokens);
+    return unit;
+  }
+  FM_DEVICE CombineUnit sent_unit(int32_t column_block, int32_t ticket) const {
+    const auto& ranks = params_.ranks;
+    int32_t step = 1;
+#pragma unroll 1
+    for (; step < ranks.world; ++step) {
+      const int32_t units = config::return_units(state_.tokens[source_of_step(ranks, step)]);
+      if (ticket < units) break;
+      ticket -= units;
+    }
+    CombineUnit unit;
+    unit.column_block = column_block;
+    unit.source = source_of_step(ranks, step < ranks.world ? step : 0);
+    const int32_t unit_tokens = config::return_tokens(tokens_of(unit));
+    unit.token = ticket * unit_tokens;
+    unit.end = min(unit.token + unit_tokens, tokens_of(unit));
+    return unit;
+  }
+  FM_DEVICE int32_t tokens_of(const CombineUnit& unit) const {
+    return is_alone(params_) ? params_.sizes.tokens : state_.tokens[unit.source];
+  }
+  // The parts of a token's sum that the ranks of its experts send. A token without a defined
+  // routing has none.
+  FM_DEVICE TokenRows parts_of(int32_t token) const {
+    const auto& sizes = params_.sizes;
+    const int32_t lane = ptx::lane_idx();
+    int32_t owner = kNoExpert;
+    if (lane < sizes.top_k && token < sizes.tokens) {
+      owner = params_.memory.slot_owner[int64_t{token} * sizes.top_k + lane];
+    }
+    const uint32_t owners = __reduce_or_sync(kAllLanes, owner >= 0 ? 1u << owner : 0u);
+    const bool is_undefined = __any_sync(kAllLanes, owner == kUndefined);
+    const bool has_part = (owners >> lane & 1) != 0;
+    const int32_t row = has_part ? lane * params_.ranks.token_cap + token : kNoExpert;
+    return {is_undefined ? kUndefined : row, 1.0f};
+  }
+  // Lanes look at the flags of a unit each.
+  FM_DEVICE void wait_for_parts(const CombineUnit& unit, sync::Waiter& waiter) const {
+    const Regions regions{params_.ranks};
+    const auto& ranks = params_.ranks;
+    const int32_t unit_tokens = config::return_tokens(params_.sizes.tokens);
+    const int32_t token = unit.token + ptx::lane_idx() % config::kHomeUnits * unit_tokens;
+#pragma unroll 1
+    for (int32_t peer = ptx::lane_idx() / config::kHomeUnits;
+         peer < ranks.world && token < unit.end; peer += 32 / config::kHomeUnits) {
+      const uint32_t word = regions.return_word(peer, params_.sizes.column_blocks,
+                                                unit.column_block, token / unit_tokens);
+      waiter.wait_flag(regions.flag(ranks.rank, word), state_.epoch, sync::WaitTag::kReturned,
+                       peer);
+    }
+    __syncwarp();
+  }
+
+  const kernel::ForwardParams& params_;
+  const RankState& state_;
+  int32_t num_blocks_;
+};
+
+}  // namespace flashmoe::cuda::stage
