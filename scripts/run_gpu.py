@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "240")
 SANITIZE_CASE = "tokens/3"
-QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits"
+VALUES = ("layer_values", "layer_routing", "layer_placement")
+QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits or way"
 QUICK_BEHAVIOUR = "100_runs or one_kernel_node or replays or wait_that or streams_in_turn"
 QUICK_CASES = "qwen3-30b,mixtral,olmoe,gpt-oss-20b,qwen3-30b-t1,qwen3-30b-t64"
 
@@ -69,7 +70,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
         "values": [
             Step(
                 "values",
-                [*PYTEST, *workers(), *test_files("layer_values", "layer_routing"), *keep_values],
+                [*PYTEST, *workers(), *test_files(*VALUES), *keep_values],
                 300,
             )
         ],

@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from . import bench, functional, local_group, models, ops, reference
+from . import bench, local_group, models, ops, reference
 from .bench import OURS, PEER
 from .cases import Case
 from .check import same_bits
 from .gpu_timing import burst, microseconds, sustained, timed
 from .inputs import DTYPES, LAYOUTS
-from .passes import RankCall, call_layer, call_options
+from .passes import RankCall, call_layer, call_options, operator_call
 
 REFERENCE = "torch.bmm"
 DECODE_TOKENS = (1, 8, 64, 256)
@@ -169,15 +169,7 @@ def make_call(case: Case, dtype, group, device="cuda"):
 
 def explain(case, dtype, group, device="cuda"):
     """How the layer of a case runs, as text."""
-    call = make_call(case, DTYPES[dtype], group, device)
-    keys = ("activation", "num_experts", "interleaved", "weight_on_input", "capacity_factor")
-    options = {key: call.options[key] for key in keys}
-    has_w_gate = "w_gate" in call.weights
-    config = functional._config(case.top_k, case.routing, has_w_gate, layer_id=0, **options)
-    tensors = {
-        name: functional._operand(name, tensor, call.options["transposed"])
-        for name, tensor in ({"x": call.x} | call.routing | call.weights).items()
-    }
+    tensors, config = operator_call(case, make_call(case, DTYPES[dtype], group, device))
     return ops.explain(tensors, config.encode(), group.name)
 
 

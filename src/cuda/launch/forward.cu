@@ -333,6 +333,10 @@ void check_supported(const fm_layer& layer, const fm_forward_args& operands) {
   if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
 }
 
+config::ForwardTable forward_scratch(const fm_layer& layer, const fm_forward_args& operands) {
+  return table_of(layer, operands);
+}
+
 int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands) {
   return table_of(layer, operands).total;
 }

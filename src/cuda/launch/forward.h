@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda/config/forward.h"
 #include "cuda/sync/report.h"
 #include "flashmoe/c_api.h"
 
@@ -33,7 +34,9 @@ struct ForwardArguments {
 // Looks at sizes, strides and addresses only; never at a device.
 void check_supported(const fm_layer& layer, const fm_forward_args& operands);
 
-// Scratch of a launch; grows with the tokens.
+// The regions of a launch's scratch.
+config::ForwardTable forward_scratch(const fm_layer& layer, const fm_forward_args& operands);
+// Their total; grows with the tokens.
 int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands);
 
 // The configuration that a launch on `num_sms` SMs runs with, a line for each fact. Throws as
