@@ -211,7 +211,7 @@ def test_records_are_kept_by_the_name_of_the_gpu(tmp_path):
     case = bench_cuda.gpu_cases()["olmoe"]
     record = bench.measurement(
         case,
-        {bench_cuda.OURS: 20.0, bench_cuda.REFERENCE: 18.0, bench_cuda.PEER: 40.04},
+        {bench_cuda.OURS: 20.0, bench_cuda.REFERENCE: 18.0, bench.PEER: 40.04},
         bench_cuda.REFERENCE,
         direction="forward",
         dtype="bf16",
@@ -220,7 +220,7 @@ def test_records_are_kept_by_the_name_of_the_gpu(tmp_path):
         gpu="NVIDIA H200",
     )
     assert (record["device"], record["ratio"], record["tokens"]) == ("cuda", 0.9, 8192)
-    assert record["peers"] == {bench_cuda.PEER: 40.0}
+    assert record["peers"] == {bench.PEER: 40.0}
     path = bench_cuda.write_records([record], tmp_path)
     assert path.name == "h200-layer.jsonl"
     assert json.loads(path.read_text()) == record
