@@ -171,6 +171,12 @@ class Forward:
             name = self.library.fm_cuda_wait_name(ctypes.c_uint32(tag)).decode()
             raise ProductError(f"the launch reported: {name}, {self.report.tolist()}")
 
+    @property
+    def holder(self):
+        """A view of the word that says which launch has the scratch, src/cuda/sync/holder.h."""
+        begin, _ = self._region("state")
+        return self.scratch[begin : begin + 4].view(torch.int32)[0]
+
     def region(self, name, dtype=torch.int32):
         """A copy of a region of the scratch, on the host."""
         begin, size = self._region(name)

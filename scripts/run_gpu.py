@@ -142,6 +142,7 @@ def bench(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"no case matches '{arguments.cases}'")
     bench_cuda.plot_roofline(records, arguments.out / "roofline.png")
     print("\n" + bench_cuda.table(records))
+    print("\n" + bench_cuda.timeline(records))
 
 
 def main() -> int:

@@ -40,7 +40,8 @@ def _load() -> Any:
         tvm_ffi.register_error(f"flashmoe.{name}", getattr(errors, name))
     module = tvm_ffi.load_module(str(LIBRARY))
     # Ranks that are threads of this process wait for each other inside these calls.
-    for name in ("forward", "backward", "group_shm", "group_refuse", "group_destroy"):
+    names = ("forward", "backward", "group_shm", "group_refuse", "group_stats", "group_destroy")
+    for name in names:
         getattr(module, name).release_gil = True
     return module
 

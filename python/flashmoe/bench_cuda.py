@@ -21,6 +21,7 @@ from .check import same_bits
 from .gpu_timing import burst, microseconds, sustained, timed
 from .inputs import DTYPES, LAYOUTS
 from .passes import RankCall, call_layer, call_options, operator_call
+from .run import PHASES
 
 REFERENCE = "torch.bmm"
 DECODE_TOKENS = (1, 8, 64, 256)
@@ -98,7 +99,7 @@ def bench_case(case, dtype, group, seconds, ceilings):
     by_graph, clock, power, driver = sustained(graphs, seconds, cold)
     by_call, *_ = sustained(eager, seconds, cold)
     short = burst(graphs, cold)
-    group.stats()  # raises what a launch has reported
+    phases = measure_phases(call, group, cold)
     experts_hit = quality["experts_hit"]
     floor = floor_us(case, experts_hit, ceilings)
     us = by_graph[OURS]
@@ -125,6 +126,7 @@ def bench_case(case, dtype, group, seconds, ceilings):
         "burst_reference_us": round(short[REFERENCE], 1),
         "burst_ratio": round(short[REFERENCE] / short[OURS], 4),
         "burst_peers": bench.peers_of(short, REFERENCE),
+        "phases_us": phases,
         "floor_us": round(floor, 1),
         "over_floor": round(us / floor, 4),
         "tflops": round(flops(case) / us / 1e6, 1),
@@ -278,6 +280,17 @@ def reference_layer(case, call, topk_ids, dtype):
     return y
 
 
+def measure_phases(call, group, cold):
+    """Phase -> microseconds of one eager call with a cold cache, by the kernel's own clock.
+
+    Of the launch's first cluster: when it went on. Raises what a launch has reported.
+    """
+    cold()
+    call_layer(call)
+    seconds = group.stats()["phase_seconds"]
+    return {name: round(one * 1e6, 1) for name, one in zip(PHASES, seconds, strict=True) if one}
+
+
 def measure_ceilings():
     """What the card does at best: a large bf16 product, and reading memory."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -339,6 +352,19 @@ def table(records):
             + "".join(f"{share_of(one, name) or '-':>17}" for name in peers)
         )
     return "\n".join([*lines, *footer(records)])
+
+
+def timeline(records):
+    """Where each launch's time goes, as aligned text: microseconds and percent of each phase."""
+    names = [name for name in PHASES if any(name in one["phases_us"] for one in records)]
+    lines = [f"{'case':17}{'us':>9}" + "".join(f"{name:>16}" for name in names)]
+    for one in records:
+        phases = one["phases_us"]
+        total = sum(phases.values()) or 1.0
+        shown = [phases.get(name, 0.0) for name in names]
+        parts = "".join(f"{us:10.1f}{us / total:5.0%} " for us in shown)
+        lines.append(f"{one['case']:17}{total:9.1f}{parts}")
+    return "\n".join([*lines, "phases: when the first cluster of one eager launch went on"])
 
 
 def share_of(record, peer):

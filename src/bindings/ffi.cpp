@@ -37,10 +37,14 @@ Handles& handles() {
   return *instance;
 }
 
+// What the last group that this thread destroyed had still to report.
+thread_local fm_status destroyed = FM_OK;
+
 int64_t add_group(fm_group group) {
   std::lock_guard lock(handles().mutex);
   const int64_t handle = handles().next_group++;
-  handles().groups.emplace(handle, GroupRef(group, [](fm_group last) { fm_group_destroy(last); }));
+  handles().groups.emplace(
+      handle, GroupRef(group, [](fm_group last) { destroyed = fm_group_destroy(last); }));
   return handle;
 }
 
@@ -94,8 +98,13 @@ int64_t group_shm(const ffi::String& token, int32_t rank, int32_t world) {
 
 void group_destroy(int64_t handle) {
   GroupRef last = group_of(handle);
-  std::lock_guard lock(handles().mutex);
-  handles().groups.erase(handle);
+  {
+    std::lock_guard lock(handles().mutex);
+    handles().groups.erase(handle);
+  }
+  destroyed = FM_OK;
+  last.reset();  // unless a launch of another thread goes on
+  check(destroyed);
 }
 
 ffi::Array<int64_t> group_rank(int64_t handle) {

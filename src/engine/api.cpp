@@ -37,6 +37,7 @@ struct fm_group_s {
   flashmoe::cpu::ThreadPool pool;
   flashmoe::cuda::Engine cuda;
   fm_stats stats{};
+  bool last_on_cuda = false;  // the launch that `stats` is of
 };
 
 namespace {
@@ -123,6 +124,7 @@ auto checked(fm_group_s& g, Check&& check) {
 }
 
 void launch_on_cpu(fm_group_s& g, const flashmoe::cpu::Call& call) {
+  g.last_on_cuda = false;
   flashmoe::cpu::run_call(call, g.group, g.workspace, g.pool, g.stats);
 }
 
@@ -133,6 +135,7 @@ flashmoe::cuda::LaunchOptions cuda_options(flashmoe::fabric::Group& group) {
 void launch_on_cuda(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {
   g.group.waiter().check_abort();
   g.cuda.forward(layer, args, cuda_options(g.group));
+  g.last_on_cuda = true;
   g.stats = {};
   g.stats.epoch = g.group.begin_epoch();
   g.stats.scratch_bytes = g.stats.allocated_bytes = g.cuda.scratch_bytes();
@@ -249,8 +252,10 @@ fm_status fm_group_create_shm(const char* token, int32_t rank, int32_t world, fm
 }
 
 fm_status fm_group_destroy(fm_group group) {
-  delete group;
-  return FM_OK;
+  const std::unique_ptr<fm_group_s> last(group);
+  return guarded([&] {
+    if (last != nullptr) last->cuda.finish();
+  });
 }
 
 fm_status fm_group_rank(fm_group group, int32_t* rank, int32_t* world) {
@@ -290,7 +295,8 @@ fm_status fm_group_stats(fm_group group, fm_stats* out) {
     auto& g = take_group(group);
     const uint32_t size = take_versioned(out, "fm_stats").struct_size;
     const std::lock_guard lock(g.group.launch_mutex());
-    g.cuda.raise_reports();
+    g.cuda.finish();
+    if (g.last_on_cuda) g.cuda.time_last(g.stats);
     std::memcpy(static_cast<void*>(out), &g.stats, size);
     out->struct_size = size;
   });

@@ -119,3 +119,30 @@ def test_column_blocks_of_any_width_give_the_same_bits(column_pairs):
     assert torch.isfinite(forced.outputs["y"]).all()
     for name, tensor in chosen.outputs.items():
         assert torch.equal(tensor, forced.outputs[name]), name
+
+
+def test_scratch_that_another_launch_has_is_left_alone():
+    case = Case("held", tokens=(300,), hidden=128, intermediate=128, experts=16, top_k=4)
+    operands = on_device(make_operands(case, (300,), "bf16"), "cuda")
+    clean, forward = (Forward(case, operands, "bf16") for _ in range(2))
+    clean()
+    clean.check_waits()
+    before = {name: tensor.clone() for name, tensor in forward.outputs.items()}
+    forward.holder.fill_(4)  # the id of another launch
+    scratch = forward.scratch.clone()
+    forward(max_sms=8)
+    with pytest.raises(cuda_products.ProductError, match="another launch of this group"):
+        forward.check_waits()
+    assert int(forward.holder) == 5  # marked: one was turned away
+    forward.holder.fill_(4)
+    assert torch.equal(forward.scratch, scratch)
+    for name, tensor in forward.outputs.items():
+        assert torch.equal(tensor.nan_to_num(nan=7.0), before[name].nan_to_num(nan=7.0)), name
+    forward.report.zero_()
+    forward.holder.zero_()
+    for max_sms in (8, 0):
+        forward(max_sms=max_sms)
+        forward.check_waits()
+        assert int(forward.holder) == 0
+        for name, tensor in clean.outputs.items():
+            assert torch.equal(tensor, forward.outputs[name]), name

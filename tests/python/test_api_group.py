@@ -14,6 +14,7 @@ from flashmoe import group as groups
 from flashmoe.errors import (
     GroupAbortedError,
     RankMismatchError,
+    RoutingError,
     UnsupportedError,
 )
 
@@ -261,3 +262,58 @@ def test_forked_child_makes_its_own_group():
     if child == 0:
         os._exit(0 if torch.equal(flashmoe.moe(**layer.keywords())[0], expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class Engine:
+    """Groups whose handles are numbers; those of `failing` have a launch to report."""
+
+    def __init__(self, *failing):
+        self.failing = failing
+        self.destroyed = []
+
+    def group_rank(self, handle):
+        return 0, 1
+
+    def group_destroy(self, handle):
+        self.destroyed.append(handle)
+        if handle in self.failing:
+            raise RoutingError(f"launch of {handle}")
+
+
+@pytest.fixture
+def only_these(monkeypatch):
+    """A function that makes groups of an engine of one's own, the only ones there are."""
+    from flashmoe import _core
+
+    def make(engine, count):
+        monkeypatch.setattr(_core, "engine", lambda: engine)
+        monkeypatch.setattr(groups, "_groups", {})
+        return [groups.Group(handle, f"fake:{handle}") for handle in range(count)]
+
+    return make
+
+
+def test_close_raises_what_a_launch_has_reported_and_closes(only_these):
+    engine = Engine(0)
+    [group] = only_these(engine, 1)
+    with pytest.raises(RoutingError, match="launch of 0"):
+        group.close()
+    group.close()
+    assert engine.destroyed == [0]
+
+
+def test_leaving_a_block_raises_it_unless_the_block_has_failed(only_these):
+    one, other = only_these(Engine(0, 1), 2)
+    with pytest.raises(RoutingError), one:
+        pass
+    with pytest.raises(KeyError), other:
+        raise KeyError
+
+
+def test_the_end_of_the_process_closes_all_groups_and_raises_the_first_failure(only_these):
+
+    engine = Engine(1, 2)
+    only_these(engine, 4)
+    with pytest.raises(RoutingError, match="launch of 1"):
+        groups._close_all()
+    assert engine.destroyed == [0, 1, 2, 3]

@@ -224,3 +224,13 @@ def test_records_are_kept_by_the_name_of_the_gpu(tmp_path):
     path = bench_cuda.write_records([record], tmp_path)
     assert path.name == "h200-layer.jsonl"
     assert json.loads(path.read_text()) == record
+
+
+def test_the_timeline_shows_every_phase():
+    from flashmoe import bench_cuda
+
+    phases = {"route": 10.0, "plan": 5.0, "up": 60.0, "down": 20.0, "combine": 5.0}
+    text = bench_cuda.timeline([{"case": "olmoe", "phases_us": phases}])
+    head, line, _ = text.splitlines()
+    assert head.split() == ["case", "us", *phases]
+    assert line.split()[:6] == ["olmoe", "100.0", "10.0", "10%", "5.0", "5%"]

@@ -27,6 +27,7 @@ enum class Mark : int32_t {
 
 // The head of the scratch: zero when made, and left by every launch as the next one needs it.
 struct ForwardState {
+  uint32_t holder;  // sync/holder.h
   TicketCounter tickets;
   // Combine units given out, and warps that found none left; the last of those leaves zeros.
   TicketCounter combine;
@@ -104,6 +105,8 @@ struct ForwardParams {
   int64_t* dropped;  // [1], may be null
   sync::WaitReport* report;
   uint64_t timeout_ns;
+  uint32_t launch_id;   // sync/holder.h
+  bool may_run_beside;  // it leaves multiprocessors free: looks first whether the scratch is
 };
 
 static_assert(sizeof(ForwardParams) <= 4096);  // a launch's parameters, without the large ones

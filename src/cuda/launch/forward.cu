@@ -262,6 +262,8 @@ kernel::ForwardParams make_params(const ForwardArguments& arguments,
   params.dropped = static_cast<int64_t*>(o.dropped.data);
   params.report = arguments.report;
   params.timeout_ns = arguments.timeout_ns;
+  params.launch_id = arguments.launch_id;
+  params.may_run_beside = arguments.max_sms > 0;
   return params;
 }
 

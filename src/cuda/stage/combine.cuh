@@ -9,6 +9,7 @@
 #include "cuda/ptx/copy.cuh"
 #include "cuda/stage/choose.cuh"
 #include "cuda/stage/copy_rows.cuh"
+#include "cuda/sync/holder.h"
 #include "cuda/sync/wait.cuh"
 #include "cuda/tile/element.cuh"
 
@@ -252,6 +253,9 @@ FM_DEVICE void combine(const kernel::ForwardParams& params, int32_t num_blocks, 
   }
   if (ptx::lane_idx() == 0 && kernel::finish_tickets(state.combine, gridDim.x * kCombineWarps)) {
     kernel::set_mark(params, kernel::Mark::kEnd);
+    sync::release(params.launch_id, [&](uint32_t expected, uint32_t desired) {
+      return ptx::cas_acq_rel_gpu(&state.holder, expected, desired);
+    });
   }
 }
 

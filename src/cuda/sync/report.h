@@ -22,6 +22,7 @@ enum class WaitTag : uint32_t {
   kUndefinedLogits,  // NaN, +inf or nothing finite; block_idx is the token
   kUndefinedBias,    // NaN in the selection bias
   kInvalidId,        // an expert id below -1; block_idx is the token
+  kHeld,             // nor this: another launch had the scratch (sync/holder.h)
 };
 
 constexpr const char* name_of(WaitTag tag) {
@@ -54,6 +55,8 @@ constexpr const char* name_of(WaitTag tag) {
       return "NaN in the selection bias";
     case WaitTag::kInvalidId:
       return "expert id below -1";
+    case WaitTag::kHeld:
+      return "another launch of this group was running";
   }
   return "unknown";
 }
