@@ -59,7 +59,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
     quick, out = arguments.quick, arguments.out
     keep_values = ["-k", QUICK_VALUES] if quick else []
     keep_behaviour = ["-k", QUICK_BEHAVIOUR] if quick else []
-    behaviour = test_files("layer_repeat", "layer_graph", "layer_streams")
+    behaviour = test_files("layer_repeat", "layer_graph", "layer_streams", "layer_doctor")
     bench = [sys.executable, __file__, "--only-bench", "--out", str(out)]
     bench += ["--cases", arguments.cases or (QUICK_CASES if quick else "*")]
     bench += ["--seconds", str(arguments.seconds or (0.4 if quick else 1.0))]
