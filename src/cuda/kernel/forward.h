@@ -80,13 +80,11 @@ struct ForwardMemory {
   void* rows;
 };
 
-inline constexpr int32_t kTokenMaps = config::Forward{}.up().max_steps();
-
 struct ForwardParams {
   CUtensorMap up_weights[2];  // one of gate and up rows, or (separate) one of each
   CUtensorMap down_weights;
-  CUtensorMap row_tokens[kTokenMaps];     // [n - 1]: boxes of n * 8 rows of `rows`
-  CUtensorMap hidden_tokens[kTokenMaps];  // likewise of hidden rows
+  CUtensorMap row_tokens[config::kTokenMaps];     // [n - 1]: boxes of n * 8 rows of `rows`
+  CUtensorMap hidden_tokens[config::kTokenMaps];  // likewise of hidden rows
   CUtensorMap hidden_out;
   CUtensorMap row_out;
   bool separate_gate;

@@ -100,7 +100,7 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
   sizes.down_pairs = pairs(problem.hidden, config.down());
   sizes.column_pairs =
       std::min(column_pairs > 0 ? column_pairs : choose_column_pairs(problem), sizes.down_pairs);
-  sizes.column_blocks = static_cast<int32_t>(plan::ceil_div(sizes.down_pairs, sizes.column_pairs));
+  sizes.column_blocks = tile::ColumnBlocks{sizes.down_pairs, sizes.column_pairs}.count();
   sizes.column_width = sizes.column_pairs * config.down().out_columns() * config::kClusterSize;
   sizes.combine_tokens = choose_combine_tokens(problem.tokens);
   sizes.combine_units = static_cast<int32_t>(
@@ -226,7 +226,7 @@ void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
   const int64_t rows = int64_t{params.sizes.row_groups} * config::kRowGroup;
   const void* sorted = region<void>(arguments, table, ForwardScratch::kRows);
   const void* hidden = region<void>(arguments, table, ForwardScratch::kHidden);
-  for (int32_t steps = 1; steps <= kernel::kTokenMaps; ++steps) {
+  for (int32_t steps = 1; steps <= config::kTokenMaps; ++steps) {
     const uint32_t half = steps * tile::kTokenStep / config::kClusterSize;
     const auto tokens = [&](const void* base, int64_t columns, const char* name) {
       return encode(rows_view(base, rows, columns, config::kDepthStep, half), config.element, name);
