@@ -3,6 +3,7 @@
 // Groups and layers are handles: small numbers that stay valid, or fail with a text, whatever
 // Python does with them. A launch holds a reference to its group, so that closing a group while
 // another thread runs a launch on it is safe.
+#include <pthread.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
@@ -31,9 +32,15 @@ struct Handles {
   std::vector<fm_layer> layers;
 };
 
-// Never destroyed: threads may still be in a launch when the process exits.
+// Never destroyed: threads may still be in a launch when the process exits. A fork waits until no
+// thread has the lock, so that the child does not inherit it locked.
 Handles& handles() {
-  static Handles* const instance = new Handles;
+  static Handles* const instance = [] {
+    auto* made = new Handles;
+    pthread_atfork([] { handles().mutex.lock(); }, [] { handles().mutex.unlock(); },
+                   [] { handles().mutex.unlock(); });
+    return made;
+  }();
   return *instance;
 }
 

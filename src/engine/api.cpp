@@ -123,9 +123,20 @@ auto checked(fm_group_s& g, Check&& check) {
   }
 }
 
+// What `body` gives; what it throws names the layer, if that has a number.
+template <class Body>
+auto naming(const fm_layer& layer, Body&& body) {
+  try {
+    return body();
+  } catch (const Error& error) {
+    if (layer.layer_id == 0) throw;
+    fail(error.status(), error.what(), " (layer ", layer.layer_id, ")");
+  }
+}
+
 void launch_on_cpu(fm_group_s& g, const flashmoe::cpu::Call& call) {
   g.last_on_cuda = false;
-  flashmoe::cpu::run_call(call, g.group, g.workspace, g.pool, g.stats);
+  naming(call.layer, [&] { flashmoe::cpu::run_call(call, g.group, g.workspace, g.pool, g.stats); });
 }
 
 flashmoe::cuda::LaunchOptions cuda_options(flashmoe::fabric::Group& group) {
@@ -148,11 +159,16 @@ void run_forward(fm_group_s& g, const fm_layer* layer, const fm_forward_args* ar
   const auto given = checked(g, [&] { return take_versioned(args, "fm_forward_args"); });
   if (checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); })) {
     launch_on_cuda(g, known, checked(g, [&] {
-                     return flashmoe::engine::make_cuda_forward(g.group, known, given);
+                     return naming(known, [&] {
+                       return flashmoe::engine::make_cuda_forward(g.group, known, given);
+                     });
                    }));
   } else {
-    launch_on_cpu(
-        g, checked(g, [&] { return flashmoe::engine::make_forward_call(g.group, known, given); }));
+    launch_on_cpu(g, checked(g, [&] {
+                    return naming(known, [&] {
+                      return flashmoe::engine::make_forward_call(g.group, known, given);
+                    });
+                  }));
   }
 }
 
@@ -164,7 +180,9 @@ void run_backward(fm_group_s& g, const fm_layer* layer, const fm_backward_args* 
                   if (flashmoe::engine::is_on_cuda(given.device_type)) {
                     flashmoe::engine::refuse_cuda_backward();
                   }
-                  return flashmoe::engine::make_backward_call(g.group, known, given);
+                  return naming(known, [&] {
+                    return flashmoe::engine::make_backward_call(g.group, known, given);
+                  });
                 }));
 }
 

@@ -264,6 +264,54 @@ def test_forked_child_makes_its_own_group():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+FORKS = """
+import os, sys, threading, time
+import flashmoe
+
+over = threading.Event()
+def work():
+    while not over.is_set():
+        flashmoe.local_group(1)[0].close()
+
+flashmoe.local_group(1)[0].close()  # what the first call imports is there
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for attempt in range(60):
+    child = os.fork()
+    if child == 0:
+        flashmoe.local_group(1)[0].close()
+        os._exit(0)
+    end = time.monotonic() + 5
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > end:
+            os.kill(child, 9)
+            print("child", attempt, "hangs")
+            os._exit(1)
+        time.sleep(0.0005)
+over.set()
+"""
+
+
+def test_a_child_that_is_forked_while_groups_come_and_go_does_not_hang():
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_errors_name_the_layer_that_has_a_number():
+    layer = make_layer(tokens=4)
+    spoiled = layer.keywords() | {"x": layer.keywords()["x"] * float("nan")}
+    with pytest.raises(RoutingError, match=r"\(layer 17\)$"):
+        flashmoe.moe(**spoiled, layer_id=17)
+    with pytest.raises(RoutingError) as nameless:
+        flashmoe.moe(**spoiled)
+    assert "(layer" not in str(nameless.value)
+    narrow = layer.keywords()
+    narrow["w_down"] = narrow["w_down"][:, 1:]
+    with pytest.raises(ValueError, match=r"w_down.*\(layer 17\)$"):
+        flashmoe.moe(**narrow, layer_id=17)
+
+
 class Engine:
     """Groups whose handles are numbers; those of `failing` have a launch to report."""
 
