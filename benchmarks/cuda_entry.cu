@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
 #include "cuda/launch/forward.h"
 #include "cuda/launch/grouped_product.h"
+#include "plan/routing.h"
+#include "plan/rows.h"
 
 namespace {
 
@@ -77,6 +80,40 @@ void copy_text(const std::string& text, char* buffer, int64_t capacity) {
   buffer[length] = '\0';
 }
 
+// The plan of src/plan of one rank's slots, in the CPU engine's own steps (cpu/stage/plan.cpp).
+int64_t slot_rows_of(const plan::Problem& problem, double capacity_factor, const int32_t* ids,
+                     int32_t* slot_row) {
+  const int64_t tiles = plan::num_chunks(problem.tokens);
+  const int64_t tile_slots = plan::kTileTokens * problem.top_k;
+  const auto num_experts = static_cast<std::size_t>(problem.num_experts);
+  std::vector<int32_t> histograms(tiles * num_experts), counts(num_experts), ranks(problem.slots());
+  const auto each_tile = [&](auto&& visit) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = tile * tile_slots;
+      visit(first, std::min(tile_slots, problem.slots() - first), &histograms[tile * num_experts]);
+    }
+  };
+  each_tile([&](int64_t first, int64_t num_slots, int32_t* histogram) {
+    plan::tile_histogram(ids + first, num_slots, problem.num_experts, histogram);
+  });
+  plan::scan_histograms(histograms.data(), tiles, problem.num_experts, counts.data());
+  each_tile([&](int64_t first, int64_t num_slots, int32_t* cursor) {
+    plan::rank_slots(ids + first, num_slots, problem.num_experts, cursor, &ranks[first]);
+  });
+  const int64_t capacity = plan::expert_capacity(capacity_factor, problem);
+  for (int32_t& count : counts) {
+    count = static_cast<int32_t>(std::min<int64_t>(count, capacity));
+  }
+  std::vector<int64_t> begin(num_experts + 1), rows(num_experts), segments(num_experts);
+  const int64_t num_rows = plan::place_rows(problem, counts.data(), cuda::config::kRowGroup,
+                                            begin.data(), rows.data(), segments.data());
+  for (int64_t s = 0; s < problem.slots(); ++s) {
+    const bool is_kept = plan::is_kept(ranks[s], capacity);
+    slot_row[s] = is_kept ? static_cast<int32_t>(segments[ids[s]] + ranks[s]) : -1;
+  }
+  return num_rows;
+}
+
 }  // namespace
 
 extern "C" {
@@ -126,6 +163,31 @@ __attribute__((visibility("default"))) int32_t fm_cuda_forward(const fm_layer* l
 __attribute__((visibility("default"))) int64_t fm_cuda_forward_scratch_bytes(
     const fm_layer* layer, const fm_forward_args* operands) {
   return cuda::launch::forward_scratch_bytes(*layer, *operands);
+}
+
+// Where a region of that scratch begins, by its name in the region table, and its bytes; -1 if it
+// has none of this name.
+__attribute__((visibility("default"))) int64_t fm_cuda_forward_region(
+    const fm_layer* layer, const fm_forward_args* operands, const char* name, int64_t* bytes) {
+  const auto table = cuda::launch::forward_scratch(*layer, *operands);
+  for (const plan::Region& region : table.regions) {
+    if (std::strcmp(region.name, name) != 0) continue;
+    *bytes = region.bytes;
+    return region.offset;
+  }
+  return -1;
+}
+
+// slot_row [T * k]: the row that the CPU engine's plan gives each slot of ids [T * k], -1 none,
+// with experts at multiples of the CUDA engine's row group. Returns the number of rows.
+__attribute__((visibility("default"))) int64_t fm_plan_slot_rows(const fm_layer* layer,
+                                                                 int64_t tokens, const int32_t* ids,
+                                                                 int32_t* slot_row) {
+  plan::Problem problem;
+  problem.tokens = tokens;
+  problem.num_experts = layer->num_experts;
+  problem.top_k = layer->top_k;
+  return slot_rows_of(problem, layer->capacity_factor, ids, slot_row);
 }
 
 // Bytes of a workspace, and where its wait report (four 32-bit words) begins.

@@ -22,6 +22,13 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")  # fm_a
 GATE_ORDERS = ("concatenated", "interleaved")
 STATUS_NAMES = {0: "ok", 1: "invalid value", 8: "unsupported", 9: "internal"}
 TEXT_BYTES = 2048
+SIZES = (  # functions that return a number of bytes or rows
+    "fm_cuda_workspace_bytes",
+    "fm_cuda_report_offset",
+    "fm_cuda_forward_scratch_bytes",
+    "fm_cuda_forward_region",
+    "fm_plan_slot_rows",
+)
 
 
 class ProductError(RuntimeError):
@@ -68,8 +75,8 @@ def load() -> ctypes.CDLL:
     if path is None:
         raise ProductError(f"{LIBRARY} is in none of {', '.join(FOLDERS)}: make build with nvcc")
     library = ctypes.CDLL(str(path))
-    library.fm_cuda_workspace_bytes.restype = ctypes.c_int64
-    library.fm_cuda_report_offset.restype = ctypes.c_int64
+    for name in SIZES:
+        getattr(library, name).restype = ctypes.c_int64
     library.fm_cuda_wait_name.restype = ctypes.c_char_p
     return library
 

@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "240")
 SANITIZE_CASE = "tokens/3"
-QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits"
+VALUES = ("layer_values", "layer_routing", "layer_placement")
+QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits or way"
 QUICK_BEHAVIOUR = "100_runs or one_kernel_node or replays or wait_that or streams_in_turn"
 QUICK_CASES = "qwen3-30b,mixtral,olmoe,gpt-oss-20b,qwen3-30b-t1,qwen3-30b-t64"
 
@@ -58,7 +59,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
     quick, out = arguments.quick, arguments.out
     keep_values = ["-k", QUICK_VALUES] if quick else []
     keep_behaviour = ["-k", QUICK_BEHAVIOUR] if quick else []
-    behaviour = test_files("layer_repeat", "layer_graph", "layer_streams")
+    behaviour = test_files("layer_repeat", "layer_graph", "layer_streams", "layer_doctor")
     bench = [sys.executable, __file__, "--only-bench", "--out", str(out)]
     bench += ["--cases", arguments.cases or (QUICK_CASES if quick else "*")]
     bench += ["--seconds", str(arguments.seconds or (0.4 if quick else 1.0))]
@@ -69,7 +70,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
         "values": [
             Step(
                 "values",
-                [*PYTEST, *workers(), *test_files("layer_values", "layer_routing"), *keep_values],
+                [*PYTEST, *workers(), *test_files(*VALUES), *keep_values],
                 300,
             )
         ],
@@ -141,6 +142,7 @@ def bench(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"no case matches '{arguments.cases}'")
     bench_cuda.plot_roofline(records, arguments.out / "roofline.png")
     print("\n" + bench_cuda.table(records))
+    print("\n" + bench_cuda.timeline(records))
 
 
 def main() -> int:

@@ -187,7 +187,9 @@ typedef enum fm_backward_flags {
   FM_ACCUMULATE_W_DOWN = 4
 } fm_backward_flags;
 
-/* What the last launch of a group did on this rank. Times are wall clock of this rank. */
+/* What the last launch of a group did on this rank. Times are wall clock of this rank; on CUDA, of
+ * the GPU: when its first cluster went on from one phase to the next. These add up to `seconds`,
+ * although phases overlap; of a group whose graphs are replayed, they are of the last replay. */
 typedef struct fm_stats {
   uint32_t struct_size;
   uint32_t epoch;
@@ -228,6 +230,8 @@ FM_API fm_status fm_group_create_local(int32_t world, fm_group* out);
 /* W processes of one machine over POSIX shared memory. `token` names the group: the same text on
  * every rank, never used before. Collective; bounded by FLASHMOE_TIMEOUT_S. */
 FM_API fm_status fm_group_create_shm(const char* token, int32_t rank, int32_t world, fm_group* out);
+/* Frees the group, whatever it returns: the failure of a CUDA launch that no call has reported. It
+ * waits for the group's launches on CUDA; replays of captured graphs have to end before. */
 FM_API fm_status fm_group_destroy(fm_group group);
 FM_API fm_status fm_group_rank(fm_group group, int32_t* rank, int32_t* world);
 /* Ends every wait of every rank of the group; its launches fail with FM_ABORTED from then on. */
@@ -243,7 +247,8 @@ FM_API fm_status fm_group_set(fm_group group, const char* key, double value);
 FM_API fm_status fm_group_stats(fm_group group, fm_stats* out);
 
 /* On CUDA a launch that fails on the device (a wait that ran out, a router that gave NaN) is
- * reported by the next call on this group and by fm_group_stats, once. */
+ * reported by the next call on this group, by fm_group_stats or by fm_group_destroy, once. The last
+ * two wait for the launch. */
 FM_API fm_status fm_forward(fm_group group, const fm_layer* layer, const fm_forward_args* args);
 FM_API fm_status fm_backward(fm_group group, const fm_layer* layer, const fm_backward_args* args);
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,8 @@ def _load() -> Any:
         tvm_ffi.register_error(f"flashmoe.{name}", getattr(errors, name))
     module = tvm_ffi.load_module(str(LIBRARY))
     # Ranks that are threads of this process wait for each other inside these calls.
-    for name in ("forward", "backward", "group_shm", "group_refuse", "group_destroy"):
+    names = ("forward", "backward", "group_shm", "group_refuse", "group_stats", "group_destroy")
+    for name in names:
         getattr(module, name).release_gil = True
     return module
 
@@ -74,6 +76,16 @@ def stream_of(x: Any) -> int:
     import torch
 
     return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _forget_lock() -> None:
+    """In a forked child: another thread of the parent may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)
 
 
 def version() -> str:

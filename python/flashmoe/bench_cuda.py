@@ -13,15 +13,15 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
-from . import bench, functional, local_group, models, ops, reference
-from .bench import OURS, PEER
+from . import bench, bench_peers, local_group, models, ops, reference
+from .bench import OURS
 from .cases import Case
 from .check import same_bits
 from .gpu_timing import burst, microseconds, sustained, timed
 from .inputs import DTYPES, LAYOUTS
-from .passes import RankCall, call_layer, call_options
+from .passes import RankCall, call_layer, call_options, operator_call
+from .run import PHASES
 
 REFERENCE = "torch.bmm"
 DECODE_TOKENS = (1, 8, 64, 256)
@@ -89,14 +89,17 @@ def bench_case(case, dtype, group, seconds, ceilings):
     """The record of one case."""
     call = make_call(case, DTYPES[dtype], group)
     quality = measure_quality(case, call)
-    eager = make_contenders(case, call)
-    graphs = {name: graphed(one) for name, one in eager.items()}
+    peers, absent = bench_peers.find(case, call, call_layer(call)[0])
+    eager = {OURS: lambda: call_layer(call), REFERENCE: bare_products(case, call), **peers}
+    graphs = {
+        name: graphed(one) for name, one in eager.items() if name not in bench_peers.EAGER_ONLY
+    }
     graphs = {name: one for name, one in graphs.items() if one is not None}
     cold = make_flush()
     by_graph, clock, power, driver = sustained(graphs, seconds, cold)
     by_call, *_ = sustained(eager, seconds, cold)
     short = burst(graphs, cold)
-    group.stats()  # raises what a launch has reported
+    phases = measure_phases(call, group, cold)
     experts_hit = quality["experts_hit"]
     floor = floor_us(case, experts_hit, ceilings)
     us = by_graph[OURS]
@@ -117,10 +120,13 @@ def bench_case(case, dtype, group, seconds, ceilings):
         "eager_reference_us": round(by_call[REFERENCE], 1),
         "eager_ratio": round(by_call[REFERENCE] / by_call[OURS], 4),
         "eager_peers": bench.peers_of(by_call, REFERENCE),
+        "peer_versions": bench_peers.versions(peers),
+        "peers_absent": absent,
         "burst_us": round(short[OURS], 1),
         "burst_reference_us": round(short[REFERENCE], 1),
         "burst_ratio": round(short[REFERENCE] / short[OURS], 4),
         "burst_peers": bench.peers_of(short, REFERENCE),
+        "phases_us": phases,
         "floor_us": round(floor, 1),
         "over_floor": round(us / floor, 4),
         "tflops": round(flops(case) / us / 1e6, 1),
@@ -169,41 +175,17 @@ def make_call(case: Case, dtype, group, device="cuda"):
 
 def explain(case, dtype, group, device="cuda"):
     """How the layer of a case runs, as text."""
-    call = make_call(case, DTYPES[dtype], group, device)
-    keys = ("activation", "num_experts", "interleaved", "weight_on_input", "capacity_factor")
-    options = {key: call.options[key] for key in keys}
-    has_w_gate = "w_gate" in call.weights
-    config = functional._config(case.top_k, case.routing, has_w_gate, layer_id=0, **options)
-    tensors = {
-        name: functional._operand(name, tensor, call.options["transposed"])
-        for name, tensor in ({"x": call.x} | call.routing | call.weights).items()
-    }
+    tensors, config = operator_call(case, make_call(case, DTYPES[dtype], group, device))
     return ops.explain(tensors, config.encode(), group.name)
 
 
 # ---- contenders -------------------------------------------------------------------------------
 
 
-def make_contenders(case, call):
-    """Name -> function of no arguments that runs once."""
-    contenders = {OURS: lambda: call_layer(call), REFERENCE: bare_products(case, call)}
-    # the peer is written for the plain form; in fp16 it is a loop on the host
-    plain = not case.bias and LAYOUTS[case.layout][0] == "concatenated"
-    if plain and call.x.dtype == torch.bfloat16:
-        contenders[PEER] = grouped_layer(case, call)
-    return contenders
-
-
-def as_matrices(call, name):
-    """An expert weight as [E, in, out]."""
-    weight = call.weights[name]
-    return weight if call.options["transposed"] else weight.transpose(1, 2)
-
-
 def bare_products(case, call):
     """The up and the down product with the same number of rows for every expert."""
     rows = math.ceil(case.tokens[0] * case.top_k / case.experts)
-    up, down = as_matrices(call, "w_up"), as_matrices(call, "w_down")
+    up, down = (bench_peers.as_matrices(call, name) for name in ("w_up", "w_down"))
     x = call.x.new_empty(case.experts, rows, case.hidden).normal_()
     a = call.x.new_empty(case.experts, rows, case.intermediate).normal_()
 
@@ -211,34 +193,6 @@ def bare_products(case, call):
         return torch.bmm(x, up), torch.bmm(a, down)
 
     return products
-
-
-def grouped_layer(case, call):
-    """A layer around torch's grouped product, as a model file writes it: rows sorted by expert."""
-    grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    up, down = as_matrices(call, "w_up"), as_matrices(call, "w_down")
-    x, w_router = call.x, call.routing["w_router"]
-    every_slot = torch.arange(x.shape[0] * case.top_k, device=x.device)
-
-    def layer():
-        logits = F.linear(x, w_router).float()
-        scores = logits.sigmoid() if case.routing.score == "sigmoid" else logits.softmax(-1)
-        weights, ids = scores.topk(case.top_k, dim=-1)
-        if case.routing.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        sorted_ids, slots = ids.flatten().sort(stable=True)
-        ends = torch.searchsorted(sorted_ids, every_expert, right=True).to(torch.int32)
-        weight = weights.flatten()[slots, None].to(x.dtype)
-        rows = x[slots // case.top_k]
-        rows = rows * weight if case.weight_on_input else rows
-        hidden = reference.activate(grouped_mm(rows, up, offs=ends), case.activation_spec)
-        out = grouped_mm(hidden, down, offs=ends)
-        out = out if case.weight_on_input else out * weight
-        back = torch.empty_like(slots).scatter_(0, slots, every_slot)
-        return out[back].view(*ids.shape, -1).sum(1)
-
-    every_expert = torch.arange(case.experts, device=x.device)
-    return layer
 
 
 def graphed(contender):
@@ -326,6 +280,17 @@ def reference_layer(case, call, topk_ids, dtype):
     return y
 
 
+def measure_phases(call, group, cold):
+    """Phase -> microseconds of one eager call with a cold cache, by the kernel's own clock.
+
+    Of the launch's first cluster: when it went on. Raises what a launch has reported.
+    """
+    cold()
+    call_layer(call)
+    seconds = group.stats()["phase_seconds"]
+    return {name: round(one * 1e6, 1) for name, one in zip(PHASES, seconds, strict=True) if one}
+
+
 def measure_ceilings():
     """What the card does at best: a large bf16 product, and reading memory."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -371,28 +336,64 @@ def write_records(records, folder=None):
 
 
 def table(records):
-    """The records as aligned text, a line each."""
+    """The records as aligned text, a line each; peers as the time of the bare products over theirs,
+    with an e where only eager calls could be timed."""
+    peers = [name for name in bench_peers.MAKERS if any(share_of(one, name) for one in records)]
     lines = [
-        f"{'case':17}{'us':>9}{'bmm us':>9}{'ratio':>7}{'burst':>7}{'eager':>7}{'grouped':>8}"
-        f"{'x floor':>8}{'TFLOP/s':>8}{'MHz':>6}{'error':>7} bits"
+        f"{'case':17}{'us':>9}{'bmm us':>9}{'ratio':>7}{'burst':>7}{'eager':>7}{'x floor':>8}"
+        f"{'TFLOP/s':>8}{'MHz':>6}{'error':>7} bits  " + "".join(f"{name:>17}" for name in peers)
     ]
     for one in records:
-        peer = one["peers"].get(PEER)
-        share = f"{one['reference_us'] / peer:.3f}" if peer else "-"
         lines.append(
             f"{one['case']:17}{one['us']:9.1f}{one['reference_us']:9.1f}{one['ratio']:7.3f}"
-            f"{one['burst_ratio']:7.3f}{one['eager_ratio']:7.3f}{share:>8}{one['over_floor']:8.2f}"
+            f"{one['burst_ratio']:7.3f}{one['eager_ratio']:7.3f}{one['over_floor']:8.2f}"
             f"{one['tflops']:8.0f}{one['sm_clock_mhz']:6.0f}{one['error_ratio']:7.3f} "
-            f"{'same' if one['bitwise'] else 'DIFFER'}"
+            f"{'same  ' if one['bitwise'] else 'DIFFER'}"
+            + "".join(f"{share_of(one, name) or '-':>17}" for name in peers)
         )
-    if records:
-        first = records[0]
-        lines.append(
-            f"{first['gpu']}, {first['dtype']}: bf16 product {first['peak_tflops']:.0f} TFLOP/s, "
-            f"reading {first['read_gb_per_s']:.0f} GB/s. us, ratio: graph replays in turn; grouped:"
-            f" bmm over a {PEER} layer"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *footer(records)])
+
+
+def timeline(records):
+    """Where each launch's time goes, as aligned text: microseconds and percent of each phase."""
+    names = [name for name in PHASES if any(name in one["phases_us"] for one in records)]
+    lines = [f"{'case':17}{'us':>9}" + "".join(f"{name:>16}" for name in names)]
+    for one in records:
+        phases = one["phases_us"]
+        total = sum(phases.values()) or 1.0
+        shown = [phases.get(name, 0.0) for name in names]
+        parts = "".join(f"{us:10.1f}{us / total:5.0%} " for us in shown)
+        lines.append(f"{one['case']:17}{total:9.1f}{parts}")
+    return "\n".join([*lines, "phases: when the first cluster of one eager launch went on"])
+
+
+def share_of(record, peer):
+    """The time of the bare products over a peer's, as text; "" where it was not timed."""
+    if peer in record["peers"]:
+        return f"{record['reference_us'] / record['peers'][peer]:.3f}"
+    if peer in record["eager_peers"]:
+        return f"{record['eager_reference_us'] / record['eager_peers'][peer]:.3f} e"
+    return ""
+
+
+def footer(records):
+    """What the table was measured with, and which peers are missing."""
+    if not records:
+        return []
+    first = records[0]
+    versions = {name: text for one in records for name, text in one["peer_versions"].items()}
+    missing = dict.fromkeys(
+        f"{name}: {reason}"
+        for one in records
+        for name, reason in one["peers_absent"].items()
+        if reason.startswith(bench_peers.NOT_INSTALLED)
+    )
+    return [
+        f"{first['gpu']}, {first['dtype']}: bf16 product {first['peak_tflops']:.0f} TFLOP/s, "
+        f"reading {first['read_gb_per_s']:.0f} GB/s. us, ratio: graph replays in turn",
+        *(f"{name} {text}" for name, text in versions.items()),
+        *missing,
+    ]
 
 
 def plot_roofline(records, path):

@@ -8,6 +8,7 @@ reference (`compare`), which runs on the same device.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -68,9 +69,10 @@ class GroupPool:
         return self.groups[ranks]
 
     def drop(self, ranks):
-        """Closes the groups of `ranks` ranks."""
+        """Closes the groups of `ranks` ranks; what they failed with has its record."""
         for group in self.groups.pop(ranks, []):
-            group.close()
+            with suppress(errors.FlashMoEError):
+                group.close()
 
     def close(self):
         """Closes all groups."""

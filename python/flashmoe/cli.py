@@ -138,6 +138,9 @@ def add_bench(commands):
     bench.add_argument(
         "--explain", action="store_true", help="say how the cases would run, and time nothing"
     )
+    bench.add_argument(
+        "--timeline", action="store_true", help="on cuda: also where each launch's time goes"
+    )
     bench.add_argument("--write", action="store_true", help="append to benchmarks/results")
     bench.add_argument("--plot", metavar="FILE", help="write a PNG")
     add_common(bench)
@@ -255,6 +258,8 @@ def command_bench(arguments):
         return explain_bench(arguments)
     if arguments.device == "cuda":
         return command_bench_cuda(arguments)
+    if arguments.timeline:
+        raise ValueError("--timeline is given with device cpu; accepted: --device cuda")
     count = bench.planned(arguments.case, arguments.dtype)
     if not count:
         raise ValueError(f"no speed case matches {arguments.case!r}")
@@ -299,6 +304,8 @@ def command_bench_cuda(arguments):
                 report.print_json(record)
     if not arguments.json:
         print(bench_cuda.table(records))
+    if arguments.timeline and not arguments.json:
+        print(f"\n{bench_cuda.timeline(records)}")
     if arguments.write:
         print(f"appended to {bench_cuda.write_records(records)}", file=sys.stderr)
     if arguments.plot:

@@ -1,8 +1,9 @@
 """`flashmoe doctor`: what of this machine FlashMoE can use, and what to do about what it can not.
 
 Every check tries the thing itself where it can: a layer on one rank, on threads, over shared
-memory, through torch, on two ranks of mpirun; a collective of gloo; a program for the compiler.
-What is only looked up says so. Nothing here needs more than the package's own dependencies.
+memory, through torch, on two ranks of mpirun, on a Hopper GPU; a collective of gloo; a program for
+the compiler. What is only looked up says so. Nothing here needs more than the package's own
+dependencies.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ MIN_GXX = 12
 MIN_NVCC = (12, 4)
 SHOWN_RANKS, SHOWN_HIDDEN = 8, 4096  # an example
 SMALL_SHM_BYTES = 1 << 30  # containers have 64 MiB unless told otherwise
+TORCH = "for autograd and process groups: pip install 'flashmoe[torch]'"
 HOPPER = (9, 0)  # the compute capability that the kernels are for
 COMMAND_TIMEOUT_S = 60
 GLOO_TIMEOUT_S = 20
@@ -75,8 +77,10 @@ def lines(checks: list[Check]) -> Iterator[str]:
         if check.advice:
             yield f"{'':23} -> {check.advice}"
     problems = [check.name for check in checks if check.status == PROBLEM]
+    on_gpu = any(check.name == "gpu layer" and check.status == OK for check in checks)
+    works = f"FlashMoE works here, on the CPU{' and the GPU' if on_gpu else ''}"
     yield ""
-    yield f"to be mended: {', '.join(problems)}" if problems else "FlashMoE works here, on the CPU"
+    yield f"to be mended: {', '.join(problems)}" if problems else works
 
 
 def first_line(error: BaseException) -> str:
@@ -220,8 +224,7 @@ def torch(name: str) -> Iterator[Check]:
     try:
         import torch
     except ModuleNotFoundError:
-        advice = "for autograd and process groups: pip install 'flashmoe[torch]'"
-        yield Check(name, ABSENT, "not installed", advice)
+        yield Check(name, ABSENT, "not installed", TORCH)
         return
     from .functional import experts
 
@@ -464,6 +467,23 @@ def built_with_cuda() -> bool:
     return "built without CUDA" not in _core.build_info()
 
 
+def gpu_layer(name: str) -> Iterator[Check]:
+    """A small layer on the GPU beside the CPU engine's, and its time."""
+    try:
+        from . import gpu_layer as tried
+    except ModuleNotFoundError:
+        yield Check(name, ABSENT, "not tried: PyTorch is not installed", TORCH)
+        return
+    if reason := tried.missing():
+        yield Check(name, ABSENT, f"not tried: {reason}", "the layer runs on the CPU")
+        return
+    try:
+        yield Check(name, OK, tried.check())
+    except Exception as error:
+        advice = "run flashmoe check --device cuda, and report what it says"
+        yield Check(name, PROBLEM, first_line(error), advice)
+
+
 def peer_access(name: str, driver: Driver, count: int) -> Check:
     pairs = list(permutations(range(count), 2))
     apart = [f"{one} to {other}" for one, other in pairs if not driver.reaches(one, other)]
@@ -486,4 +506,5 @@ EXAMINERS: dict[str, Callable[[str], Iterator[Check]]] = {
     "compiler": compiler,
     "cuda": cuda,
     "gpu": gpus,
+    "gpu layer": gpu_layer,
 }

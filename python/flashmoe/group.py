@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import _core
-from .errors import UnsupportedError
+from .errors import FlashMoEError, UnsupportedError
 
 SELF = "self"
 
@@ -69,14 +69,21 @@ class Group:
         _core.engine().group_set(self.handle, key, float(value))
 
     def stats(self) -> dict[str, Any]:
-        """What the last launch did on this rank: the fields of ``fm_stats``, lists for arrays."""
+        """What the last launch did on this rank: the fields of ``fm_stats``, lists for arrays.
+
+        On CUDA waits for that launch, and raises what a launch has reported.
+        """
         values = dict(_core.engine().group_stats(self.handle))
         for key in ("phase_seconds", "phase_flops"):
             values[key] = [float(value) for value in values[key]]
         return values
 
     def close(self) -> None:
-        """Releases the group; a second close does nothing."""
+        """Releases the group; a second close does nothing.
+
+        On CUDA waits for its launches, and raises what one has reported that no call has raised:
+        the group is closed all the same.
+        """
         with _lock:
             if _groups.get(self.name) is not self:
                 return
@@ -86,8 +93,12 @@ class Group:
     def __enter__(self) -> Group:
         return self
 
-    def __exit__(self, *unused: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+        try:
+            self.close()
+        except FlashMoEError:
+            if kind is None:  # else what ended the block is the news
+                raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Group:
         return self
@@ -325,8 +336,14 @@ def _close_all() -> None:
         if mpi is not None and not mpi.Is_finalized():
             communicator.Delete_attr(_communicator_key)
     _process_groups.clear()
+    first = None
     for group in list(_groups.values()):
-        group.close()
+        try:
+            group.close()
+        except FlashMoEError as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def _forget() -> None:

@@ -282,6 +282,15 @@ def _receive(
     return message if isinstance(message, dict) else {}
 
 
+def _has_other_end(connection: socket.socket, address: Any) -> bool:
+    """Gives the socket a port; False if that is the one it is to call. With nobody there, a socket
+    whose port happens to be that one connects to itself."""
+    if connection.family == socket.AF_UNIX:
+        return True
+    connection.bind(("::" if connection.family == socket.AF_INET6 else "", 0))
+    return bool(connection.getsockname()[1] != address[1])
+
+
 def _report(launch: Launch, own: dict[str, Any], deadline: float | None) -> dict[str, Any]:
     """Another rank: tells rank 0 its value, and hears the outcome."""
     text = json.dumps(own).encode() + b"\n"
@@ -290,6 +299,8 @@ def _report(launch: Launch, own: dict[str, Any], deadline: float | None) -> dict
         with connection:
             connection.settimeout(_left(deadline))
             try:
+                if not _has_other_end(connection, address):
+                    continue
                 connection.connect(address)
                 connection.sendall(text)
             except OSError:  # rank 0 does not listen yet

@@ -110,6 +110,22 @@ def call_options(case, group):
     return options
 
 
+def operator_call(case, call):
+    """(operands by name, LayerConfig): a call as the operators of `ops` take it."""
+    from . import functional
+
+    keys = ("activation", "num_experts", "interleaved", "weight_on_input", "capacity_factor")
+    options = {key: call.options[key] for key in keys}
+    config = functional._config(
+        case.top_k, case.routing, "w_gate" in call.weights, layer_id=0, **options
+    )
+    operands = {"x": call.x} | call.routing | call.weights
+    transposed = call.options["transposed"]
+    return {
+        name: functional._operand(name, tensor, transposed) for name, tensor in operands.items()
+    }, config
+
+
 def call_layer(call):
     """(y, RoutingResult or None) of one rank."""
     import flashmoe

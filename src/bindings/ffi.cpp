@@ -3,6 +3,7 @@
 // Groups and layers are handles: small numbers that stay valid, or fail with a text, whatever
 // Python does with them. A launch holds a reference to its group, so that closing a group while
 // another thread runs a launch on it is safe.
+#include <pthread.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
@@ -31,16 +32,26 @@ struct Handles {
   std::vector<fm_layer> layers;
 };
 
-// Never destroyed: threads may still be in a launch when the process exits.
+// Never destroyed: threads may still be in a launch when the process exits. A fork waits until no
+// thread has the lock, so that the child does not inherit it locked.
 Handles& handles() {
-  static Handles* const instance = new Handles;
+  static Handles* const instance = [] {
+    auto* made = new Handles;
+    pthread_atfork([] { handles().mutex.lock(); }, [] { handles().mutex.unlock(); },
+                   [] { handles().mutex.unlock(); });
+    return made;
+  }();
   return *instance;
 }
+
+// What the last group that this thread destroyed had still to report.
+thread_local fm_status destroyed = FM_OK;
 
 int64_t add_group(fm_group group) {
   std::lock_guard lock(handles().mutex);
   const int64_t handle = handles().next_group++;
-  handles().groups.emplace(handle, GroupRef(group, [](fm_group last) { fm_group_destroy(last); }));
+  handles().groups.emplace(
+      handle, GroupRef(group, [](fm_group last) { destroyed = fm_group_destroy(last); }));
   return handle;
 }
 
@@ -94,8 +105,13 @@ int64_t group_shm(const ffi::String& token, int32_t rank, int32_t world) {
 
 void group_destroy(int64_t handle) {
   GroupRef last = group_of(handle);
-  std::lock_guard lock(handles().mutex);
-  handles().groups.erase(handle);
+  {
+    std::lock_guard lock(handles().mutex);
+    handles().groups.erase(handle);
+  }
+  destroyed = FM_OK;
+  last.reset();  // unless a launch of another thread goes on
+  check(destroyed);
 }
 
 ffi::Array<int64_t> group_rank(int64_t handle) {

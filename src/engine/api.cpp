@@ -37,6 +37,7 @@ struct fm_group_s {
   flashmoe::cpu::ThreadPool pool;
   flashmoe::cuda::Engine cuda;
   fm_stats stats{};
+  bool last_on_cuda = false;  // the launch that `stats` is of
 };
 
 namespace {
@@ -122,8 +123,20 @@ auto checked(fm_group_s& g, Check&& check) {
   }
 }
 
+// What `body` gives; what it throws names the layer, if that has a number.
+template <class Body>
+auto naming(const fm_layer& layer, Body&& body) {
+  try {
+    return body();
+  } catch (const Error& error) {
+    if (layer.layer_id == 0) throw;
+    fail(error.status(), error.what(), " (layer ", layer.layer_id, ")");
+  }
+}
+
 void launch_on_cpu(fm_group_s& g, const flashmoe::cpu::Call& call) {
-  flashmoe::cpu::run_call(call, g.group, g.workspace, g.pool, g.stats);
+  g.last_on_cuda = false;
+  naming(call.layer, [&] { flashmoe::cpu::run_call(call, g.group, g.workspace, g.pool, g.stats); });
 }
 
 flashmoe::cuda::LaunchOptions cuda_options(flashmoe::fabric::Group& group) {
@@ -133,6 +146,7 @@ flashmoe::cuda::LaunchOptions cuda_options(flashmoe::fabric::Group& group) {
 void launch_on_cuda(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {
   g.group.waiter().check_abort();
   g.cuda.forward(layer, args, cuda_options(g.group));
+  g.last_on_cuda = true;
   g.stats = {};
   g.stats.epoch = g.group.begin_epoch();
   g.stats.scratch_bytes = g.stats.allocated_bytes = g.cuda.scratch_bytes();
@@ -145,11 +159,16 @@ void run_forward(fm_group_s& g, const fm_layer* layer, const fm_forward_args* ar
   const auto given = checked(g, [&] { return take_versioned(args, "fm_forward_args"); });
   if (checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); })) {
     launch_on_cuda(g, known, checked(g, [&] {
-                     return flashmoe::engine::make_cuda_forward(g.group, known, given);
+                     return naming(known, [&] {
+                       return flashmoe::engine::make_cuda_forward(g.group, known, given);
+                     });
                    }));
   } else {
-    launch_on_cpu(
-        g, checked(g, [&] { return flashmoe::engine::make_forward_call(g.group, known, given); }));
+    launch_on_cpu(g, checked(g, [&] {
+                    return naming(known, [&] {
+                      return flashmoe::engine::make_forward_call(g.group, known, given);
+                    });
+                  }));
   }
 }
 
@@ -161,7 +180,9 @@ void run_backward(fm_group_s& g, const fm_layer* layer, const fm_backward_args* 
                   if (flashmoe::engine::is_on_cuda(given.device_type)) {
                     flashmoe::engine::refuse_cuda_backward();
                   }
-                  return flashmoe::engine::make_backward_call(g.group, known, given);
+                  return naming(known, [&] {
+                    return flashmoe::engine::make_backward_call(g.group, known, given);
+                  });
                 }));
 }
 
@@ -249,8 +270,10 @@ fm_status fm_group_create_shm(const char* token, int32_t rank, int32_t world, fm
 }
 
 fm_status fm_group_destroy(fm_group group) {
-  delete group;
-  return FM_OK;
+  const std::unique_ptr<fm_group_s> last(group);
+  return guarded([&] {
+    if (last != nullptr) last->cuda.finish();
+  });
 }
 
 fm_status fm_group_rank(fm_group group, int32_t* rank, int32_t* world) {
@@ -290,7 +313,8 @@ fm_status fm_group_stats(fm_group group, fm_stats* out) {
     auto& g = take_group(group);
     const uint32_t size = take_versioned(out, "fm_stats").struct_size;
     const std::lock_guard lock(g.group.launch_mutex());
-    g.cuda.raise_reports();
+    g.cuda.finish();
+    if (g.last_on_cuda) g.cuda.time_last(g.stats);
     std::memcpy(static_cast<void*>(out), &g.stats, size);
     out->struct_size = size;
   });

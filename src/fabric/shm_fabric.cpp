@@ -154,7 +154,8 @@ class ShmFabric final : public Fabric {
         controls_(world),
         data_(world),
         grown_(world),
-        processes_(world) {
+        processes_(world),
+        gone_(world) {
     remove_orphans();
     controls_[rank] = Segment::create(name_of(rank), sizeof(ControlBlock));
     introduce(*new (controls_[rank].memory()) ControlBlock(), world);
@@ -178,6 +179,7 @@ class ShmFabric final : public Fabric {
   std::byte* data(int32_t rank) const override { return data_[rank].memory(); }
 
   bool is_alive(int32_t rank) const override {
+    if (gone_[rank]) return false;
     if (!processes_[rank].is_open()) return true;  // not known
     pollfd process{.fd = processes_[rank].get(), .events = POLLIN, .revents = 0};
     return poll(&process, 1, 0) <= 0;  // readable once the process has ended
@@ -241,12 +243,14 @@ class ShmFabric final : public Fabric {
     const bool known = own.process_space != 0 && own.process_space == other.process_space;
     if (!known || own.process == other.process) return;
     processes_[peer] = File(static_cast<int>(syscall(SYS_pidfd_open, other.process, 0)));
+    gone_[peer] = !processes_[peer].is_open() && errno == ESRCH;
   }
 
   std::string token_;
   int32_t rank_;
   std::vector<Segment> controls_, data_, grown_;
   std::vector<File> processes_;  // of the peers
+  std::vector<bool> gone_;       // ended before they could be watched
 };
 
 }  // namespace

@@ -1,7 +1,9 @@
-// Integer helpers of the plan, usable on host and device.
+// Integer helpers of the plan, usable on host and device. Their type is that of their operands:
+// kernels count in 32 bits, where a 64-bit division would be a call.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define FM_HD __host__ __device__
@@ -11,9 +13,21 @@
 
 namespace flashmoe::plan {
 
-FM_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FM_HD constexpr int64_t align_up(int64_t a, int64_t unit) { return ceil_div(a, unit) * unit; }
-FM_HD constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FM_HD constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+template <class A, class B>
+FM_HD constexpr std::common_type_t<A, B> ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
+template <class A, class B>
+FM_HD constexpr std::common_type_t<A, B> align_up(A a, B unit) {
+  return ceil_div(a, unit) * unit;
+}
+template <class A, class B>
+FM_HD constexpr std::common_type_t<A, B> min_of(A a, B b) {
+  return a < b ? a : b;
+}
+template <class A, class B>
+FM_HD constexpr std::common_type_t<A, B> max_of(A a, B b) {
+  return a > b ? a : b;
+}
 
 }  // namespace flashmoe::plan

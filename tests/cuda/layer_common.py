@@ -8,7 +8,8 @@ from typing import Any
 
 import flashmoe
 import torch
-from flashmoe import _core, check
+from flashmoe import _core, check, compare, reference
+from flashmoe.inputs import DTYPES
 
 
 @cache
@@ -82,6 +83,26 @@ def make_layer(
 def same_bits(one, other):
     """Whether two lists of tensors agree in every bit (NaN too)."""
     return all(check.same_bits(*pair) for pair in zip(one, other, strict=True))
+
+
+def may_differ(case, operands, dtype):
+    """[T] bool: tokens where two of the best k + 1 scores, or the last group chosen and the next
+    one, are closer than fp32 rounding of the logits allows to tell apart. operands: on the host."""
+    x, routing, bias = operands.x[0], case.routing, operands.selection_bias
+    logits = reference.router_logits(x, operands.w_router, operands.router_bias)
+    margin = compare.selection_margin(case, operands, x, logits, DTYPES[dtype])
+    best, place = reference.selection_scores(logits, routing, bias).sort(dim=-1, descending=True)
+    slack = margin.gather(-1, place)
+    close = best[:, :-1] - best[:, 1:] <= slack[:, :-1] + slack[:, 1:]
+    tied = close[:, : case.top_k].any(-1)
+    if routing.num_groups > 1:
+        scores = reference.scores(logits, routing.score)
+        scores = scores if bias is None else scores + bias
+        of_groups = reference.group_scores(scores, routing).sort(-1, descending=True).values
+        if routing.top_groups < routing.num_groups:
+            gap = of_groups[:, routing.top_groups - 1] - of_groups[:, routing.top_groups]
+            tied |= gap <= 2 * routing.group_top * margin.amax(-1)
+    return tied
 
 
 def finish(group):

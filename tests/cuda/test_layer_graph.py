@@ -6,7 +6,7 @@ import torch
 from cuda_products import count_graph_nodes
 from flashmoe import ops
 from flashmoe.config import LayerConfig
-from flashmoe.errors import WaitTimeoutError
+from flashmoe.errors import UnsupportedError, WaitTimeoutError
 from layer_common import finish, make_layer, same_bits
 
 REPLAYS = 1000
@@ -90,6 +90,50 @@ def test_a_replay_that_fails_is_raised_by_stats_and_the_next_one_works(group):
     graph.replay()
     finish(group)
     assert same_bits([y, *routed], expected)
+
+
+def test_a_call_beside_a_replay_is_turned_away_and_named(group):
+    """Both leave multiprocessors free, and nobody has ordered them."""
+    layer = make_layer(tokens=8192, hidden=1024, intermediate=512)
+    group.set("max_sms", 16)
+    expected = layer.outputs(group)
+    graph, (y, routed) = captured(lambda: layer(group))
+    side = torch.cuda.Stream()
+    y.fill_(-1)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        graph.replay()  # takes about a millisecond
+    layer(group)
+    with pytest.raises(UnsupportedError, match="another launch of this group was running"):
+        group.stats()
+    torch.cuda.synchronize()
+    assert same_bits([y, *routed], expected)
+    for _ in range(3):
+        assert same_bits(layer.outputs(group), expected)
+        graph.replay()
+        torch.cuda.synchronize()
+    finish(group)
+    assert same_bits([y, *routed], expected)
+
+
+def test_launches_on_all_multiprocessors_do_not_run_side_by_side(group):
+    """There is no room for a second one: what its owner has not ordered, the GPU has."""
+    layers = [make_layer(tokens=3000, hidden=512, seed=seed) for seed in range(2)]
+    group.set("timeout_s", 2)
+    expected = [layer.outputs(group) for layer in layers]
+    made = [captured(lambda layer=layer: layer(group)) for layer in layers]
+    streams = [torch.cuda.Stream() for _ in made]
+    for _ in range(100):
+        for _, (y, _) in made:
+            y.fill_(-1)
+        torch.cuda.synchronize()
+        for (graph, _), stream in zip(made, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                graph.replay()
+        finish(group)
+        for (_, (y, routed)), right in zip(made, expected, strict=True):
+            assert same_bits([y, *routed], right)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

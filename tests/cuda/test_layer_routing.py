@@ -3,11 +3,12 @@
 import flashmoe
 import pytest
 import torch
-from flashmoe import compare, reference
+from flashmoe import compare
 from flashmoe.cases import Case
 from flashmoe.config import Routing
 from flashmoe.inputs import DTYPES, make_operands, on_device
 from flashmoe.passes import engine_pass
+from layer_common import may_differ
 
 ROUTINGS = {
     "softmax": Routing(),
@@ -25,25 +26,6 @@ def both(case, operands, dtype):
         on_cpu = engine_pass(case, operands, dtype, [group], False).routed[0]
         on_gpu = engine_pass(case, on_device(operands, "cuda"), dtype, [group], False).routed[0]
     return on_cpu, type(on_gpu)(*(tensor.cpu() for tensor in on_gpu))
-
-
-def may_differ(case, operands, dtype):
-    """[T] bool: tokens where two of the best k + 1 scores, or the last group chosen and the next
-    one, are closer than fp32 rounding of the logits allows to tell apart."""
-    x, routing = operands.x[0], case.routing
-    logits = reference.router_logits(x, operands.w_router, operands.router_bias)
-    margin = compare.selection_margin(case, operands, x, logits, DTYPES[dtype])
-    scores = reference.selection_scores(logits, routing)
-    best, place = scores.sort(dim=-1, descending=True)
-    slack = margin.gather(-1, place)
-    close = best[:, :-1] - best[:, 1:] <= slack[:, :-1] + slack[:, 1:]
-    tied = close[:, : case.top_k].any(-1)
-    if routing.num_groups > 1:
-        scores = reference.scores(logits, routing.score)
-        of_groups = reference.group_scores(scores, routing).sort(-1, descending=True).values
-        gap = of_groups[:, routing.top_groups - 1] - of_groups[:, routing.top_groups]
-        tied |= gap <= 2 * routing.group_top * margin.amax(-1)
-    return tied
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

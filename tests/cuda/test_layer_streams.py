@@ -1,11 +1,14 @@
 """Streams and threads that share one scratch, and launches that fail on the GPU."""
 
+import subprocess
+import sys
 import threading
 
 import flashmoe
 import pytest
 import torch
 from flashmoe.errors import RoutingError, WaitTimeoutError
+from flashmoe.run import PHASES
 from layer_common import finish, make_layer, same_bits
 
 ROUNDS = 30
@@ -66,6 +69,58 @@ def test_a_wait_that_runs_out_is_raised_once_and_the_group_works_on(group):
         layer(group)
     assert same_bits(layer.outputs(group), expected)
     finish(group)
+
+
+def test_close_raises_what_the_last_launch_reported():
+    [group] = flashmoe.local_group(1)
+    layer = make_layer(tokens=2000, experts=64, hidden=1024)
+    layer(group)
+    group.set("timeout_s", 1e-9)
+    layer(group)
+    with pytest.raises(WaitTimeoutError, match="a wait ran out of time"):
+        group.close()
+    with pytest.raises(ValueError, match="closed"):
+        layer(group)
+
+
+def test_what_ends_a_block_is_raised_not_what_its_last_launch_reported():
+    [group] = flashmoe.local_group(1)
+    layer = make_layer()
+    spoiled = layer.x * float("nan")
+    with pytest.raises(KeyError), group:
+        layer(group, spoiled)
+        raise KeyError
+
+
+def test_the_end_of_the_process_says_what_the_last_launch_reported():
+    program = """
+import flashmoe, torch
+x, w_router = (torch.full((n, 64), float("nan"), device="cuda").bfloat16() for n in (8, 4))
+w_up, w_down = (torch.ones(4, n, 64, device="cuda").bfloat16() for n in (128, 64))
+flashmoe.moe(x, w_router, w_up, w_down, top_k=2)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "RoutingError" in ended.stderr and "router logits" in ended.stderr, ended.stderr
+
+
+def test_phases_add_up_to_the_launch(group):
+    for tokens in (0, 3, 300, 6000):
+        layer = make_layer(tokens=tokens, hidden=1024)
+        layer(group)
+        group.stats()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        layer(group)
+        end.record()
+        stats = group.stats()  # waits for the launch
+        torch.cuda.synchronize()
+        phases = dict(zip(PHASES, stats["phase_seconds"], strict=True))
+        assert all(phases[name] == 0 for name in ("push", "weight", "return")), phases
+        assert all(seconds >= 0 for seconds in phases.values()), phases
+        if tokens:
+            assert all(phases[name] > 0 for name in ("route", "plan", "up", "combine")), phases
+        assert sum(phases.values()) == pytest.approx(stats["seconds"], rel=1e-6)
+        assert 1e-6 < stats["seconds"] <= start.elapsed_time(end) * 1e-3 + 1e-5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)

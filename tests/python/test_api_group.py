@@ -14,6 +14,7 @@ from flashmoe import group as groups
 from flashmoe.errors import (
     GroupAbortedError,
     RankMismatchError,
+    RoutingError,
     UnsupportedError,
 )
 
@@ -261,3 +262,106 @@ def test_forked_child_makes_its_own_group():
     if child == 0:
         os._exit(0 if torch.equal(flashmoe.moe(**layer.keywords())[0], expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+FORKS = """
+import os, sys, threading, time
+import flashmoe
+
+over = threading.Event()
+def work():
+    while not over.is_set():
+        flashmoe.local_group(1)[0].close()
+
+flashmoe.local_group(1)[0].close()  # what the first call imports is there
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for attempt in range(60):
+    child = os.fork()
+    if child == 0:
+        flashmoe.local_group(1)[0].close()
+        os._exit(0)
+    end = time.monotonic() + 5
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > end:
+            os.kill(child, 9)
+            print("child", attempt, "hangs")
+            os._exit(1)
+        time.sleep(0.0005)
+over.set()
+"""
+
+
+def test_a_child_that_is_forked_while_groups_come_and_go_does_not_hang():
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_errors_name_the_layer_that_has_a_number():
+    layer = make_layer(tokens=4)
+    spoiled = layer.keywords() | {"x": layer.keywords()["x"] * float("nan")}
+    with pytest.raises(RoutingError, match=r"\(layer 17\)$"):
+        flashmoe.moe(**spoiled, layer_id=17)
+    with pytest.raises(RoutingError) as nameless:
+        flashmoe.moe(**spoiled)
+    assert "(layer" not in str(nameless.value)
+    narrow = layer.keywords()
+    narrow["w_down"] = narrow["w_down"][:, 1:]
+    with pytest.raises(ValueError, match=r"w_down.*\(layer 17\)$"):
+        flashmoe.moe(**narrow, layer_id=17)
+
+
+class Engine:
+    """Groups whose handles are numbers; those of `failing` have a launch to report."""
+
+    def __init__(self, *failing):
+        self.failing = failing
+        self.destroyed = []
+
+    def group_rank(self, handle):
+        return 0, 1
+
+    def group_destroy(self, handle):
+        self.destroyed.append(handle)
+        if handle in self.failing:
+            raise RoutingError(f"launch of {handle}")
+
+
+@pytest.fixture
+def only_these(monkeypatch):
+    """A function that makes groups of an engine of one's own, the only ones there are."""
+    from flashmoe import _core
+
+    def make(engine, count):
+        monkeypatch.setattr(_core, "engine", lambda: engine)
+        monkeypatch.setattr(groups, "_groups", {})
+        return [groups.Group(handle, f"fake:{handle}") for handle in range(count)]
+
+    return make
+
+
+def test_close_raises_what_a_launch_has_reported_and_closes(only_these):
+    engine = Engine(0)
+    [group] = only_these(engine, 1)
+    with pytest.raises(RoutingError, match="launch of 0"):
+        group.close()
+    group.close()
+    assert engine.destroyed == [0]
+
+
+def test_leaving_a_block_raises_it_unless_the_block_has_failed(only_these):
+    one, other = only_these(Engine(0, 1), 2)
+    with pytest.raises(RoutingError), one:
+        pass
+    with pytest.raises(KeyError), other:
+        raise KeyError
+
+
+def test_the_end_of_the_process_closes_all_groups_and_raises_the_first_failure(only_these):
+
+    engine = Engine(1, 2)
+    only_these(engine, 4)
+    with pytest.raises(RoutingError, match="launch of 1"):
+        groups._close_all()
+    assert engine.destroyed == [0, 1, 2, 3]

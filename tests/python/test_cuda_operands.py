@@ -211,7 +211,7 @@ def test_records_are_kept_by_the_name_of_the_gpu(tmp_path):
     case = bench_cuda.gpu_cases()["olmoe"]
     record = bench.measurement(
         case,
-        {bench_cuda.OURS: 20.0, bench_cuda.REFERENCE: 18.0, bench_cuda.PEER: 40.04},
+        {bench_cuda.OURS: 20.0, bench_cuda.REFERENCE: 18.0, bench.PEER: 40.04},
         bench_cuda.REFERENCE,
         direction="forward",
         dtype="bf16",
@@ -220,7 +220,17 @@ def test_records_are_kept_by_the_name_of_the_gpu(tmp_path):
         gpu="NVIDIA H200",
     )
     assert (record["device"], record["ratio"], record["tokens"]) == ("cuda", 0.9, 8192)
-    assert record["peers"] == {bench_cuda.PEER: 40.0}
+    assert record["peers"] == {bench.PEER: 40.0}
     path = bench_cuda.write_records([record], tmp_path)
     assert path.name == "h200-layer.jsonl"
     assert json.loads(path.read_text()) == record
+
+
+def test_the_timeline_shows_every_phase():
+    from flashmoe import bench_cuda
+
+    phases = {"route": 10.0, "plan": 5.0, "up": 60.0, "down": 20.0, "combine": 5.0}
+    text = bench_cuda.timeline([{"case": "olmoe", "phases_us": phases}])
+    head, line, _ = text.splitlines()
+    assert head.split() == ["case", "us", *phases]
+    assert line.split()[:6] == ["olmoe", "100.0", "10.0", "10%", "5.0", "5%"]

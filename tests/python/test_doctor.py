@@ -291,3 +291,61 @@ def test_doubled_is_a_test():
             doctor.doubled(None, 0, 1)
         finally:
             functional.experts = right
+
+
+# ---- a layer on the GPU ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A "GPU" that is the CPU, of which nothing is missing."""
+    pytest.importorskip("torch", reason="needs PyTorch")
+    from flashmoe import gpu_layer
+
+    compare = gpu_layer.compare
+    monkeypatch.setattr(gpu_layer, "missing", lambda: "")
+    monkeypatch.setattr(gpu_layer, "compare", lambda device: compare("cpu"))
+    monkeypatch.setattr(gpu_layer, "time_us", lambda: 21.4)
+    monkeypatch.setattr(gpu_layer.torch.cuda, "get_device_name", lambda: "H200")
+    return gpu_layer
+
+
+def test_a_layer_on_the_gpu_is_compared_and_timed(gpu):
+    check = one("gpu layer")
+    assert check.status == doctor.OK
+    assert "H200: a layer (T 256" in check.found and "takes 21 us" in check.found
+    assert list(doctor.lines([check]))[-1] == "FlashMoE works here, on the CPU and the GPU"
+
+
+@pytest.mark.parametrize("result", [(0.5, 0.0), (1.0, 0.1), (1.0, float("nan"))], ids=str)
+def test_a_wrong_layer_on_the_gpu_is_a_problem(result, gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "compare", lambda device: result)
+    check = one("gpu layer")
+    assert check.status == doctor.PROBLEM and "is not the CPU's" in check.found
+    assert "check --device cuda" in check.advice
+
+
+def test_the_comparison_sees_a_wrong_layer(gpu, monkeypatch):
+    right = gpu.moe
+
+    def wrong(x, w_router, w_up, w_down, **options):
+        if options.get("group") is None:
+            return right(x, w_router, w_up, w_down, **options)
+        return right(x, w_router, w_up.roll(1, dims=0), w_down, **options)
+
+    monkeypatch.setattr(gpu, "moe", wrong)
+    assert one("gpu layer").status == doctor.PROBLEM
+
+
+def test_why_no_layer_on_the_gpu_was_tried(monkeypatch):
+    from flashmoe import gpu_layer
+
+    monkeypatch.setattr(gpu_layer, "build_info", lambda: "cpu: Eigen | cuda: 13.0 (sm_90a)")
+    monkeypatch.setattr(gpu_layer.torch.cuda, "is_available", lambda: False)
+    assert one("gpu layer").found == "not tried: PyTorch sees no CUDA device"
+    monkeypatch.setattr(gpu_layer.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_layer.torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(gpu_layer.torch.cuda, "get_device_name", lambda: "A100")
+    assert "A100 has compute capability (8, 0)" in one("gpu layer").found
+    monkeypatch.setattr(gpu_layer, "build_info", lambda: "cpu: Eigen | cuda: built without CUDA")
+    assert one("gpu layer").found == "not tried: this build has no CUDA part"

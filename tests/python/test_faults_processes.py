@@ -1,11 +1,14 @@
 """Ranks that are killed, stopped, late or wrong, as processes over shared memory: a named error on
 every survivor in bounded time, one diagnostic each, and a process that goes on with a new group."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from faults_common import Ranks, expected_outputs, new_token, rank_processes
+from faults_common import SHARED_MEMORY, Ranks, expected_outputs, new_token, rank_processes
 
 DEADLINE_S = 1.5
 VICTIM = 1
@@ -247,3 +250,46 @@ def test_two_threads_on_one_group_are_refused(tmp_path):
         (peer,) = Ranks(ranks[1:]).all("step")
         assert peer.error == "GroupAbortedError" and "two threads of rank 0" in peer.text
         ranks.assert_recovers()
+
+
+JOIN = """
+import sys
+from flashmoe import _core
+from flashmoe.errors import FlashMoEError
+token, rank = sys.argv[1], int(sys.argv[2])
+try:
+    _core.engine().group_shm(token, rank, 2)
+except FlashMoEError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_peer_that_ended_before_it_could_be_watched_is_gone_at_once():
+    """Rank 1 has looked for what the dead left behind, and is held up; rank 0 comes and is killed.
+    Its memory is still there when rank 1 goes on."""
+    token = new_token()
+    environment = {**os.environ, "FLASHMOE_TIMEOUT_S": "30"}
+
+    def start(rank):
+        command = [sys.executable, "-c", JOIN, token, str(rank)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        name = SHARED_MEMORY / f"flashmoe-{token}-{rank}"
+        end = time.monotonic() + 20
+        while not name.exists() or not name.stat().st_size:
+            assert time.monotonic() < end and process.poll() is None, f"rank {rank} did not come"
+            time.sleep(0.001)
+        time.sleep(0.05)  # it has filled its block, and waits for the other rank's
+        return process
+
+    survivor = start(1)
+    survivor.send_signal(signal.SIGSTOP)
+    victim = start(0)
+    victim.kill()
+    victim.communicate()
+    since = time.monotonic()
+    survivor.send_signal(signal.SIGCONT)
+    said, _ = survivor.communicate(timeout=20)
+    assert time.monotonic() - since < 5
+    assert "WaitTimeoutError rank 0 is gone: its process has ended" in said, said
+    for rank in range(2):
+        (SHARED_MEMORY / f"flashmoe-{token}-{rank}").unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import torch
 from conftest import assert_as_exact_as_plain
 from flashmoe import _core, reference
 from flashmoe.config import ACTIVATIONS, Activation
-from flashmoe.errors import UnsupportedError
+from flashmoe.errors import RoutingError, UnsupportedError
 from torch import nn
 
 tf = pytest.importorskip(
@@ -377,6 +377,19 @@ def test_hidden_states_of_another_dtype_are_converted():
     y = module(x, ids, weights)
     assert y.dtype == torch.float32
     assert torch.equal(y, module(x.bfloat16(), ids, weights).float())
+
+
+def test_errors_name_the_layer():
+    """By the order in which the layers ran first."""
+    model = make_model("Mixtral", "flashmoe")
+    model(make_tokens(), use_cache=False)
+    ids, weights = torch.full((5, 2), -2, device=DEVICE), torch.rand(5, 2, device=DEVICE)
+    named = []
+    for module in experts_of(model):
+        with pytest.raises(RoutingError, match=r"topk_ids") as raised:
+            module(torch.randn(5, 32, device=DEVICE), ids, weights)
+        named.append(int(re.search(r"\(layer (\d+)\)$", str(raised.value))[1]))
+    assert named == [named[0], named[0] + 1]
 
 
 # ---- what is not served -----------------------------------------------------------------------

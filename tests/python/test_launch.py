@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from flashmoe import cli, launch
@@ -346,3 +348,46 @@ def test_flashmoe_run_under_mpirun():
     sizes = ["--tokens=24", "--hidden=64", "--intermediate=64", "--experts=8", "--top-k=2"]
     report = json.loads(mpirun("-m", "flashmoe", "run", *sizes, "--repeat=1", "--json"))
     assert report["launch"] == "mpirun" and report["ranks"] == 2 and report["passed"] is True
+
+
+def test_a_rank_does_not_report_to_itself(monkeypatch):
+    """With nobody at the port, a socket that the system gives that very port would connect."""
+    ends = []
+
+    def has_other_end(connection, address):
+        ends.append(real(connection, address))
+        return len(ends) > 2 and ends[-1]  # two sockets had the port that they were to call
+
+    real = launch._has_other_end
+    monkeypatch.setattr(launch, "_has_other_end", has_other_end)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        found = Launch("environment", 1, 2, server.getsockname())
+        reply = pool.submit(launch._report, found, {"rank": 1}, time.monotonic() + 10)
+        peer, address = server.accept()
+        with peer:
+            assert peer.recv(100) == b'{"rank": 1}\n'
+            peer.sendall(b'{"values": [0, 1]}\n')
+        assert reply.result() == {"values": [0, 1]}
+    assert ends == [True, True, True] and address[1] != found.address[1]
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["IPv4", "IPv6"])
+def test_a_socket_whose_port_is_the_one_to_call_has_no_other_end(family):
+    host = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}[family]
+    try:
+        connection = socket.socket(family)
+        connection.bind((host, 0))
+    except OSError:
+        pytest.skip(f"needs {host}")
+    with connection:
+        port = connection.getsockname()[1]
+        bound = SimpleNamespace(
+            family=family, bind=lambda address: None, getsockname=connection.getsockname
+        )
+        assert not launch._has_other_end(bound, (host, port))
+        assert launch._has_other_end(bound, (host, port + 1))
+
+
+def test_a_local_socket_has_no_port():
+    with socket.socket(socket.AF_UNIX) as connection:
+        assert launch._has_other_end(connection, "\0name")

@@ -35,6 +35,8 @@ _PROBE_ROWS = 4096
 _PROBE_BAR = 2.0**-20
 _QUICK_GELU = 1.702  # x * sigmoid(1.702 x)
 
+_layer_ids = itertools.count(1)
+
 
 class Layout(NamedTuple):
     """How a module of transformers holds its experts: arguments of :func:`flashmoe.experts`."""
@@ -137,6 +139,7 @@ def _run(
         interleaved=found.interleaved,
         transposed=found.transposed,
         weight_on_input=weight_on_input,
+        layer_id=_layer_id(module),
     )
     return y.to(hidden_states.dtype)
 
@@ -152,6 +155,15 @@ def layout(module: Any) -> Layout:
     if found is None:
         found = module.__dict__["_flashmoe_layout"] = _inspect(module)
     return found
+
+
+@torch._dynamo.assume_constant_result
+def _layer_id(module: Any) -> int:
+    """The place of a module, from 1, in the order in which this process first ran them: modules of
+    transformers do not know their layer."""
+    if "_flashmoe_layer_id" not in module.__dict__:
+        module.__dict__["_flashmoe_layer_id"] = next(_layer_ids)
+    return module.__dict__["_flashmoe_layer_id"]
 
 
 def _inspect(module: Any) -> Layout:

@@ -119,8 +119,7 @@ struct ForwardSizes {
   FM_HD constexpr int32_t slots() const { return tokens * top_k; }
   FM_HD constexpr int32_t table_experts() const { return source_groups * local_experts; }
   FM_HD constexpr int32_t pairs_of_column_block(int32_t column_block) const {
-    const int32_t left = down_pairs - column_block * column_pairs;
-    return left < column_pairs ? left : column_pairs;
+    return tile::ColumnBlocks{down_pairs, column_pairs}.pairs_of(column_block);
   }
 };
 

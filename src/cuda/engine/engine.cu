@@ -11,6 +11,7 @@ namespace flashmoe::cuda {
 
 struct Engine::State {
   std::map<int32_t, Workspace> workspaces;  // by device
+  Workspace* last = nullptr;                // of the last launch
 
   Workspace& of(const fm_forward_args& args) {
     const auto stream = static_cast<cudaStream_t>(args.stream);
@@ -38,13 +39,21 @@ Engine::~Engine() = default;
 
 void Engine::forward(const fm_layer& layer, const fm_forward_args& args,
                      const LaunchOptions& options) {
-  contained([&] { state_->of(args).forward(layer, args, options); });
+  contained([&] {
+    state_->last = &state_->of(args);
+    state_->last->forward(layer, args, options);
+  });
 }
 
-void Engine::raise_reports() {
+void Engine::finish() {
   contained([&] {
-    for (auto& [device, workspace] : state_->workspaces) workspace.raise_report(false);
+    for (auto& [device, workspace] : state_->workspaces) workspace.finish();
   });
+}
+
+void Engine::time_last(fm_stats& stats) const {
+  if (state_->last == nullptr) return;
+  contained([&] { state_->last->time_last(stats); });
 }
 
 std::string Engine::explain(const fm_layer& layer, const fm_forward_args& args,

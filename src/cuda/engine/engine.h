@@ -27,13 +27,18 @@ class Engine {
   // Queues one kernel on args.stream of args.device and returns. Allocates, and then waits for the
   // device, only in the first call of a size. Launches on different streams follow one another;
   // replays of a captured graph are ordered by whoever replays it, among themselves and with these
-  // launches, and end before the engine does: they use its scratch.
-  // Throws Error: what an earlier launch reported (raise_reports), FM_UNSUPPORTED without a device
+  // launches, and end before the engine does: they use its scratch. One that starts beside another
+  // launch, which leaves it multiprocessors (max_sms), does nothing but report FM_UNSUPPORTED.
+  // Throws Error: what an earlier launch reported, FM_UNSUPPORTED without a device
   // that has the kernels or with the reason why they do not take the layer, FM_OUT_OF_MEMORY.
   void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);
 
-  // Throws the failure of an earlier launch, once; the engine can be used again afterwards.
-  void raise_reports();
+  // Waits for the launches of forward() (not for replays), then throws the failure of one, once;
+  // the engine can be used again afterwards.
+  void finish();
+
+  // After finish(): where the time of the last launch went, seconds and phase_seconds.
+  void time_last(fm_stats& stats) const;
 
   // How forward() would run, a line for each fact. Throws FM_UNSUPPORTED as forward() does.
   std::string explain(const fm_layer& layer, const fm_forward_args& args,

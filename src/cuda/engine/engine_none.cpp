@@ -19,7 +19,9 @@ Engine::~Engine() = default;
 
 void Engine::forward(const fm_layer&, const fm_forward_args&, const LaunchOptions&) { refuse(); }
 
-void Engine::raise_reports() {}
+void Engine::finish() {}
+
+void Engine::time_last(fm_stats&) const {}
 
 std::string Engine::explain(const fm_layer&, const fm_forward_args&, const LaunchOptions&) {
   refuse();

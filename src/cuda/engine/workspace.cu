@@ -6,6 +6,8 @@
 #include "cuda/launch/check.h"
 #include "cuda/launch/device.h"
 #include "cuda/launch/forward.h"
+#include "cuda/launch/forward_times.h"
+#include "cuda/sync/holder.h"
 
 namespace flashmoe::cuda {
 namespace {
@@ -50,6 +52,8 @@ fm_status status_of(sync::WaitTag tag) {
     case sync::WaitTag::kUndefinedBias:
     case sync::WaitTag::kInvalidId:
       return FM_ROUTING;
+    case sync::WaitTag::kHeld:
+      return FM_UNSUPPORTED;
     default:
       return FM_TIMEOUT;
   }
@@ -62,6 +66,9 @@ std::string describe(const sync::WaitReport& report, int32_t device) {
   text << "an earlier launch on CUDA device " << device << " failed, its outputs are not valid: ";
   if (tag == sync::WaitTag::kUndefinedBias) {
     text << sync::name_of(tag) << " (expert " << report.block_idx << ")";
+  } else if (tag == sync::WaitTag::kHeld) {
+    text << sync::name_of(tag) << " beside it; launches of one group follow one another: order the "
+         << "replays of its captured graphs by events, or give each graph a group of its own";
   } else if (status_of(tag) == FM_ROUTING) {
     const bool of_caller = tag == sync::WaitTag::kInvalidId;
     text << (of_caller ? "topk_ids: " : "") << sync::name_of(tag) << " (first seen in token "
@@ -139,12 +146,14 @@ void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
   launch::check_supported(layer, args);
   reserve(launch::forward_scratch_bytes(layer, args), stream, capturing);
   if (!capturing) follow_last(stream);
+  launch_id_ = sync::next_holder(launch_id_);
   launch::launch_forward({.layer = layer,
                           .operands = args,
                           .scratch = scratch_.memory,
                           .report = device_report_,
                           .timeout_ns = nanoseconds(options.timeout_seconds),
                           .max_sms = options.max_sms,
+                          .launch_id = launch_id_,
                           .stream = stream});
   if (capturing) {
     scratch_.captured = true;
@@ -181,6 +190,17 @@ void Workspace::reserve(int64_t bytes, cudaStream_t stream, bool capturing) {
   // Known to be zero, also to a launch on another stream if this one's comes to nothing.
   record_last(stream);
   scratch_.bytes = bytes;
+}
+
+void Workspace::finish() {
+  if (has_last_) check(cudaEventSynchronize(last_), "cudaEventSynchronize of the last launch");
+  raise_report(false);
+}
+
+void Workspace::time_last(fm_stats& stats) const {
+  if (scratch_.memory == nullptr) return;
+  const DeviceGuard guard(device_);
+  launch::time_forward(scratch_.memory, stats);
 }
 
 void Workspace::raise_report(bool capturing) {

@@ -36,6 +36,12 @@ class Workspace {
 
   void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);
 
+  // Waits for the last launch that was not captured, then throws what a launch has reported.
+  void finish();
+
+  // Where the time of the last launch went: seconds and phase_seconds. That launch has ended.
+  void time_last(fm_stats& stats) const;
+
   // Throws what a launch has left in the report. Unless `capturing`, waits for the device first and
   // makes scratch and report as new, so that the next launch finds them clean.
   void raise_report(bool capturing);
@@ -65,6 +71,7 @@ class Workspace {
   cudaEvent_t last_ = nullptr;  // end of the last use of scratch that was not captured
   unsigned long long last_stream_ = 0;
   bool has_last_ = false;
+  uint32_t launch_id_ = 0;  // of the last launch
 };
 
 }  // namespace flashmoe::cuda

@@ -30,6 +30,7 @@
 #include "cuda/stage/route.cuh"
 #include "cuda/stage/send_rows.cuh"
 #include "cuda/sync/grid_barrier.cuh"
+#include "cuda/sync/holder.h"
 #include "cuda/tile/expert_memory.cuh"
 #include "cuda/tile/shared_memory.cuh"
 
@@ -40,6 +41,7 @@ struct ForwardExtra {
   tile::ExpertMemory experts;
   int32_t num_blocks;  // of all experts
   stage::RankState ranks;
+  bool has_scratch;
   // The tile of each math warpgroup while its products run: no registers are free for it. Written
   // by one thread before the barrier that opens the loop, read by all after the products.
   tile::Tile current[2];
@@ -293,6 +295,29 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
   }
 }
 
+// Whether the scratch is this launch's; the same in all threads of all CTAs.
+template <class Config>
+FM_DEVICE bool take_scratch(const ForwardParams& params, ForwardShared<Config>& smem) {
+  uint32_t* holder = &params.memory.state->holder;
+  if (!params.may_run_beside) {
+    if (ptx::cta_idx() == 0 && ptx::thread_idx() == 0)
+      ptx::st_release_gpu(holder, params.launch_id);
+    return true;
+  }
+  if (ptx::thread_idx() == 0) {
+    smem.extra.has_scratch =
+        sync::claim(params.launch_id, [&](uint32_t expected, uint32_t desired) {
+          return ptx::cas_acq_rel_gpu(holder, expected, desired);
+        });
+    if (!smem.extra.has_scratch) {
+      sync::write_report(params.waits.report, sync::WaitTag::kHeld, ptx::cta_idx(),
+                         params.launch_id);
+    }
+  }
+  __syncthreads();
+  return smem.extra.has_scratch;
+}
+
 template <config::ForwardConfig Config>
 __global__ void __launch_bounds__(config::kForwardThreads, 1)
     forward(const __grid_constant__ ForwardParams params) {
@@ -306,6 +331,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     ptx::prefetch_tensormap(&params.up_weights[0]);
     ptx::prefetch_tensormap(&params.down_weights);
   }
+  if (!take_scratch<Config>(params, smem)) return;
   sync::Waiter waiter(params.waits);
   const bool all_here = route_and_plan<Config>(params, smem, waiter);
   ptx::barrier_cluster_arrive();

@@ -28,6 +28,7 @@ enum class Mark : int32_t {
 
 // The head of the scratch: zero when made, and left by every launch as the next one needs it.
 struct ForwardState {
+  uint32_t holder;  // sync/holder.h
   TicketCounter tickets;
   // Combine units given out, and warps that found none left; the last of those leaves zeros.
   TicketCounter combine;
@@ -98,13 +99,11 @@ struct RankParams {
   config::RankHeader header;  // this rank's
 };
 
-inline constexpr int32_t kTokenMaps = config::Forward{}.up().max_steps();
-
 struct ForwardParams {
   CUtensorMap up_weights[2];  // one of gate and up rows, or (separate) one of each
   CUtensorMap down_weights;
-  CUtensorMap row_tokens[kTokenMaps];     // [n - 1]: boxes of n * 8 rows of `rows`
-  CUtensorMap hidden_tokens[kTokenMaps];  // likewise of hidden rows
+  CUtensorMap row_tokens[config::kTokenMaps];     // [n - 1]: boxes of n * 8 rows of `rows`
+  CUtensorMap hidden_tokens[config::kTokenMaps];  // likewise of hidden rows
   CUtensorMap hidden_out;
   CUtensorMap row_out;
   bool separate_gate;
@@ -123,6 +122,8 @@ struct ForwardParams {
   int64_t* dropped;  // [1], may be null
   sync::WaitBounds waits;
   RankParams ranks;
+  uint32_t launch_id;   // sync/holder.h
+  bool may_run_beside;  // it leaves multiprocessors free: looks first whether the scratch is
 };
 
 // The large form of a launch's parameters, which sm_70 and driver 530 brought.

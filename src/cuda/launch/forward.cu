@@ -124,7 +124,7 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
   sizes.column_pairs = std::min(
       column_pairs > 0 ? column_pairs : choose_column_pairs(problem, token_cap_of(operands, ranks)),
       sizes.down_pairs);
-  sizes.column_blocks = static_cast<int32_t>(plan::ceil_div(sizes.down_pairs, sizes.column_pairs));
+  sizes.column_blocks = tile::ColumnBlocks{sizes.down_pairs, sizes.column_pairs}.count();
   sizes.column_width = sizes.column_pairs * config.down().out_columns() * config::kClusterSize;
   sizes.combine_tokens = choose_combine_tokens(problem.tokens);
   sizes.combine_units = static_cast<int32_t>(
@@ -258,7 +258,7 @@ void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
   const int64_t rows = int64_t{params.sizes.row_groups} * config::kRowGroup;
   const void* sorted = region<void>(arguments, table, ForwardScratch::kRows);
   const void* hidden = region<void>(arguments, table, ForwardScratch::kHidden);
-  for (int32_t steps = 1; steps <= kernel::kTokenMaps; ++steps) {
+  for (int32_t steps = 1; steps <= config::kTokenMaps; ++steps) {
     const uint32_t half = steps * tile::kTokenStep / config::kClusterSize;
     const auto tokens = [&](const void* base, int64_t columns, const char* name) {
       return encode(rows_view(base, rows, columns, config::kDepthStep, half), config.element, name);
@@ -354,6 +354,8 @@ kernel::ForwardParams make_params(const ForwardArguments& arguments,
   params.dropped = static_cast<int64_t*>(o.dropped.data);
   params.waits = waits_of(arguments);
   params.ranks = ranks_of(arguments, int64_t{params.sizes.row_groups} * config::kRowGroup);
+  params.launch_id = arguments.launch_id;
+  params.may_run_beside = arguments.max_sms > 0;
   return params;
 }
 
@@ -453,6 +455,11 @@ void check_supported(const fm_layer& layer, const fm_forward_args& operands,
                      const RankArguments& ranks) {
   const std::string reason = reason_to_refuse(layer, operands, ranks);
   if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
+}
+
+config::ForwardTable forward_scratch(const fm_layer& layer, const fm_forward_args& operands,
+                                     const RankArguments& ranks) {
+  return table_of(layer, operands, ranks);
 }
 
 int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands,

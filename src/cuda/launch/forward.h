@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda/config/forward.h"
 #include "cuda/config/ranks.h"
 #include "cuda/sync/report.h"
 #include "flashmoe/c_api.h"
@@ -39,6 +40,7 @@ struct ForwardArguments {
   int32_t max_sms = 0;                 // most SMs to use, 0: all
   RankArguments ranks;
   int32_t column_pairs = 0;  // 256 columns each of a column block; 0: chosen
+  uint32_t launch_id = 2;    // of this scratch, see sync/holder.h
   cudaStream_t stream = nullptr;
 };
 
@@ -47,7 +49,10 @@ struct ForwardArguments {
 void check_supported(const fm_layer& layer, const fm_forward_args& operands,
                      const RankArguments& ranks = {});
 
-// Scratch of a launch; grows with the tokens.
+// The regions of a launch's scratch.
+config::ForwardTable forward_scratch(const fm_layer& layer, const fm_forward_args& operands,
+                                     const RankArguments& ranks = {});
+// Their total; grows with the tokens.
 int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& operands,
                               const RankArguments& ranks = {});
 

@@ -23,6 +23,13 @@ FM_DEVICE void st_release_gpu(uint32_t* word, uint32_t value) {
   GpuWord(*word).store(value, ::cuda::memory_order_release);
 }
 
+// Compare-and-swap; returns what the word held.
+FM_DEVICE uint32_t cas_acq_rel_gpu(uint32_t* word, uint32_t expected, uint32_t desired) {
+  GpuWord(*word).compare_exchange_strong(expected, desired, ::cuda::memory_order_acq_rel,
+                                         ::cuda::memory_order_acquire);
+  return expected;
+}
+
 using SystemWord = ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_system>;
 
 // Any thread, sm_70.

@@ -10,6 +10,7 @@
 #include "cuda/kernel/mark.cuh"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/stage/combine_units.cuh"
+#include "cuda/sync/holder.h"
 #include "cuda/tile/element.cuh"
 
 namespace flashmoe::cuda::stage {
@@ -233,6 +234,9 @@ FM_DEVICE void combine(const kernel::ForwardParams& params, RankState& ranks, in
   if (!is_alone(params)) ranks.post.close(warp_idx);
   if (ptx::lane_idx() == 0 && kernel::finish_tickets(state.combine, gridDim.x * kCombineWarps)) {
     kernel::set_mark(params, kernel::Mark::kEnd);
+    sync::release(params.launch_id, [&](uint32_t expected, uint32_t desired) {
+      return ptx::cas_acq_rel_gpu(&state.holder, expected, desired);
+    });
   }
 }
 

@@ -29,6 +29,7 @@ enum class WaitTag : uint32_t {
   // Nor these: what ranks may disagree in, or have no room for.
   kMismatch,     // a config::RankField (block_idx) of rank peer.rank differs
   kTooManyRows,  // `expected` rows came to this rank; peer.seen: it has room for so many
+  kHeld,             // nor this: another launch had the scratch (sync/holder.h)
 };
 
 constexpr const char* name_of(WaitTag tag) {
@@ -73,6 +74,8 @@ constexpr const char* name_of(WaitTag tag) {
       return "NaN in the selection bias";
     case WaitTag::kInvalidId:
       return "expert id below -1";
+    case WaitTag::kHeld:
+      return "another launch of this group was running";
   }
   return "unknown";
 }

@@ -26,7 +26,19 @@ struct alignas(16) Tile {
   int32_t weight_pair_idx;
 
   FM_HD constexpr bool is_end() const { return num_rows == 0; }
-  FM_HD constexpr int32_t num_steps() const { return (num_rows + kTokenStep - 1) / kTokenStep; }
+  FM_HD constexpr int32_t num_steps() const { return plan::ceil_div(num_rows, kTokenStep); }
+};
+
+// The weight pairs of a product, cut into column blocks of equal width, the last one of what is
+// left.
+struct ColumnBlocks {
+  int32_t num_pairs;
+  int32_t pairs_of_block;
+
+  FM_HD constexpr int32_t count() const { return plan::ceil_div(num_pairs, pairs_of_block); }
+  FM_HD constexpr int32_t pairs_of(int32_t column_block) const {
+    return plan::min_of(num_pairs - column_block * pairs_of_block, pairs_of_block);
+  }
 };
 
 // How the blocks and weight pairs of every expert are counted.
@@ -35,16 +47,14 @@ struct TileGrid {
   int32_t num_weight_pairs;  // of an expert
 
   FM_HD constexpr int32_t num_blocks(int32_t expert_rows) const {
-    return (expert_rows + max_rows - 1) / max_rows;
+    return plan::ceil_div(expert_rows, max_rows);
   }
   FM_HD constexpr int32_t num_tiles(int32_t expert_rows) const {
     return num_blocks(expert_rows) * num_weight_pairs;
   }
   // Rows of every block but the last; expert_rows > 0.
   FM_HD constexpr int32_t block_height(int32_t expert_rows) const {
-    const int32_t blocks = num_blocks(expert_rows);
-    const int32_t even = (expert_rows + blocks - 1) / blocks;
-    return (even + kTokenStep - 1) / kTokenStep * kTokenStep;
+    return plan::align_up(plan::ceil_div(expert_rows, num_blocks(expert_rows)), kTokenStep);
   }
   // tile_idx: of the expert, in [0, num_tiles(expert_rows)).
   FM_HD constexpr Tile tile_at(int32_t tile_idx, int32_t local_expert_idx, int32_t expert_begin,

@@ -65,13 +65,9 @@ struct Walk {
   int32_t down_pairs;
   int32_t column_pairs;
 
-  FM_HD constexpr int32_t column_blocks() const {
-    return (down_pairs + column_pairs - 1) / column_pairs;
-  }
+  FM_HD constexpr ColumnBlocks columns() const { return {down_pairs, column_pairs}; }
   FM_HD constexpr int32_t pairs_of(int32_t column_block) const {
-    if (column_block < 0) return up_pairs;
-    const int32_t left = down_pairs - column_block * column_pairs;
-    return left < column_pairs ? left : column_pairs;
+    return column_block < 0 ? up_pairs : columns().pairs_of(column_block);
   }
 
   // The tile of any ticket; an end tile from the last ticket on.
@@ -81,7 +77,7 @@ struct Walk {
     int32_t num_tiles = num_blocks * up_pairs;
     while (ticket >= num_tiles) {
       ticket -= num_tiles;
-      if (++column_block == column_blocks()) return Tile{};
+      if (++column_block == columns().count()) return Tile{};
       num_tiles = num_blocks * pairs_of(column_block);
     }
     const int32_t pairs = pairs_of(column_block);

@@ -1,0 +1,55 @@
+#include "cuda/launch/forward_times.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/kernel/forward.h"
+#include "cuda/launch/check.h"
+
+namespace flashmoe::cuda::launch {
+namespace {
+
+using kernel::Mark;
+
+constexpr std::size_t kMarks = static_cast<std::size_t>(Mark::kCount);
+using Marks = std::array<uint64_t, kMarks>;
+
+Marks read_marks(const void* scratch) {
+  static_assert(sizeof(Marks) == sizeof(kernel::ForwardState::marks));
+  Marks marks{};
+  const auto* from = static_cast<const char*>(scratch) + offsetof(kernel::ForwardState, marks);
+  check(cudaMemcpyAsync(marks.data(), from, sizeof(marks), cudaMemcpyDeviceToHost,
+                        cudaStreamPerThread),
+        "cudaMemcpyAsync of a launch's marks");
+  check(cudaStreamSynchronize(cudaStreamPerThread), "cudaStreamSynchronize");
+  return marks;
+}
+
+// A launch without tiles leaves some of an earlier one's.
+void make_ascending(Marks& marks) {
+  for (std::size_t i = 1; i < kMarks; ++i) marks[i] = std::max(marks[i], marks[i - 1]);
+}
+
+}  // namespace
+
+void time_forward(const void* scratch, fm_stats& stats) {
+  Marks marks = read_marks(scratch);
+  make_ascending(marks);
+  const auto seconds = [&](Mark from, Mark to) {
+    const uint64_t begin = marks[static_cast<std::size_t>(from)];
+    return static_cast<double>(marks[static_cast<std::size_t>(to)] - begin) * 1e-9;
+  };
+  std::fill(std::begin(stats.phase_seconds), std::end(stats.phase_seconds), 0.0);
+  stats.phase_seconds[FM_PHASE_ROUTE] = seconds(Mark::kStart, Mark::kRouted);
+  stats.phase_seconds[FM_PHASE_PLAN] = seconds(Mark::kRouted, Mark::kPlanned);
+  stats.phase_seconds[FM_PHASE_UP] = seconds(Mark::kPlanned, Mark::kDown);
+  stats.phase_seconds[FM_PHASE_DOWN] = seconds(Mark::kDown, Mark::kLastTile);
+  stats.phase_seconds[FM_PHASE_COMBINE] = seconds(Mark::kLastTile, Mark::kEnd);
+  stats.seconds = seconds(Mark::kStart, Mark::kEnd);
+}
+
+}  // namespace flashmoe::cuda::launch
