@@ -2,11 +2,15 @@
 // GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <map>
+#include <numeric>
 #include <random>
 #include <vector>
 
 #include "cuda/config/forward.h"
+#include "cuda/tile/combine_walk.h"
 #include "cuda/tile/walk.h"
 
 namespace flashmoe::cuda {
@@ -110,6 +114,8 @@ constexpr config::ForwardTableShape kFullShape{.tokens = 1000,
                                                .intermediate = 128,
                                                .num_experts = 65,
                                                .top_k = 3,
+                                               .rows = 4096,
+                                               .rank_slots = 6000,
                                                .state_bytes = 24,
                                                .has_router = true,
                                                .own_logits = true,
@@ -136,6 +142,95 @@ TEST(CudaForward, StateIsFirst) {
     const auto table = config::forward_table(shape);
     EXPECT_EQ(table[config::ForwardScratch::kState].offset, 0);
   }
+}
+
+// Every (column block, source, token) is in one unit that is sent and every (column block, own
+// token) in one at home, which comes after all units that are sent of its column block.
+void expect_combine_cover(const std::vector<int32_t>& tokens, int32_t rank, int32_t blocks) {
+  const auto world = static_cast<int32_t>(tokens.size());
+  const tile::CombineWalk walk{.column_blocks = blocks,
+                               .rank = rank,
+                               .world = world,
+                               .tokens = tokens.data(),
+                               .num_tokens = tokens[rank],
+                               .unit_tokens = 3};
+  std::map<std::array<int32_t, 3>, int32_t> ticket_of;
+  int32_t ticket = 0;
+  for (;; ++ticket) {
+    const tile::CombineUnit unit = walk.unit_at(ticket);
+    if (walk.is_end(unit)) break;
+    ASSERT_LT(unit.token, unit.end);
+    for (int32_t t = unit.token; t < unit.end; ++t) {
+      const bool is_new = ticket_of.insert({{unit.column_block, unit.source, t}, ticket}).second;
+      ASSERT_TRUE(is_new) << ticket;
+    }
+  }
+  EXPECT_TRUE(walk.is_end(walk.unit_at(ticket + 1)));
+  EXPECT_TRUE(walk.is_end(walk.unit_at(ticket + 100000)));
+  const size_t sent = std::accumulate(tokens.begin(), tokens.end(), size_t{0});
+  const size_t at_home = world == 1 ? 0 : tokens[rank];
+  EXPECT_EQ(ticket_of.size(), blocks * (sent + at_home));
+  if (world == 1) return;
+  std::vector<int32_t> last_sent(blocks, -1);
+  for (const auto& [what, at] : ticket_of) {
+    if (what[1] != tile::kHome) last_sent[what[0]] = std::max(last_sent[what[0]], at);
+  }
+  for (const auto& [what, at] : ticket_of) {
+    if (what[1] == tile::kHome) {
+      EXPECT_GT(at, last_sent[what[0]]);
+    }
+  }
+}
+
+TEST(CudaRanks, UnitsOfTheSumsCoverAllAndComeHomeLast) {
+  for (const std::vector<int32_t>& tokens : {std::vector<int32_t>{0},
+                                             {7},
+                                             {5000},
+                                             {0, 0},
+                                             {0, 5},
+                                             {130, 1},
+                                             {4097, 64, 0},
+                                             {1, 2, 3, 4}}) {
+    for (int32_t blocks : {1, 2, 5}) {
+      for (int32_t rank = 0; rank < static_cast<int32_t>(tokens.size()); ++rank) {
+        expect_combine_cover(tokens, rank, blocks);
+      }
+    }
+  }
+}
+
+TEST(CudaRanks, FlagsOfEverySizeHaveAPlace) {
+  for (int32_t tokens : {0, 1, 63, 1024, 4096, 4097, 16384, 16385, 140001}) {
+    for (int32_t cap : {tokens, tokens + 1, 2 * tokens + 7}) {
+      EXPECT_LE(config::return_units(tokens), config::return_stride(cap)) << tokens;
+      EXPECT_LE((tokens + config::kPushTokens - 1) / config::kPushTokens, config::push_stride(cap));
+    }
+  }
+}
+
+TEST(CudaRanks, StepsBeginWithTheRankItself) {
+  for (int32_t world : {1, 2, 3, 8}) {
+    for (int32_t rank = 0; rank < world; ++rank) {
+      EXPECT_EQ(tile::source_of_step(rank, world, 0), rank);
+      for (int32_t step = 0; step < world; ++step) {
+        const int32_t source = tile::source_of_step(rank, world, step);
+        EXPECT_EQ(tile::step_of_source(rank, world, source), step);
+      }
+    }
+  }
+}
+
+TEST(CudaRanks, RegionsOfTheSymmetricMemoryDoNotOverlap) {
+  const auto capacity = config::needed_capacity(3, 100, 512, 4, 5);
+  const auto table = config::symmetric_table(3, capacity);
+  EXPECT_EQ(table[config::Symmetric::kControl].offset, 0);
+  int64_t end = 0;
+  for (const plan::Region& region : table.regions) {
+    EXPECT_GE(region.offset, end) << region.name;
+    EXPECT_GT(region.bytes, 0) << region.name;
+    end = region.offset + region.bytes;
+  }
+  EXPECT_EQ(table[config::Symmetric::kReceived].bytes, 3 * 100 * 512 * 2);
 }
 
 }  // namespace

@@ -106,7 +106,6 @@ struct ForwardSizes {
   int32_t column_blocks;
   int32_t column_width;    // columns of a column block
   int32_t combine_tokens;  // tokens that a warp combines at a time: a unit
-  int32_t combine_units;   // of a column block; at least 1
   int32_t row_groups;      // groups of 16 rows that scratch has
   // Of several ranks: how their rows lie here. Tables are of virtual experts: (group of sources,
   // local expert), all local experts of the first group first.

@@ -127,8 +127,6 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
   sizes.column_blocks = tile::ColumnBlocks{sizes.down_pairs, sizes.column_pairs}.count();
   sizes.column_width = sizes.column_pairs * config.down().out_columns() * config::kClusterSize;
   sizes.combine_tokens = choose_combine_tokens(problem.tokens);
-  sizes.combine_units = static_cast<int32_t>(
-      std::max<int64_t>(plan::ceil_div(problem.tokens, sizes.combine_tokens), 1));
   sizes.row_groups = static_cast<int32_t>(rows_of(layer, operands, ranks) / config::kRowGroup);
   sizes.source_groups = choose_source_groups(layer, operands, ranks);
   sizes.local_experts = static_cast<int32_t>(problem.num_experts / ranks.world);

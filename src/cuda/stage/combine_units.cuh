@@ -11,6 +11,7 @@
 #include "cuda/stage/choose.cuh"
 #include "cuda/stage/exchange.cuh"
 #include "cuda/sync/wait.cuh"
+#include "cuda/tile/combine_walk.h"
 
 namespace flashmoe::cuda::stage {
 
@@ -39,16 +40,7 @@ class CombineTickets {
   int32_t tickets_ = 0;
 };
 
-// Source of a unit that adds up what the ranks sent home.
-inline constexpr int32_t kHome = -1;
-
-// A unit; the same in all lanes.
-struct CombineUnit {
-  int32_t column_block = -1;
-  int32_t source = 0;  // rank of its tokens, or kHome
-  int32_t token = 0;
-  int32_t end = 0;  // token after the last
-};
+using tile::CombineUnit;
 
 class CombineUnits {
  public:
@@ -58,19 +50,15 @@ class CombineUnits {
       : params_(params), state_(state), num_blocks_(num_blocks) {}
 
   // The unit of a ticket.
-  FM_DEVICE CombineUnit unit_at(int32_t ticket) const {
-    return is_alone(params_) ? own_unit(ticket) : rank_unit(ticket);
-  }
-  FM_DEVICE bool is_end(const CombineUnit& unit) const {
-    return unit.column_block >= params_.sizes.column_blocks;
-  }
+  FM_DEVICE CombineUnit unit_at(int32_t ticket) const { return walk().unit_at(ticket); }
+  FM_DEVICE bool is_end(const CombineUnit& unit) const { return walk().is_end(unit); }
   // Whether all rows of `unit` are there if those of `last` were, which the warp had before.
   FM_DEVICE bool is_ready(const CombineUnit& unit, const CombineUnit& last) const {
-    return unit.source != kHome && last.source != kHome && unit.column_block == last.column_block;
+    return !unit.is_home() && !last.is_home() && unit.column_block == last.column_block;
   }
   // Returns when they are. Whole warp.
   FM_DEVICE void wait(const CombineUnit& unit, sync::Waiter& waiter) const {
-    if (unit.source == kHome) {
+    if (unit.is_home()) {
       wait_for_parts(unit, waiter);
       return;
     }
@@ -81,11 +69,11 @@ class CombineUnits {
 
   // Rows of a token's sum, those that do not exist too.
   FM_DEVICE int32_t num_rows(const CombineUnit& unit) const {
-    return unit.source == kHome ? params_.ranks.world : params_.sizes.top_k;
+    return unit.is_home() ? params_.ranks.world : params_.sizes.top_k;
   }
   // Of any token: none of one that does not exist. Whole warp.
   FM_DEVICE TokenRows rows_of(const CombineUnit& unit, int32_t token) const {
-    if (unit.source == kHome) return parts_of(token);
+    if (unit.is_home()) return parts_of(token);
     const int32_t lane = ptx::lane_idx();
     if (lane >= params_.sizes.top_k || token >= tokens_of(unit)) return {kNoExpert, 0.0f};
     const int64_t slot = int64_t{token} * params_.sizes.top_k + lane;
@@ -99,11 +87,11 @@ class CombineUnits {
   }
   // Must the sum be written if none of its rows exists? Nobody reads a part without rows.
   FM_DEVICE bool writes_empty(const CombineUnit& unit) const {
-    return unit.source == kHome || is_alone(params_);
+    return unit.is_home() || is_alone(params_);
   }
   // Where row 0 is.
   FM_DEVICE const uint16_t* base_of(const CombineUnit& unit) const {
-    if (unit.source != kHome) return static_cast<const uint16_t*>(params_.memory.rows);
+    if (!unit.is_home()) return static_cast<const uint16_t*>(params_.memory.rows);
     return Regions{params_.ranks}.partial(params_.ranks.rank, 0, 0, params_.sizes.hidden);
   }
   // Where the token's sum goes.
@@ -129,59 +117,14 @@ class CombineUnits {
   FM_DEVICE float weight_of(float weight) const {
     return params_.sizes.weight_on_input ? 1.0f : weight;
   }
-  FM_DEVICE CombineUnit own_unit(int32_t ticket) const {
+  FM_DEVICE tile::CombineWalk walk() const {
     const auto& sizes = params_.sizes;
-    CombineUnit unit;
-    unit.column_block = sizes.tokens == 0 ? sizes.column_blocks : ticket / sizes.combine_units;
-    unit.token = (ticket - unit.column_block * sizes.combine_units) * sizes.combine_tokens;
-    unit.end = min(unit.token + sizes.combine_tokens, sizes.tokens);
-    return unit;
-  }
-  // Column block after column block: what is sent home of it, by sources, the peers' first; then
-  // the own tokens' sums of the block before, whose parts had the time to come.
-  FM_DEVICE CombineUnit rank_unit(int32_t ticket) const {
-    const auto& sizes = params_.sizes;
-    const int32_t at_home = config::home_units(state_.tokens[params_.ranks.rank]);
-    int32_t sent = 0;
-#pragma unroll 1
-    for (int32_t s = 0; s < params_.ranks.world; ++s) {
-      sent += config::return_units(state_.tokens[s]);
-    }
-    const int32_t both = max(sent + at_home, 1);
-    int32_t block = 0;
-    if (ticket >= sent) {
-      block = 1 + (ticket - sent) / both;
-      ticket -= sent + (block - 1) * both;
-    }
-    const bool is_sent = block < sizes.column_blocks && ticket < sent;
-    if (is_sent) return sent_unit(block, ticket);
-    if (block < sizes.column_blocks) ticket -= sent;
-    CombineUnit unit;
-    unit.column_block = sizes.column_blocks;
-    if (block > sizes.column_blocks || ticket >= at_home) return unit;
-    const int32_t unit_tokens = config::home_tokens(sizes.tokens);
-    unit.column_block = block - 1;
-    unit.source = kHome;
-    unit.token = ticket * unit_tokens;
-    unit.end = min(unit.token + unit_tokens, sizes.tokens);
-    return unit;
-  }
-  FM_DEVICE CombineUnit sent_unit(int32_t column_block, int32_t ticket) const {
-    const auto& ranks = params_.ranks;
-    int32_t step = 1;
-#pragma unroll 1
-    for (; step < ranks.world; ++step) {
-      const int32_t units = config::return_units(state_.tokens[source_of_step(ranks, step)]);
-      if (ticket < units) break;
-      ticket -= units;
-    }
-    CombineUnit unit;
-    unit.column_block = column_block;
-    unit.source = source_of_step(ranks, step < ranks.world ? step : 0);
-    const int32_t unit_tokens = config::return_tokens(tokens_of(unit));
-    unit.token = ticket * unit_tokens;
-    unit.end = min(unit.token + unit_tokens, tokens_of(unit));
-    return unit;
+    return {.column_blocks = sizes.column_blocks,
+            .rank = params_.ranks.rank,
+            .world = params_.ranks.world,
+            .tokens = state_.tokens,
+            .num_tokens = sizes.tokens,
+            .unit_tokens = sizes.combine_tokens};
   }
   FM_DEVICE int32_t tokens_of(const CombineUnit& unit) const {
     return is_alone(params_) ? params_.sizes.tokens : state_.tokens[unit.source];

@@ -6,6 +6,7 @@
 #include "cuda/stage/plan.cuh"
 #include "cuda/sync/grid_barrier.cuh"
 #include "cuda/sync/post.cuh"
+#include "cuda/tile/combine_walk.h"
 
 namespace flashmoe::cuda::stage {
 
@@ -75,14 +76,8 @@ FM_DEVICE void post_flags(const kernel::ForwardParams& params, RankState& state)
   state.post.run(state.epoch, [&](int32_t at, uint32_t word) { return regions.flag(at, word); });
 }
 
-// Sources in the order in which a rank serves them: itself, then those after it.
 FM_DEVICE int32_t source_of_step(const kernel::RankParams& ranks, int32_t step) {
-  const int32_t source = ranks.rank + step;
-  return source < ranks.world ? source : source - ranks.world;
-}
-FM_DEVICE int32_t step_of_source(const kernel::RankParams& ranks, int32_t source) {
-  const int32_t step = source - ranks.rank;
-  return step < 0 ? step + ranks.world : step;
+  return tile::source_of_step(ranks.rank, ranks.world, step);
 }
 
 // The rank of a slot's expert and the slot's place there; owner < 0: none.
@@ -216,7 +211,7 @@ FM_DEVICE void place_source(const kernel::ForwardParams& params, const RankState
                             int32_t distance) {
   const auto& sizes = params.sizes;
   const auto& ranks = params.ranks;
-  const int32_t step = step_of_source(ranks, source);
+  const int32_t step = tile::step_of_source(ranks.rank, ranks.world, source);
   const config::RankSlot* slots = Regions{ranks}.slots(ranks.rank, state.epoch, source);
   int32_t* slot_row = params.memory.slot_row + int64_t{source} * ranks.token_cap * sizes.top_k;
   const int32_t num_slots = state.tokens[source] * sizes.top_k;
