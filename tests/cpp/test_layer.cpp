@@ -1,5 +1,5 @@
 // Values and gradients of the layer through the C ABI, against the layer written plainly.
-#include "layer_case.h"
+#include "plain_layer.h"
 
 namespace flashmoe::test {
 namespace {

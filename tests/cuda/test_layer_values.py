@@ -205,3 +205,15 @@ def test_sizes_that_are_not_multiples_of_64_are_named():
         make_layer(hidden=136)()
     with pytest.raises(UnsupportedError, match="intermediate"):
         make_layer(intermediate=72)()
+
+
+def test_gate_and_up_that_are_contiguous_in_other_dimensions_are_named():
+    layer = make_layer()
+    gate, up = layer.w_up.chunk(2, dim=1)
+    layer.options["w_gate"] = gate.contiguous()
+    layer.w_up = up.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(UnsupportedError, match="w_gate and w_up differ in which dimension"):
+        layer()
+    layer.w_up = up.contiguous()
+    layer()
+    finish(flashmoe.group.lookup("self"))

@@ -442,7 +442,7 @@ std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& opera
     if (std::string reason = refuse_rows(name, *tensor, 2); !reason.empty()) return reason;
   }
   if (is_separate(layer) && major_of(operands.w_gate) != major_of(operands.w_up)) {
-    return "w_gate and w_up differ in which dimension is contiguous";
+    return "w_gate and w_up differ in which dimension is contiguous; accepted on CUDA: the same";
   }
   return refuse_rows("w_router", operands.w_router, router_bytes);
 }
