@@ -243,7 +243,7 @@ FM_DEVICE void forward_comm(const ForwardParams& params, ForwardShared<Config>& 
     return ptx::thread_idx() / 32 % config::kCommWarps;
   };
   const auto worker_idx = [&] {
-    return warp_idx() * gridDim.x + ptx::cta_idx();
+    return warp_idx() * gridDim.x + ptx::block_idx();
   };
   const auto num_workers = [] {
     return gridDim.x * config::kCommWarps;
@@ -300,7 +300,7 @@ template <class Config>
 FM_DEVICE bool take_scratch(const ForwardParams& params, ForwardShared<Config>& smem) {
   uint32_t* holder = &params.memory.state->holder;
   if (!params.may_run_beside) {
-    if (ptx::cta_idx() == 0 && ptx::thread_idx() == 0)
+    if (ptx::block_idx() == 0 && ptx::thread_idx() == 0)
       ptx::st_release_gpu(holder, params.launch_id);
     return true;
   }
@@ -310,7 +310,7 @@ FM_DEVICE bool take_scratch(const ForwardParams& params, ForwardShared<Config>& 
           return ptx::cas_acq_rel_gpu(holder, expected, desired);
         });
     if (!smem.extra.has_scratch) {
-      sync::write_report(params.waits.report, sync::WaitTag::kHeld, ptx::cta_idx(),
+      sync::write_report(params.waits.report, sync::WaitTag::kHeld, ptx::block_idx(),
                          params.launch_id);
     }
   }

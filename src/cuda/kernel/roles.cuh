@@ -24,7 +24,7 @@ using TileReader = sync::MessageReader<tile::Tile, config::kTileSlots>;
 
 // The first ticket of a cluster is its index, and costs no round trip. One thread.
 FM_DEVICE int32_t take_ticket(TicketCounter& tickets, bool is_first, int32_t num_clusters) {
-  if (is_first) return ptx::cta_idx() / config::kClusterSize;
+  if (is_first) return ptx::block_idx() / config::kClusterSize;
   return num_clusters + static_cast<int32_t>(atomicAdd(&tickets.next, 1u));
 }
 

@@ -26,7 +26,7 @@ FM_DEVICE int32_t thread_idx() {
 }
 FM_DEVICE int32_t lane_idx() { return thread_idx() % 32; }
 // blockIdx.x, likewise.
-FM_DEVICE int32_t cta_idx() {
+FM_DEVICE int32_t block_idx() {
   int32_t idx;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(idx));
   return idx;

@@ -104,7 +104,7 @@ FM_DEVICE void tell_ranks(const kernel::ForwardParams& params, uint32_t epoch) {
   const auto& sizes = params.sizes;
   const auto& ranks = params.ranks;
   const Regions regions{ranks};
-  const int32_t thread = ptx::cta_idx() * config::kForwardThreads + ptx::thread_idx();
+  const int32_t thread = ptx::block_idx() * config::kForwardThreads + ptx::thread_idx();
   const int32_t num_threads = gridDim.x * config::kForwardThreads;
   for (int32_t slot = thread; slot < sizes.slots(); slot += num_threads) {
     const SlotPlace own = place_of_slot(params, slot);
@@ -135,7 +135,7 @@ FM_DEVICE bool meet_ranks(const kernel::ForwardParams& params, uint32_t epoch,
   const int32_t peer = ptx::thread_idx();
   const int32_t bank = plan::bank_of(epoch);
   if (peer < ranks.world) {
-    if (ptx::cta_idx() == 0) {
+    if (ptx::block_idx() == 0) {
       ptx::st_release_sys(&regions.control(peer).meta_ready[bank][ranks.rank], epoch);
     }
     waiter.wait_flag(&regions.control(ranks.rank).meta_ready[bank][peer], epoch,
@@ -155,7 +155,7 @@ FM_DEVICE bool check_headers(const kernel::ForwardParams& params, uint32_t epoch
     const int32_t field = i - peer * kFields;
     if (headers[peer].fields[field] == ranks.header.fields[field]) continue;
     agrees = false;
-    if (ptx::cta_idx() != 0) continue;
+    if (ptx::block_idx() != 0) continue;
     if (sync::write_report(params.waits.report, sync::WaitTag::kMismatch, field, 0)) {
       params.waits.report->peer = {peer, epoch, 0};
     }
@@ -247,7 +247,7 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   tell_ranks(params, epoch);
   if (!sync::meet_all(&params.memory.state->barrier, waiter)) return -1;
   // All CTAs have read it.
-  if (ptx::cta_idx() == 0 && thread == 0) regions.control(ranks.rank).epoch = epoch;
+  if (ptx::block_idx() == 0 && thread == 0) regions.control(ranks.rank).epoch = epoch;
   if (!meet_ranks(params, epoch, waiter)) return -1;
   if (!check_headers(params, epoch)) return -1;
   if (thread < ranks.world) {
@@ -260,7 +260,7 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   for (int32_t i = thread; i < num_words; i += config::kForwardThreads) kept[i] = words[i];
   const int32_t num_rows = experts.begin(experts.num_experts);
   if (num_rows > ranks.row_cap) {
-    if (ptx::cta_idx() == 0 && thread == 0) {
+    if (ptx::block_idx() == 0 && thread == 0) {
       if (sync::write_report(params.waits.report, sync::WaitTag::kTooManyRows, 0, num_rows)) {
         params.waits.report->peer = {ranks.rank, epoch, static_cast<uint32_t>(ranks.row_cap)};
       }
@@ -268,10 +268,10 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
     }
     return -1;
   }
-  if (ptx::cta_idx() == 0) publish_totals(params, words + num_words);
+  if (ptx::block_idx() == 0) publish_totals(params, words + num_words);
 #pragma unroll 1
   for (int32_t source = 0; source < ranks.world; ++source) {
-    place_source(params, state, experts, source, ptx::cta_idx() * config::kForwardThreads + thread,
+    place_source(params, state, experts, source, ptx::block_idx() * config::kForwardThreads + thread,
                  gridDim.x * config::kForwardThreads);
   }
   return experts.num_blocks();

@@ -298,7 +298,7 @@ struct LogitItems {
   // The CTA's n-th item.
   FM_DEVICE int32_t item(int32_t n) const {
     const auto num_ctas = static_cast<int32_t>(gridDim.x);
-    const auto cta = ptx::cta_idx();
+    const auto cta = ptx::block_idx();
     if (is_dealt) return cta + n * num_ctas;
     return (cta + n / of_tile() * num_ctas) * of_tile() + n % of_tile();
   }

@@ -120,7 +120,7 @@ FM_DEVICE void rank_tile(const kernel::ForwardParams& params, int32_t* counts, i
 }
 
 FM_DEVICE void check_selection_bias(const kernel::ForwardParams& params) {
-  if (params.router.selection_bias.data == nullptr || ptx::cta_idx() != 0) return;
+  if (params.router.selection_bias.data == nullptr || ptx::block_idx() != 0) return;
   for (int32_t e = ptx::thread_idx(); e < params.sizes.num_experts; e += config::kForwardThreads) {
     if (!isnan(tile::read_real(params.router.selection_bias, e))) continue;
     sync::write_report(params.waits.report, sync::WaitTag::kUndefinedBias, e, 0);
@@ -139,7 +139,7 @@ FM_DEVICE void route(const kernel::ForwardParams& params, uint8_t* arena, int32_
   const bool is_fused = params.router.weight != nullptr;
   const auto num_ctas = static_cast<int32_t>(gridDim.x);
   if (is_fused) {
-    for (int32_t tile_idx = ptx::cta_idx(); tile_idx < sizes.route_tiles; tile_idx += num_ctas) {
+    for (int32_t tile_idx = ptx::block_idx(); tile_idx < sizes.route_tiles; tile_idx += num_ctas) {
       choose_tile(params, arena, arena_bytes, tile_idx * kTileTokens);
     }
     __syncthreads();
@@ -147,7 +147,7 @@ FM_DEVICE void route(const kernel::ForwardParams& params, uint8_t* arena, int32_
   // The CTA that chose a tile's experts also ranks its slots; a warp takes a tile.
   const auto warp_idx = ptx::thread_idx() / 32;
   auto* counts = reinterpret_cast<int32_t*>(arena) + warp_idx * sizes.num_experts;
-  for (int32_t tile_idx = ptx::cta_idx() + warp_idx * num_ctas; tile_idx < sizes.route_tiles;
+  for (int32_t tile_idx = ptx::block_idx() + warp_idx * num_ctas; tile_idx < sizes.route_tiles;
        tile_idx += config::kForwardWarps * num_ctas) {
     const int32_t first_slot = tile_idx * kTileTokens * sizes.top_k;
     const int32_t num_slots = min(kTileTokens * sizes.top_k, sizes.slots() - first_slot);

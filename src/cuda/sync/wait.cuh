@@ -37,7 +37,7 @@ class Waiter {
     while (!ptx::mbarrier_try_wait_parity(barrier, parity)) {
       if (now() - start > bounds_.timeout_us) {
         alive_ = false;
-        write_report(bounds_.report, tag, ptx::cta_idx(), parity);
+        write_report(bounds_.report, tag, ptx::block_idx(), parity);
         return;
       }
     }
@@ -93,7 +93,7 @@ class Waiter {
   FM_DEVICE bool give_up(uint32_t expected, WaitTag tag) {
     alive_ = false;
     const bool stopped = is_stopped();
-    return write_report(bounds_.report, stopped ? WaitTag::kAborted : tag, ptx::cta_idx(),
+    return write_report(bounds_.report, stopped ? WaitTag::kAborted : tag, ptx::block_idx(),
                         stopped ? *bounds_.abort : expected);
   }
 
