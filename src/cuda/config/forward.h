@@ -40,10 +40,6 @@ inline constexpr int32_t kForwardWarps = kForwardThreads / 32;
 inline constexpr int32_t kCommWarps = kWarpgroup / 32;
 inline constexpr int32_t kMathWarps = 2 * kWarpgroup / 32;
 
-// Rows that a warp has on their way while it combines. A communication warp's fill what operand
-// stages leave of shared memory; a math warp, after its last tile, uses those stages.
-inline constexpr int32_t kCommRows = 5;
-inline constexpr int32_t kMathRows = 24;
 // Tables of more experts than this are in global memory instead of shared.
 inline constexpr int32_t kNearExperts = 170;
 
@@ -86,7 +82,7 @@ inline constexpr int32_t kCopyRows = 4;
 // Few tokens are routed by all CTAs together: the sums of their logits are divided among them
 // (kLogitSegments), and meetings of all CTAs are replaced by work that each does for itself.
 inline constexpr int64_t kFewTiles = 16;
-inline constexpr int64_t kFewSlots = 4 * kForwardThreads;
+inline constexpr int64_t kFewSlots = kForwardThreads;
 // A logit is the sum of this many sums over parts of the hidden size, whoever makes them: the same
 // bits for any number of tokens.
 inline constexpr int32_t kLogitSegments = 8;

@@ -3,17 +3,17 @@
 //
 //   tickets (a warp of the pair's leader)  takes tickets, sends their tiles to both CTAs and
 //                                          whether what they depend on is there
-//   load    (a thread of each CTA)         copies operands: own weights, half the pair's tokens
-//                                          (waits for these if it must)
+//   weights (a thread of each CTA)         copies the CTA's own weights
+//   tokens  (a thread of each CTA)         copies half the pair's tokens, when they are there
 //   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
 //                                          epilogue (ping-pong)
 //   comm    (a warpgroup of each CTA)      copies tokens into expert order ahead of the up tiles;
 //                                          combines column blocks behind the down tiles
 //
 // Counters (cleared by every launch before its plan, published by release, read by acquire):
-//   rows_ready[first group of a block]  comm -> tickets, load: rows of the block that are copied
-//   up_done[first group of a block]     math -> tickets, load: CTAs' up tiles of it that are stored
-//   down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
+//   rows_ready[first group of a block]  comm -> tickets, tokens: rows of the block that are copied
+//   up_done[first group of a block]     math -> tickets, tokens: CTAs' up tiles of it that are
+//   stored down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
 // What crosses between ordinary and copy-engine accesses is fenced on both sides.
 #pragma once
 
@@ -33,7 +33,6 @@
 namespace flashmoe::cuda::kernel {
 
 struct ForwardExtra {
-  alignas(16) uint8_t comm_rows[config::kCommWarps][stage::RowRing<config::kCommRows>::kBytes];
   tile::ExpertMemory experts;
   int32_t num_blocks;  // of all experts
   // The tile of each math warpgroup while its products run: no registers are free for it. Written
@@ -229,13 +228,11 @@ FM_DEVICE void forward_comm(const ForwardParams& params, ForwardShared<Config>& 
   const auto warp_idx = [] {  // read where it is used: no register holds it in between
     return ptx::thread_idx() / 32 % config::kCommWarps;
   };
-  stage::copy_rows<Config>(params, table_of(params, smem), warp_idx() * gridDim.x + blockIdx.x,
+  stage::copy_rows<Config>(params, table_of(params, smem),
+                           warp_idx() * gridDim.x + ptx::block_idx(),
                            gridDim.x * config::kCommWarps);
-  stage::combine<Config, config::kCommRows>(params, smem.extra.num_blocks,
-                                            smem.extra.comm_rows[warp_idx()], waiter);
+  stage::combine<Config, 1, 4>(params, smem.extra.num_blocks, waiter);
 }
-
-inline constexpr int kStagesFree = 3;  // a barrier of the math warps; tile::Staging has 1 and 2
 
 // The roles, after the plan.
 template <class Config>
@@ -248,7 +245,8 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
   if (warpgroup_idx == 0) {
     ptx::setmaxnreg_dec<Job::kShape.load_registers>();
     const Role role = role_of(cta_rank);
-    if (role == Role::kLoad) load_role<Job>(params, smem, waiter, cta_rank);
+    if (role == Role::kWeights) weights_role<Job>(params, smem, waiter, cta_rank);
+    if (role == Role::kTokens) tokens_role<Job>(params, smem, waiter, cta_rank);
     if (role == Role::kTickets) {
       tickets_role<Job>(params, smem, waiter);
       if (ptx::lane_idx() == 0) set_mark_of_first(params, Mark::kLastTile);
@@ -259,13 +257,7 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
   } else {
     ptx::setmaxnreg_inc<Job::kShape.math_registers>();
     math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
-    // No operand is on its way any more once both warpgroups have done their last tile.
-    ptx::barrier_sync(kStagesFree, 2 * config::kWarpgroup);
-    using Rows = stage::RowRing<config::kMathRows>;
-    static_assert(config::kMathWarps * Rows::kBytes <= sizeof(smem.stages));
-    const int32_t warp_idx = ptx::thread_idx() / 32 - config::kWarpgroup / 32;
-    auto* rows = reinterpret_cast<uint8_t*>(smem.stages) + warp_idx * Rows::kBytes;
-    stage::combine<Config, config::kMathRows>(params, smem.extra.num_blocks, rows, waiter);
+    stage::combine<Config, 2, 8>(params, smem.extra.num_blocks, waiter);
   }
 }
 

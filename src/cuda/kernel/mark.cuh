@@ -13,7 +13,7 @@ FM_DEVICE void set_mark(const ForwardParams& params, Mark mark) {
 }
 // One thread of each cluster; the first cluster's counts.
 FM_DEVICE void set_mark_of_first(const ForwardParams& params, Mark mark) {
-  if (blockIdx.x == 0) set_mark(params, mark);
+  if (ptx::block_idx() == 0) set_mark(params, mark);
 }
 
 }  // namespace flashmoe::cuda::kernel

@@ -8,14 +8,21 @@
 
 namespace flashmoe::cuda::kernel {
 
-enum class Role { kIdle, kTickets, kLoad, kMath };
+enum class Role { kIdle, kTickets, kWeights, kTokens, kMath };
 
 FM_DEVICE Role role_of(int32_t cta_rank) {
   const uint32_t warpgroup_idx = threadIdx.x / config::kWarpgroup;
   if (warpgroup_idx > 0) return Role::kMath;
-  if (threadIdx.x == 0) return Role::kLoad;
-  const bool is_second_warp = threadIdx.x / 32 == 1;
-  return is_second_warp && cta_rank == 0 ? Role::kTickets : Role::kIdle;
+  switch (threadIdx.x / 32) {
+    case 0:
+      return Role::kWeights;
+    case 1:
+      return cta_rank == 0 ? Role::kTickets : Role::kIdle;
+    case 2:
+      return Role::kTokens;
+    default:
+      return Role::kIdle;
+  }
 }
 
 using TileWriter = sync::MessageWriter<tile::Tile, config::kTileSlots>;
@@ -23,7 +30,7 @@ using TileReader = sync::MessageReader<tile::Tile, config::kTileSlots>;
 
 // The first ticket of a cluster is its index, and costs no round trip. One thread.
 FM_DEVICE int32_t take_ticket(TicketCounter& tickets, bool is_first, int32_t num_clusters) {
-  if (is_first) return blockIdx.x / config::kClusterSize;
+  if (is_first) return ptx::block_idx() / config::kClusterSize;
   return num_clusters + static_cast<int32_t>(atomicAdd(&tickets.next, 1u));
 }
 

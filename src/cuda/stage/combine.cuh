@@ -1,12 +1,10 @@
 // y[t] = sum of the token's rows, weighted, in slot order and fp32: a column block at a time, while
-// the products of the next one run. Rows come through shared memory, so that a warp of few
-// registers has several on their way at any time.
+// the products of the next one run.
 #pragma once
 
 #include "cuda/kernel/forward.h"
 #include "cuda/kernel/mark.cuh"
 #include "cuda/kernel/roles.cuh"
-#include "cuda/ptx/copy.cuh"
 #include "cuda/stage/choose.cuh"
 #include "cuda/stage/copy_rows.cuh"
 #include "cuda/sync/wait.cuh"
@@ -18,7 +16,7 @@ namespace flashmoe::cuda::stage {
 struct ColumnSums {
   float values[kVector];
 
-  FM_DEVICE explicit ColumnSums(float start) {
+  FM_DEVICE void clear(float start) {
     FM_UNROLL
     for (float& value : values) value = start;
   }
@@ -57,197 +55,89 @@ struct TokenSlots {
   }
 };
 
-// Units of work: columns of one column block of a few tokens. A warp takes them one by one; the
-// copies and the sums pass through them in the same order, the copies ahead. Unit n of the warp is
-// in lane n % 32: copies are less than 32 rows ahead.
-class CombineUnits {
- public:
-  FM_DEVICE explicit CombineUnits(kernel::TicketCounter& counter) : counter_(counter) {}
-
-  // Takes unit n, the next one; unit() waits for it. Whole warp.
-  FM_DEVICE void take(int32_t n) {
-    if (ptx::lane_idx() == n % 32) {
-      units_ = static_cast<int32_t>(atomicAdd(&counter_.next, 1u));
-    }
-  }
-  FM_DEVICE int32_t unit(int32_t n) const { return __shfl_sync(kAllLanes, units_, n % 32); }
-
- private:
-  kernel::TicketCounter& counter_;
-  int32_t units_ = 0;
-};
-
 inline constexpr int32_t kPieceColumns = 32 * kVector;  // a warp's, eight of each lane
 
-// A piece of a token's row in the units of a warp. The same in all lanes.
-struct CombinePlace {
-  int32_t n = 0;  // which unit of the warp
-  int32_t token = 0;
-  int32_t end = 0;  // token after the unit's last
-  int32_t column_block = -1;
-  int32_t column = 0;  // the piece's first
-
-  FM_DEVICE void enter(const config::ForwardSizes& sizes, int32_t unit) {
-    column_block = unit / sizes.combine_units;
-    token = (unit - column_block * sizes.combine_units) * sizes.combine_tokens;
-    end = min(token + sizes.combine_tokens, sizes.tokens);
-    column = column_block * sizes.column_width;
-  }
-  FM_DEVICE bool is_end(const config::ForwardSizes& sizes) const {
-    return column_block >= sizes.column_blocks || sizes.tokens == 0;
-  }
-  FM_DEVICE int32_t column_end(const config::ForwardSizes& sizes) const {
-    return min((column_block + 1) * sizes.column_width, sizes.hidden);
-  }
-  // To the token's next piece; false, and at the next token's first, after its last.
-  FM_DEVICE bool next_piece(const config::ForwardSizes& sizes) {
-    column += kPieceColumns;
-    if (column < column_end(sizes)) return true;
-    column = column_block * sizes.column_width;
-    ++token;
-    return false;
-  }
-};
-
-// Starts the copies of a warp's rows, piece by piece, slot by slot.
-class CombineCopies {
- public:
-  FM_DEVICE CombineCopies(const kernel::ForwardParams& params, int32_t num_blocks,
-                          CombineUnits& units, sync::Waiter& waiter)
-      : params_(params), num_blocks_(num_blocks), units_(units), waiter_(waiter) {
-    units_.take(0);
-    enter_unit();
-  }
-
-  // This lane's columns of the next row, null where there are none. Whole warp.
-  FM_DEVICE const void* next() {
-    const auto& sizes = params_.sizes;
-    if (place_.is_end(sizes)) return nullptr;
-    const int32_t row = __shfl_sync(kAllLanes, slots_.row, slot_);
-    const int32_t column = place_.column + ptx::lane_idx() * kVector;
-    const void* source = nullptr;
-    if (row >= 0 && column < place_.column_end(sizes)) {
-      source =
-          static_cast<const uint16_t*>(params_.memory.rows) + int64_t{row} * sizes.hidden + column;
+// A token's columns of a column block: the loads of kRows rows of kPieces pieces are under way
+// together. Whole warp.
+template <class Config, int kPieces, int kRows>
+FM_DEVICE void combine_token(const kernel::ForwardParams& params, const TokenSlots& slots,
+                             int32_t token, int32_t column_block) {
+  using Element = tile::ElementOf<Config::value.element>;
+  const auto& sizes = params.sizes;
+  const bool is_undefined = __any_sync(kAllLanes, slots.row == kUndefined);
+  const auto* rows = static_cast<const uint16_t*>(params.memory.rows);
+  const int32_t end = min((column_block + 1) * sizes.column_width, sizes.hidden);
+#pragma unroll 1
+  for (int32_t column = column_block * sizes.column_width + ptx::lane_idx() * kVector;
+       __any_sync(kAllLanes, column < end); column += kPieces * kPieceColumns) {
+    ColumnSums sums[kPieces];
+    FM_UNROLL
+    for (ColumnSums& piece : sums) piece.clear(is_undefined ? __int_as_float(0x7FC00000) : 0.0f);
+#pragma unroll 1
+    for (int32_t j = 0; j < sizes.top_k; j += kRows) {
+      int4 values[kRows][kPieces];
+      FM_UNROLL
+      for (int i = 0; i < kRows; ++i) {  // lanes from top_k on have no row
+        const int32_t row = __shfl_sync(kAllLanes, slots.row, j + i);
+        FM_UNROLL
+        for (int piece = 0; piece < kPieces; ++piece) {
+          const int32_t at = column + piece * kPieceColumns;
+          values[i][piece] = int4{};
+          if (at >= end || row < 0) continue;
+          values[i][piece] =
+              __ldcg(reinterpret_cast<const int4*>(rows + int64_t{row} * sizes.hidden + at));
+        }
+      }
+      FM_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const float weight = __shfl_sync(kAllLanes, slots.weight, j + i);
+        if (__shfl_sync(kAllLanes, slots.row, j + i) < 0) continue;
+        FM_UNROLL
+        for (int piece = 0; piece < kPieces; ++piece) {
+          sums[piece].template add<Element>(values[i][piece], weight);
+        }
+      }
     }
-    if (++slot_ == sizes.top_k) {
-      slot_ = 0;
-      if (!place_.next_piece(sizes)) next_token();
-    }
-    return source;
-  }
-
- private:
-  FM_DEVICE void next_token() {
-    if (place_.token == place_.end) {
-      ++place_.n;
-      enter_unit();
-    } else {
-      slots_ = next_slots_;
-      load_ahead();
+    auto* y = static_cast<uint16_t*>(params.y) + token * params.y_stride + column;
+    FM_UNROLL
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (column + piece * kPieceColumns >= end) break;
+      *reinterpret_cast<int4*>(y + piece * kPieceColumns) = sums[piece].template rounded<Element>();
     }
   }
-  FM_DEVICE void enter_unit() {
-    const auto& sizes = params_.sizes;
-    const int32_t last_block = place_.column_block;
-    place_.enter(sizes, units_.unit(place_.n));
-    if (place_.is_end(sizes)) return;
-    units_.take(place_.n + 1);
-    slots_ = TokenSlots::load(params_, place_.token);
-    load_ahead();
-    if (place_.column_block == last_block) return;
-    const int32_t tiles = num_blocks_ * sizes.pairs_of_column_block(place_.column_block);
-    waiter_.wait_word(&params_.memory.down_done[place_.column_block], tiles * config::kClusterSize,
-                      sync::WaitTag::kDownDone);
-  }
-  FM_DEVICE void load_ahead() {
-    next_slots_ = TokenSlots::load(params_, min(place_.token + 1, params_.sizes.tokens));
-  }
-
-  const kernel::ForwardParams& params_;
-  int32_t num_blocks_;
-  CombineUnits& units_;
-  sync::Waiter& waiter_;
-  CombinePlace place_;
-  int32_t slot_ = 0;
-  TokenSlots slots_;
-  TokenSlots next_slots_;
-};
-
-// Rows on their way through shared memory, in order. Each lane copies and reads 16 bytes of a row
-// of its own, so that no lane waits for another.
-template <int kRows>
-class RowRing {
- public:
-  static constexpr int32_t kRowBytes = 32 * 16;
-  static constexpr int32_t kBytes = kRows * kRowBytes;
-
-  // memory: kBytes of the warp's.
-  FM_DEVICE explicit RowRing(uint8_t* memory)
-      : first_(ptx::shared_address(memory) + ptx::lane_idx() * 16), at_(first_) {}
-
-  // The oldest row.
-  FM_DEVICE int4 read() {
-    ptx::cp_async_wait_group<kRows - 1>();
-    return ptx::ld_shared_16(at_);
-  }
-  // Starts the copy of a row, or of none, in the place of the oldest.
-  FM_DEVICE void start(const void* source) {
-    if (source != nullptr) ptx::cp_async_16(at_, source, 16);
-    ptx::cp_async_commit_group();
-    at_ = at_ == first_ + (kRows - 1) * kRowBytes ? first_ : at_ + kRowBytes;
-  }
-
- private:
-  uint32_t first_;
-  uint32_t at_;
-};
+}
 
 // Warps of a CTA that combine: the communication warps, and the math warps after their last tile.
 inline constexpr int32_t kCombineWarps = config::kCommWarps + config::kMathWarps;
 
 // Combines unit after unit, of the first column block to the last, until none is left. num_blocks:
-// where the number of all experts' blocks is; memory: RowRing<kRows>::kBytes of shared memory.
-// Whole warp; kCombineWarps of every CTA come here.
-template <class Config, int kRows>
-FM_DEVICE void combine(const kernel::ForwardParams& params, int32_t num_blocks, uint8_t* memory,
+// where the number of all experts' blocks is. Whole warp; kCombineWarps of every CTA come here.
+template <class Config, int kPieces, int kRows>
+FM_DEVICE void combine(const kernel::ForwardParams& params, const int32_t& num_blocks,
                        sync::Waiter& waiter) {
-  static_assert(kRows < 31);  // see CombineUnits
-  using Element = tile::ElementOf<Config::value.element>;
   const auto& sizes = params.sizes;
   auto& state = *params.memory.state;
-  CombineUnits units(state.combine);
-  CombineCopies copies(params, num_blocks, units, waiter);
-  RowRing<kRows> rows(memory);
-#pragma unroll 1
-  for (int i = 0; i < kRows; ++i) rows.start(copies.next());
-  CombinePlace place;
-  for (place.enter(sizes, units.unit(0)); !place.is_end(sizes);
-       ++place.n, place.enter(sizes, units.unit(place.n))) {
-    if (!__all_sync(kAllLanes, waiter.alive())) break;
-    while (place.token < place.end) {
-      const TokenSlots slots = TokenSlots::load(params, place.token);
-      const bool is_undefined = __any_sync(kAllLanes, slots.row == kUndefined);
-      const float start = is_undefined ? __int_as_float(0x7FC00000) : 0.0f;
-      const int32_t token = place.token;
-      while (place.token == token) {
-        ColumnSums sums(start);
-#pragma unroll 1
-        for (int32_t j = 0; j < sizes.top_k; ++j) {
-          const int4 row = rows.read();
-          const float weight = __shfl_sync(kAllLanes, slots.weight, j);
-          if (__shfl_sync(kAllLanes, slots.row, j) >= 0) {
-            sums.template add<Element>(row, weight);
-          }
-          rows.start(copies.next());
-        }
-        const int32_t column = place.column + ptx::lane_idx() * kVector;
-        if (column < place.column_end(sizes)) {
-          auto* y = static_cast<uint16_t*>(params.y) + token * params.y_stride;
-          *reinterpret_cast<int4*>(y + column) = sums.template rounded<Element>();
-        }
-        place.next_piece(sizes);
-      }
+  int32_t ready = -1;  // column blocks up to here are known to be stored
+  while (true) {
+    int32_t unit = 0;
+    if (ptx::lane_idx() == 0) unit = static_cast<int32_t>(atomicAdd(&state.combine.next, 1u));
+    unit = __shfl_sync(kAllLanes, unit, 0);
+    const int32_t column_block = unit / sizes.combine_units;
+    const int32_t first = (unit - column_block * sizes.combine_units) * sizes.combine_tokens;
+    if (column_block >= sizes.column_blocks) break;
+    if (column_block > ready) {
+      const int32_t tiles = num_blocks * sizes.pairs_of_column_block(column_block);
+      waiter.wait_word(&params.memory.down_done[column_block], tiles * config::kClusterSize,
+                       sync::WaitTag::kDownDone);
+      if (!__all_sync(kAllLanes, waiter.alive())) break;
+      ready = column_block;
+    }
+    const int32_t end = min(first + sizes.combine_tokens, sizes.tokens);
+    TokenSlots slots = TokenSlots::load(params, first);
+    for (int32_t token = first; token < end; ++token) {
+      const TokenSlots next = TokenSlots::load(params, token + 1 < end ? token + 1 : sizes.tokens);
+      combine_token<Config, kPieces, kRows>(params, slots, token, column_block);
+      slots = next;
     }
   }
   if (ptx::lane_idx() == 0 && kernel::finish_tickets(state.combine, gridDim.x * kCombineWarps)) {

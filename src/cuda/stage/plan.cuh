@@ -24,7 +24,7 @@ FM_DEVICE int32_t exclusive_sum(int32_t value, int32_t& total) {
 
 // Counters of this launch begin at zero. All threads of all CTAs.
 FM_DEVICE void clear_counters(const kernel::ForwardParams& params, int32_t num_groups) {
-  const int32_t thread = blockIdx.x * config::kForwardThreads + ptx::thread_idx();
+  const int32_t thread = ptx::block_idx() * config::kForwardThreads + ptx::thread_idx();
   const int32_t num_threads = gridDim.x * config::kForwardThreads;
   for (int32_t i = thread; i < num_groups; i += num_threads) {
     params.memory.rows_ready[i] = 0;
@@ -41,7 +41,7 @@ FM_DEVICE void scan_histograms(const kernel::ForwardParams& params) {
   const int32_t lane = ptx::lane_idx();
   const int32_t num_warps = gridDim.x * config::kForwardWarps;
   // Neighbouring experts go to different CTAs.
-  for (int32_t e = blockIdx.x + ptx::thread_idx() / 32 * gridDim.x; e < sizes.num_experts;
+  for (int32_t e = ptx::block_idx() + ptx::thread_idx() / 32 * gridDim.x; e < sizes.num_experts;
        e += num_warps) {
     int32_t* of_expert = params.memory.histograms + int64_t{e} * sizes.route_tiles;
     int32_t sum = 0;
@@ -178,11 +178,11 @@ FM_DEVICE int32_t place_rows(const kernel::ForwardParams& params, uint8_t* arena
   make_table(params, words);
   const tile::ExpertTable experts{words, sizes.num_experts};
   for (int32_t i = thread; i < num_words; i += config::kForwardThreads) kept[i] = words[i];
-  if (blockIdx.x == 0) publish_plan(params, experts, words + num_words);
+  if (ptx::block_idx() == 0) publish_plan(params, experts, words + num_words);
   if (sizes.has_few_slots) {
     place_slots(params, experts, thread, config::kForwardThreads);
   } else {
-    place_slots(params, experts, blockIdx.x * config::kForwardThreads + thread,
+    place_slots(params, experts, ptx::block_idx() * config::kForwardThreads + thread,
                 gridDim.x * config::kForwardThreads);
   }
   return experts.num_blocks();

@@ -25,6 +25,38 @@ FM_DEVICE void write_slot(const kernel::ForwardParams& params, int32_t token, in
   tile::write_real(params.router.weights, token, j, choice.weight);
 }
 
+// value(e) for the lane's experts into memory.scores, kBatch of them under way together.
+template <int kBatch, class Value>
+FM_DEVICE void fill_scores(const TeamMemory& memory, const Value& value) {
+  const int32_t last = memory.num_experts - 1;
+#pragma unroll 1
+  for (int32_t first = team_lane(); first <= last; first += kBatch * kTeamLanes) {
+    float values[kBatch];
+    FM_UNROLL
+    for (int i = 0; i < kBatch; ++i) values[i] = value(min(first + i * kTeamLanes, last));
+    FM_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i * kTeamLanes <= last) memory.scores[first + i * kTeamLanes] = values[i];
+    }
+  }
+}
+
+// A token's logits into memory.scores. Its lanes.
+FM_DEVICE void load_logits(const kernel::ForwardParams& params, int32_t token,
+                           const TeamMemory& memory) {
+  const auto& router = params.router;
+  float* logits = router.logits + int64_t{token} * params.sizes.num_experts;
+  if (!params.sizes.has_few_tiles) {
+    fill_scores<16>(memory, [&](int32_t e) { return logits[e]; });
+    return;
+  }
+  fill_scores<4>(memory, [&](int32_t e) { return sum_parts(params, token, e); });
+#pragma unroll 1
+  for (int32_t e = team_lane(); e < memory.num_experts; e += kTeamLanes) {
+    logits[e] = memory.scores[e] += read_bias(router.bias, e);
+  }
+}
+
 // Chooses the experts of a tile whose logits, or their parts, are there. All threads of the CTA;
 // arena: shared memory for as many teams at a time as it holds.
 FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, int32_t arena_bytes,
@@ -41,11 +73,8 @@ FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, 
     if (!__any_sync(kAllLanes, has_token)) continue;
     const TeamMemory memory =
         TeamMemory::from(arena, team_idx, sizes.num_experts, router.num_groups, has_token);
-    float* logits = router.logits + int64_t{token} * sizes.num_experts;
-    const bool is_defined = load_logits(memory, [&](int32_t e) {
-      if (!sizes.has_few_tiles) return logits[e];
-      return logits[e] = sum_parts(params, token, e);
-    });
+    load_logits(params, token, memory);
+    const bool is_defined = check_logits(memory);
     choose_experts(router, sizes, memory);
     const TeamSlots slots = weigh_experts(router, sizes, memory);
     if (!has_token) continue;
@@ -119,7 +148,7 @@ FM_DEVICE void rank_tile(const kernel::ForwardParams& params, int32_t* counts, i
 }
 
 FM_DEVICE void check_selection_bias(const kernel::ForwardParams& params) {
-  if (params.router.selection_bias.data == nullptr || blockIdx.x != 0) return;
+  if (params.router.selection_bias.data == nullptr || ptx::block_idx() != 0) return;
   for (int32_t e = ptx::thread_idx(); e < params.sizes.num_experts; e += config::kForwardThreads) {
     if (!isnan(tile::read_real(params.router.selection_bias, e))) continue;
     sync::write_report(params.report, sync::WaitTag::kUndefinedBias, e, 0);
@@ -138,7 +167,7 @@ FM_DEVICE void route(const kernel::ForwardParams& params, uint8_t* arena, int32_
   const bool is_fused = params.router.weight != nullptr;
   const auto num_ctas = static_cast<int32_t>(gridDim.x);
   if (is_fused) {
-    for (int32_t tile_idx = blockIdx.x; tile_idx < sizes.route_tiles; tile_idx += num_ctas) {
+    for (int32_t tile_idx = ptx::block_idx(); tile_idx < sizes.route_tiles; tile_idx += num_ctas) {
       choose_tile(params, arena, arena_bytes, tile_idx * kTileTokens);
     }
     __syncthreads();
@@ -146,7 +175,7 @@ FM_DEVICE void route(const kernel::ForwardParams& params, uint8_t* arena, int32_
   // The CTA that chose a tile's experts also ranks its slots; a warp takes a tile.
   const auto warp_idx = ptx::thread_idx() / 32;
   auto* counts = reinterpret_cast<int32_t*>(arena) + warp_idx * sizes.num_experts;
-  for (int32_t tile_idx = blockIdx.x + warp_idx * num_ctas; tile_idx < sizes.route_tiles;
+  for (int32_t tile_idx = ptx::block_idx() + warp_idx * num_ctas; tile_idx < sizes.route_tiles;
        tile_idx += config::kForwardWarps * num_ctas) {
     const int32_t first_slot = tile_idx * kTileTokens * sizes.top_k;
     const int32_t num_slots = min(kTileTokens * sizes.top_k, sizes.slots() - first_slot);

@@ -59,7 +59,7 @@ class Waiter {
 
   FM_DEVICE void give_up(uint32_t parity, WaitTag tag) {
     alive_ = false;
-    write_report(report_, tag, blockIdx.x, parity);
+    write_report(ptx::opaque(report_), tag, ptx::block_idx(), parity);
   }
 
   WaitReport* report_;
