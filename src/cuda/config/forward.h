@@ -29,21 +29,17 @@ struct Forward {
             .epilogue = epilogue,
             .max_tokens = 176,
             .num_stages = 5,
-            .load_registers = 40,
+            .load_registers = 32,
             .math_registers = 208};
   }
 };
 
-inline constexpr int32_t kCommRegisters = 56;
+inline constexpr int32_t kCommRegisters = 64;
 inline constexpr int32_t kForwardThreads = 4 * kWarpgroup;  // load, math, math, comm
 inline constexpr int32_t kForwardWarps = kForwardThreads / 32;
 inline constexpr int32_t kCommWarps = kWarpgroup / 32;
 inline constexpr int32_t kMathWarps = 2 * kWarpgroup / 32;
 
-// Steps of four rows that a warp has on their way while it combines. A communication warp's fill
-// what operand stages leave of shared memory; a math warp, after its last tile, uses those stages.
-inline constexpr int32_t kCommSteps = 2;
-inline constexpr int32_t kMathSteps = 6;
 // Tables of more experts than this are in global memory instead of shared.
 inline constexpr int32_t kNearExperts = 170;
 
@@ -86,7 +82,7 @@ inline constexpr int32_t kCopyRows = 4;
 // Few tokens are routed by all CTAs together: the sums of their logits are divided among them
 // (kLogitSegments), and meetings of all CTAs are replaced by work that each does for itself.
 inline constexpr int64_t kFewTiles = 16;
-inline constexpr int64_t kFewSlots = 4 * kForwardThreads;
+inline constexpr int64_t kFewSlots = kForwardThreads;
 // A logit is the sum of this many sums over parts of the hidden size, whoever makes them: the same
 // bits for any number of tokens.
 inline constexpr int32_t kLogitSegments = 8;

@@ -3,8 +3,8 @@
 //
 //   tickets (a warp of the pair's leader)  takes tickets, sends their tiles to both CTAs and
 //                                          whether what they depend on is there
-//   load    (a thread of each CTA)         copies operands: own weights, half the pair's tokens
-//                                          (waits for these if it must)
+//   weights (a thread of each CTA)         copies the CTA's own weights
+//   tokens  (a thread of each CTA)         copies half the pair's tokens, when they are there
 //   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
 //                                          epilogue (ping-pong)
 //   comm    (a warpgroup of each CTA)      sends tokens to the other ranks that need them, and
@@ -12,9 +12,9 @@
 //                                          tiles; combines column blocks behind the down tiles
 //
 // Counters (cleared by every launch before its plan, published by release, read by acquire):
-//   rows_ready[first group of a block]  comm -> tickets, load: rows of the block that are copied
-//   up_done[first group of a block]     math -> tickets, load: CTAs' up tiles of it that are stored
-//   down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
+//   rows_ready[first group of a block]  comm -> tickets, tokens: rows of the block that are copied
+//   up_done[first group of a block]     math -> tickets, tokens: CTAs' up tiles of it that are
+//   stored down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
 // What crosses between ordinary and copy-engine accesses is fenced on both sides.
 #pragma once
 
@@ -37,7 +37,6 @@
 namespace flashmoe::cuda::kernel {
 
 struct ForwardExtra {
-  stage::CombineStep comm_steps[config::kCommWarps][config::kCommSteps];
   tile::ExpertMemory experts;
   int32_t num_blocks;  // of all experts
   stage::RankState ranks;
@@ -254,29 +253,31 @@ FM_DEVICE void forward_comm(const ForwardParams& params, ForwardShared<Config>& 
     stage::send_and_copy_rows<Config>(params, smem.extra.ranks, table_of(params, smem), worker_idx,
                                       num_workers, waiter);
   }
-  stage::combine<Config>(params, smem.extra.ranks, smem.extra.num_blocks, warp_idx(),
-                         smem.extra.comm_steps[warp_idx()], waiter);
+  stage::combine<Config, 1, 4>(params, smem.extra.ranks, smem.extra.num_blocks, waiter);
 }
-
-inline constexpr int kStagesFree = 3;  // a barrier of the math warps; tile::Staging has 1 and 2
 
 // The roles, after the plan.
 template <class Config>
-FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& smem,
-                         int32_t cta_rank) {
+FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& smem) {
   using Job = ForwardJob<Config>;
   sync::Waiter waiter(params.waits);
   // The same in all lanes, as the compiler must see it for setmaxnreg.
   const int warpgroup_idx = __shfl_sync(0xFFFFFFFF, threadIdx.x / config::kWarpgroup, 0);
   if (warpgroup_idx == 0) {
     ptx::setmaxnreg_dec<Job::kShape.load_registers>();
-    const Role role = role_of(cta_rank);
-    if (role == Role::kLoad) load_role<Job>(params, smem, waiter, cta_rank);
-    if (role == Role::kTickets) {
+    const auto cta_rank = [] {  // read where it is used
+      return static_cast<int32_t>(ptx::get_sreg_cluster_ctarank());
+    };
+    const auto role = [&] {
+      return role_of(cta_rank());
+    };
+    if (role() == Role::kWeights) weights_role<Job>(params, smem, waiter, cta_rank());
+    if (role() == Role::kTokens) tokens_role<Job>(params, smem, waiter, cta_rank());
+    if (role() == Role::kTickets) {
       tickets_role<Job>(params, smem, waiter);
       if (ptx::lane_idx() == 0) set_mark_of_first(params, Mark::kLastTile);
     }
-    if (role == Role::kPost && !stage::is_alone(params))
+    if (role() == Role::kPost && !stage::is_alone(params))
       stage::post_flags(params, smem.extra.ranks);
   } else if (warpgroup_idx == 3) {
     ptx::setmaxnreg_dec<config::kCommRegisters>();
@@ -284,14 +285,7 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
   } else {
     ptx::setmaxnreg_inc<Job::kShape.math_registers>();
     math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
-    // No operand is on its way any more once both warpgroups have done their last tile.
-    ptx::barrier_sync(kStagesFree, 2 * config::kWarpgroup);
-    using Steps = stage::CombineStep[config::kMathWarps][config::kMathSteps];
-    static_assert(sizeof(Steps) <= sizeof(smem.stages));
-    auto& steps = reinterpret_cast<Steps&>(smem.stages);
-    const int32_t warp_idx = ptx::thread_idx() / 32 - config::kWarpgroup / 32;
-    stage::combine<Config>(params, smem.extra.ranks, smem.extra.num_blocks,
-                           config::kCommWarps + warp_idx, steps[warp_idx], waiter);
+    stage::combine<Config, 2, 8>(params, smem.extra.ranks, smem.extra.num_blocks, waiter);
   }
 }
 
@@ -323,7 +317,6 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     forward(const __grid_constant__ ForwardParams params) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& smem = *reinterpret_cast<ForwardShared<Config>*>(raw);
-  const int32_t cta_rank = ptx::get_sreg_cluster_ctarank();
   if (ptx::thread_idx() == 0) {
     set_mark_of_first(params, Mark::kStart);
     smem.init();
@@ -337,7 +330,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kPlanned);
-  if (all_here) run_roles<Config>(params, smem, cta_rank);
+  if (all_here) run_roles<Config>(params, smem);
   // Nobody leaves while the other CTA may still write or arrive here.
   __syncwarp();
   ptx::barrier_cluster_arrive();

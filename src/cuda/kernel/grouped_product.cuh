@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(config::kThreads, 1)
   if (warpgroup_idx == 0) {
     ptx::setmaxnreg_dec<Config::value.load_registers>();
     const Role role = role_of(cta_rank);
-    if (role == Role::kLoad) load_role<ProductJob<Config>>(params, smem, waiter, cta_rank);
+    if (role == Role::kWeights) weights_role<ProductJob<Config>>(params, smem, waiter, cta_rank);
+    if (role == Role::kTokens) tokens_role<ProductJob<Config>>(params, smem, waiter, cta_rank);
     if (role == Role::kTickets) tickets_role<ProductJob<Config>>(params, smem, waiter);
   } else {
     ptx::setmaxnreg_inc<Config::value.math_registers>();

@@ -1,8 +1,8 @@
 // The roles of every kernel of tiles: a pair of CTAs that meet in shared-memory rings.
 //
 //   tickets (a warp of the pair's leader)  takes tickets one tile ahead, sends tiles to both CTAs
-//   load    (a thread of each CTA)         copies operands: own weights, half the pair's tokens;
-//                                          weights of a tile whose tokens are not there yet first
+//   weights (a thread of each CTA)         copies the CTA's own weights
+//   tokens  (a thread of each CTA)         copies half the pair's tokens, when they are there
 //   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
 //                                          epilogue (ping-pong)
 //
@@ -58,38 +58,53 @@ FM_DEVICE void tickets_role(const typename Job::Params& params, typename Job::Sh
   if (is_taker) finish_tickets(Job::tickets(params), num_clusters);
 }
 
-// One thread of each CTA.
+// A warp of each CTA, of which one thread works. It announces a stage's bytes, its tokens' too, and
+// copies the weights: ahead of the tokens as far as there are stages.
 template <class Job>
-FM_DEVICE void load_role(const typename Job::Params& params, typename Job::Shared& smem,
-                         sync::Waiter waiter, int32_t cta_rank) {
+FM_DEVICE void weights_role(const typename Job::Params& params, typename Job::Shared& smem,
+                            sync::Waiter waiter, int32_t cta_rank) {
   constexpr config::GroupedProduct kShape = Job::kShape;
+  if (!ptx::elect_one()) return;
   sync::StageWriter<kShape.num_stages> stages(smem.stage_barriers);
   TileReader tiles(smem.tiles);
   while (true) {
     const tile::Tile tile = tiles.take_and_rearm(waiter);
     if (tile.is_end() || !waiter.alive()) break;
-    const int32_t num_steps = tile.num_steps();
-    const uint32_t num_bytes = kShape.weight_bytes() + kShape.token_bytes(num_steps);
+    const uint32_t num_bytes = kShape.weight_bytes() + kShape.token_bytes(tile.num_steps());
     const int32_t num_k_blocks = Job::num_k_blocks(params, tile);
-    const auto load_weights = [&](int32_t k_block) {
-      stages.acquire(num_bytes, waiter);
+    for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
+      stages.acquire(waiter);
+      stages.announce(num_bytes);
       Job::load_weights(params, smem.stages[stages.slot()].weights, stages.full(), tile,
                         2 * tile.weight_pair_idx + cta_rank, k_block * config::kDepthStep);
       stages.advance();
-    };
-    auto stages_of_tokens = stages;
-    const int32_t num_ahead = tile.is_ready ? 0 : min(num_k_blocks, kShape.num_stages);
-    for (int32_t k_block = 0; k_block < num_ahead; ++k_block) load_weights(k_block);
+    }
+  }
+}
+
+// Likewise. It copies this CTA's half of the pair's tokens, once they are there. One thread's
+// instructions for both operands take as long as a stage's products.
+template <class Job>
+FM_DEVICE void tokens_role(const typename Job::Params& params, typename Job::Shared& smem,
+                           sync::Waiter waiter, int32_t cta_rank) {
+  constexpr config::GroupedProduct kShape = Job::kShape;
+  if (!ptx::elect_one()) return;
+  sync::StageWriter<kShape.num_stages> stages(smem.stage_barriers);
+  TileReader tiles(smem.tiles);
+  while (true) {
+    const tile::Tile tile = tiles.take_alone(waiter);
+    if (tile.is_end() || !waiter.alive()) break;
     Job::wait_for_tokens(params, tile, waiter);
     if (!waiter.alive()) break;
     const CUtensorMap& tokens = Job::token_map(params, tile);
+    const int32_t num_steps = tile.num_steps();
+    const int32_t num_k_blocks = Job::num_k_blocks(params, tile);
     const int32_t pace_block = Job::pace_block(num_k_blocks);
     for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
-      if (k_block >= num_ahead) load_weights(k_block);
-      tile::load_tokens_for_pair(smem.stages[stages_of_tokens.slot()].tokens,
-                                 stages_of_tokens.full(), tokens, tile.row_begin, num_steps,
-                                 k_block * config::kDepthStep, cta_rank);
-      stages_of_tokens.advance();
+      stages.acquire(waiter);
+      tile::load_tokens_for_pair(smem.stages[stages.slot()].tokens, stages.full(), tokens,
+                                 tile.row_begin, num_steps, k_block * config::kDepthStep, cta_rank);
+      stages.advance();
       if (k_block == pace_block && cta_rank == 0) {
         ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
       }

@@ -8,15 +8,21 @@
 
 namespace flashmoe::cuda::kernel {
 
-enum class Role { kIdle, kTickets, kLoad, kPost, kMath };
+enum class Role { kIdle, kTickets, kWeights, kTokens, kPost, kMath };
 
 FM_DEVICE Role role_of(int32_t cta_rank) {
-  const uint32_t warpgroup_idx = threadIdx.x / config::kWarpgroup;
+  const uint32_t warpgroup_idx = ptx::thread_idx() / config::kWarpgroup;
   if (warpgroup_idx > 0) return Role::kMath;
-  if (threadIdx.x == 0) return Role::kLoad;
-  const uint32_t warp_idx = threadIdx.x / 32;
-  if (warp_idx == 2) return Role::kPost;
-  return warp_idx == 1 && cta_rank == 0 ? Role::kTickets : Role::kIdle;
+  switch (ptx::thread_idx() / 32) {
+    case 0:
+      return Role::kWeights;
+    case 1:
+      return cta_rank == 0 ? Role::kTickets : Role::kIdle;
+    case 2:
+      return Role::kTokens;
+    default:
+      return Role::kPost;
+  }
 }
 
 using TileWriter = sync::MessageWriter<tile::Tile, config::kTileSlots>;

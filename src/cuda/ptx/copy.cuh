@@ -23,15 +23,4 @@ FM_DEVICE void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
 }
 
-// Sixteen bytes of shared memory, as they are when the thread comes here: not moved over a wait.
-// Any thread, sm_70.
-FM_DEVICE int4 ld_shared_16(uint32_t address) {
-  int4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
 }  // namespace flashmoe::cuda::ptx

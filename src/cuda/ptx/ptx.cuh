@@ -32,4 +32,22 @@ FM_DEVICE int32_t block_idx() {
   return idx;
 }
 
+// The pointer, of which the compiler knows no more: addresses that follow from it are made where
+// they are used, and no register holds them before.
+template <class T>
+FM_DEVICE T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
+// True in one lane. The compiler then knows that it is one, which a comparison of threadIdx.x does
+// not tell it, and puts no loop over lanes round instructions that take uniform registers. Whole
+// warp, converged, sm_90.
+FM_DEVICE bool elect_one() {
+  uint32_t is_elected;
+  asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xFFFFFFFF;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+               : "=r"(is_elected));
+  return is_elected != 0;
+}
+
 }  // namespace flashmoe::cuda::ptx

@@ -25,6 +25,13 @@ FM_DEVICE void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
 }
 
+// The sums of products that were waited for: they are read no earlier than here.
+template <int kCount>
+FM_DEVICE void wgmma_settle(float (&sums)[kCount]) {
+  FM_UNROLL
+  for (float& sum : sums) asm volatile("" : "+f"(sum) : : "memory");
+}
+
 // wgmma<T, N, kTransA>: d[N / 2] (+)= A[64, 16] * B[N, 16]^T. T is __nv_bfloat16 or __half; A and B
 // are in shared memory, told by descriptors (tile/descriptor.cuh); B is K-major, A is M-major where
 // kTransA is 1. d is overwritten where `accumulate` is 0. An operand list has a fixed length, hence

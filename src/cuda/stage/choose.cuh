@@ -74,49 +74,81 @@ FM_DEVICE bool team_any(bool vote) {
 }
 
 // Takes the largest keys of each team's list one by one; of equal ones the lowest index first.
-// Whole warp: lane l of a team watches elements l, l + 8, ...
+// Whole warp: lane l of a team watches elements l, l + 8, ... as kGroups groups of neighbours,
+// whose best keys it holds.
 class BestKeys {
  public:
-  FM_DEVICE BestKeys(uint32_t* keys, int32_t count) : keys_(keys), count_(count) { scan(); }
+  FM_DEVICE BestKeys(uint32_t* keys, int32_t count)
+      : keys_(keys),
+        count_(count),
+        of_group_((count + kGroups * kTeamLanes - 1) / (kGroups * kTeamLanes)) {
+    FM_UNROLL
+    for (uint32_t& best : best_) best = 0;
+#pragma unroll 1
+    for (int32_t i = 0; i < of_group_; ++i) {
+      FM_UNROLL
+      for (int group = 0; group < kGroups; ++group) {
+        best_[group] = max(best_[group], key_at(idx_of(group, i)));
+      }
+    }
+  }
 
   // Index of the best key that is left, which is then taken. The same in all lanes of a team; of a
   // team without keys meaningless.
   FM_DEVICE int32_t take() {
-    uint32_t key = key_;
-    int32_t idx = idx_;
+    uint32_t best = 0;
+    FM_UNROLL
+    for (uint32_t of_group : best_) best = max(best, of_group);
     FM_UNROLL
     for (int distance = kTeamLanes / 2; distance > 0; distance /= 2) {
-      const uint32_t other_key = __shfl_xor_sync(kAllLanes, key, distance);
-      const int32_t other_idx = __shfl_xor_sync(kAllLanes, idx, distance);
-      const bool is_better = other_key > key || (other_key == key && other_idx < idx);
-      key = is_better ? other_key : key;
-      idx = is_better ? other_idx : idx;
+      best = max(best, __shfl_xor_sync(kAllLanes, best, distance));
     }
-    if (idx == idx_ && idx < count_) {
-      keys_[idx] = 0;
-      scan();
+    int32_t group = kGroups;
+    FM_UNROLL
+    for (int i = kGroups - 1; i >= 0; --i) {
+      if (best_[i] == best) group = i;
     }
+    const int32_t own = group < kGroups ? first_in(group, best) : kNone;
+    int32_t idx = own;
+    FM_UNROLL
+    for (int distance = kTeamLanes / 2; distance > 0; distance /= 2) {
+      idx = min(idx, __shfl_xor_sync(kAllLanes, idx, distance));
+    }
+    if (idx == own && idx != kNone) remove(idx, group);
     return idx;
   }
 
  private:
-  FM_DEVICE void scan() {
-    key_ = 0;
-    idx_ = 0x7FFFFFFF;
-#pragma unroll 4
-    for (int32_t i = team_lane(); i < count_; i += kTeamLanes) {
-      const uint32_t key = keys_[i];
-      if (key > key_) {
-        key_ = key;
-        idx_ = i;
-      }
+  static constexpr int kGroups = 16;
+  static constexpr int32_t kNone = 0x7FFFFFFF;
+
+  FM_DEVICE int32_t idx_of(int32_t group, int32_t i) const {
+    return team_lane() + (group * of_group_ + i) * kTeamLanes;
+  }
+  FM_DEVICE uint32_t key_at(int32_t idx) const { return idx < count_ ? keys_[idx] : 0; }
+  FM_DEVICE int32_t first_in(int32_t group, uint32_t key) const {
+    int32_t first = kNone;
+#pragma unroll 1
+    for (int32_t i = of_group_ - 1; i >= 0; --i) {
+      if (key_at(idx_of(group, i)) == key) first = idx_of(group, i);
+    }
+    return first;
+  }
+  FM_DEVICE void remove(int32_t idx, int32_t group) {
+    keys_[idx] = 0;
+    uint32_t left = 0;
+#pragma unroll 1
+    for (int32_t i = 0; i < of_group_; ++i) left = max(left, key_at(idx_of(group, i)));
+    FM_UNROLL
+    for (int i = 0; i < kGroups; ++i) {
+      if (i == group) best_[i] = left;
     }
   }
 
   uint32_t* keys_;
   int32_t count_;
-  uint32_t key_;
-  int32_t idx_;
+  int32_t of_group_;
+  uint32_t best_[kGroups];
 };
 
 // a / b rounded to within an ulp, b in the middle of the range. The compiler's own division has a
@@ -142,16 +174,14 @@ FM_DEVICE float square_root(float x) {
   return fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
 }
 
-// logit(e) for all experts into scores; whether they define a choice: none NaN or +inf, one finite.
-// Those of a token whose do not become zeros: its choice means nothing. Whole warp.
-template <class Logit>
-FM_DEVICE bool load_logits(const TeamMemory& memory, const Logit& logit) {
+// Whether the logits, in memory.scores, define a choice: none NaN or +inf, one finite. Those of a
+// token whose do not become zeros: its choice means nothing. Whole warp; a lane looks at its own.
+FM_DEVICE bool check_logits(const TeamMemory& memory) {
   bool bad = false;
   bool any = false;
 #pragma unroll 4
   for (int32_t e = team_lane(); e < memory.num_experts; e += kTeamLanes) {
-    const float x = logit(e);
-    memory.scores[e] = x;
+    const float x = memory.scores[e];
     bad |= !(x < infinity());
     any |= x < infinity() && x > -infinity();
   }
@@ -243,11 +273,14 @@ FM_DEVICE void choose_experts(const kernel::RouterParams& router, const config::
                               const TeamMemory& memory) {
   const int32_t lane = team_lane();
   score_all(router.score, memory);
-  const bool biased = router.selection_bias.data != nullptr;
 #pragma unroll 4
   for (int32_t e = lane; e < memory.num_experts; e += kTeamLanes) {
-    const float bias = biased ? tile::read_real(router.selection_bias, e) : 0.0f;
-    memory.keys[e] = key_of(memory.scores[e] + bias);
+    memory.keys[e] = key_of(memory.scores[e]);
+  }
+  if (router.selection_bias.data != nullptr) {
+    for (int32_t e = lane; e < memory.num_experts; e += kTeamLanes) {
+      memory.keys[e] = key_of(memory.scores[e] + tile::read_real(router.selection_bias, e));
+    }
   }
   __syncwarp();
   if (router.num_groups > 1) exclude_groups(router, sizes.num_experts / router.num_groups, memory);

@@ -22,29 +22,11 @@ struct TokenRows {
   float weight;
 };
 
-// Unit numbers that a warp takes one by one, and one ahead. The n-th is in lane n % 32.
-class CombineTickets {
- public:
-  FM_DEVICE explicit CombineTickets(kernel::TicketCounter& counter) : counter_(counter) {}
-
-  // Takes the n-th, the next one; ticket() waits for it. Whole warp.
-  FM_DEVICE void take(int32_t n) {
-    if (ptx::lane_idx() == n % 32) {
-      tickets_ = static_cast<int32_t>(atomicAdd(&counter_.next, 1u));
-    }
-  }
-  FM_DEVICE int32_t ticket(int32_t n) const { return __shfl_sync(kAllLanes, tickets_, n % 32); }
-
- private:
-  kernel::TicketCounter& counter_;
-  int32_t tickets_ = 0;
-};
-
 using tile::CombineUnit;
 
 class CombineUnits {
  public:
-  // num_blocks: of all experts.
+  // num_blocks: where the number of all experts' blocks is.
   FM_DEVICE CombineUnits(const kernel::ForwardParams& params, const RankState& state,
                          int32_t num_blocks)
       : params_(params), state_(state), num_blocks_(num_blocks) {}
@@ -52,19 +34,17 @@ class CombineUnits {
   // The unit of a ticket.
   FM_DEVICE CombineUnit unit_at(int32_t ticket) const { return walk().unit_at(ticket); }
   FM_DEVICE bool is_end(const CombineUnit& unit) const { return walk().is_end(unit); }
-  // Whether all rows of `unit` are there if those of `last` were, which the warp had before.
-  FM_DEVICE bool is_ready(const CombineUnit& unit, const CombineUnit& last) const {
-    return !unit.is_home() && !last.is_home() && unit.column_block == last.column_block;
-  }
-  // Returns when they are. Whole warp.
-  FM_DEVICE void wait(const CombineUnit& unit, sync::Waiter& waiter) const {
+  // Returns when all rows of the unit are there. ready: column blocks up to here are known to be
+  // stored. Whole warp. A unit at home is waited for with all the warp's sums finished.
+  FM_DEVICE void wait(const CombineUnit& unit, int32_t& ready, sync::Waiter& waiter) const {
     if (unit.is_home()) {
       wait_for_parts(unit, waiter);
-      return;
+    } else if (unit.column_block > ready) {
+      ready = unit.column_block;
+      const int32_t tiles = num_blocks_ * params_.sizes.pairs_of_column_block(ready);
+      waiter.wait_word(&params_.memory.down_done[ready], tiles * config::kClusterSize,
+                       sync::WaitTag::kDownDone);
     }
-    const int32_t tiles = num_blocks_ * params_.sizes.pairs_of_column_block(unit.column_block);
-    waiter.wait_word(&params_.memory.down_done[unit.column_block], tiles * config::kClusterSize,
-                     sync::WaitTag::kDownDone);
   }
 
   // Rows of a token's sum, those that do not exist too.
@@ -85,29 +65,29 @@ class CombineUnits {
     const auto* slots = Regions{ranks}.slots(ranks.rank, state_.epoch, unit.source);
     return {params_.memory.slot_row[first + slot], weight_of(slots[slot].weight)};
   }
-  // Must the sum be written if none of its rows exists? Nobody reads a part without rows.
-  FM_DEVICE bool writes_empty(const CombineUnit& unit) const {
-    return unit.is_home() || is_alone(params_);
-  }
-  // Where row 0 is.
-  FM_DEVICE const uint16_t* base_of(const CombineUnit& unit) const {
-    if (!unit.is_home()) return static_cast<const uint16_t*>(params_.memory.rows);
+  // Row 0 of a unit at home, and of another.
+  FM_DEVICE const uint16_t* first_part() const {
     return Regions{params_.ranks}.partial(params_.ranks.rank, 0, 0, params_.sizes.hidden);
   }
-  // Where the token's sum goes.
-  FM_DEVICE uint16_t* target_of(const CombineUnit& unit, int32_t token) const {
-    if (writes_empty(unit)) {
-      return static_cast<uint16_t*>(params_.y) + token * params_.y_stride;
+  FM_DEVICE const uint16_t* first_row() const {
+    return static_cast<const uint16_t*>(params_.memory.rows);
+  }
+  // Where the sum of `unit.token` goes.
+  FM_DEVICE uint16_t* target_of(const CombineUnit& unit) const {
+    if (!has_letter(unit)) {
+      return static_cast<uint16_t*>(params_.y) + unit.token * params_.y_stride;
     }
-    return Regions{params_.ranks}.partial(unit.source, params_.ranks.rank, token,
+    return Regions{params_.ranks}.partial(unit.source, params_.ranks.rank, unit.token,
                                           params_.sizes.hidden);
   }
-  // What tells the source that the sums of the unit, of which `unit.token` is the last token, are
-  // there; no ranks: there is nothing to tell.
+  // Is the unit sent home?
+  FM_DEVICE bool has_letter(const CombineUnit& unit) const {
+    return !unit.is_home() && !is_alone(params_);
+  }
+  // What tells the source that the unit's sums are there.
   FM_DEVICE sync::Letter letter_of(const CombineUnit& unit) const {
-    if (writes_empty(unit)) return {0, 0};
     const auto& ranks = params_.ranks;
-    const int32_t idx = unit.token / config::return_tokens(state_.tokens[unit.source]);
+    const int32_t idx = (unit.end - 1) / config::return_tokens(state_.tokens[unit.source]);
     return {
         Regions{ranks}.return_word(ranks.rank, params_.sizes.column_blocks, unit.column_block, idx),
         1u << unit.source};
@@ -163,7 +143,7 @@ class CombineUnits {
 
   const kernel::ForwardParams& params_;
   const RankState& state_;
-  int32_t num_blocks_;
+  const int32_t& num_blocks_;
 };
 
 }  // namespace flashmoe::cuda::stage

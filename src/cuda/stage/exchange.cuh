@@ -271,7 +271,8 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   if (ptx::block_idx() == 0) publish_totals(params, words + num_words);
 #pragma unroll 1
   for (int32_t source = 0; source < ranks.world; ++source) {
-    place_source(params, state, experts, source, ptx::block_idx() * config::kForwardThreads + thread,
+    place_source(params, state, experts, source,
+                 ptx::block_idx() * config::kForwardThreads + thread,
                  gridDim.x * config::kForwardThreads);
   }
   return experts.num_blocks();

@@ -1,4 +1,5 @@
-// The router's logits of 64 tokens: x w_router^T + bias, by the warps' matrix products.
+// The router's logits of 64 tokens: x w_router^T + bias, by the warpgroups' matrix products (by the
+// warps' for fp32 weights).
 //
 // Products of 16-bit elements are exact in fp32. Sums of 16 k are the tensor core's (whose
 // additions truncate); those are added in fp32 with rounding. fp32 weights are taken as three tf32
@@ -12,6 +13,8 @@
 #include "cuda/kernel/forward.h"
 #include "cuda/ptx/copy.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/strided.cuh"
 #include "plan/routing.h"
 
@@ -21,19 +24,27 @@ inline constexpr int32_t kTileTokens = static_cast<int32_t>(plan::kTileTokens);
 
 inline constexpr int32_t kLogitExperts = 128;  // that a CTA works on at a time
 
-// One step of the pipeline: 64 tokens and 128 experts by 64 k. Rows are padded by 16 bytes, so that
-// neither matrix loads nor single words of eight rows share a bank. kWide: fp32 weights.
+// One step of the pipeline: 64 tokens and 128 experts by 64 k. Rows of 16-bit elements are as the
+// warpgroups' products read them (tile/descriptor.cuh): 128 bytes whose pieces of 16 are swizzled.
+// kWide: fp32 weights, whose rows and their tokens' are padded by 16 bytes, so that single words of
+// eight rows share no bank.
 template <bool kWide>
 struct LogitsLayout {
   static constexpr int32_t kExperts = kLogitExperts;
   static constexpr int32_t kDepth = 64;
   static constexpr int32_t kStages = kWide ? 4 : 7;
   static constexpr int32_t kWeightBytes = kWide ? 4 : config::kElementBytes;
-  static constexpr int32_t kTokenRowBytes = kDepth * config::kElementBytes + 16;
+  static constexpr int32_t kPadding = kWide ? 16 : 0;
+  static constexpr int32_t kTokenRowBytes = kDepth * config::kElementBytes + kPadding;
   static constexpr int32_t kTokenBytes = kTileTokens * kTokenRowBytes;
-  static constexpr int32_t kRowBytes = kDepth * kWeightBytes + 16;
+  static constexpr int32_t kRowBytes = kDepth * kWeightBytes + kPadding;
   static constexpr int32_t kStageBytes = kTokenBytes + kExperts * kRowBytes;
   static constexpr int32_t kBytes = kStages * kStageBytes;
+
+  // Where in a row its `piece`-th 16 bytes are.
+  FM_DEVICE static int32_t place_of(int32_t row, int32_t piece) {
+    return (kWide ? piece : piece ^ row % 8) * 16;
+  }
 };
 
 FM_DEVICE float read_bias(const kernel::StridedView& bias, int32_t expert_idx) {
@@ -72,6 +83,7 @@ struct StepCopies {
   static constexpr int32_t kCopies = Layout::kExperts / kRowsApart;
   static constexpr int32_t kTokenPieces = Layout::kDepth * config::kElementBytes / 16;
   static_assert(kTileTokens * kTokenPieces == config::kForwardThreads);
+  static_assert(kRowsApart % 8 == 0);  // a thread's pieces have one place in their rows
 
   const uint8_t* token;
   const uint8_t* weight;
@@ -84,22 +96,23 @@ struct StepCopies {
   FM_DEVICE StepCopies(const kernel::ForwardParams& params, const LogitsTile& tile) {
     const int32_t thread = ptx::thread_idx();
     const int32_t token_row = thread / kTokenPieces;
-    const int32_t token_piece = thread % kTokenPieces * 16;
+    const int32_t token_piece = thread % kTokenPieces;
     has_token = tile.first_token + token_row < params.sizes.tokens;
-    token = static_cast<const uint8_t*>(params.x) + token_piece;
+    token = static_cast<const uint8_t*>(params.x) + token_piece * 16;
     if (has_token) {
       token += (tile.first_token + token_row) * params.x_stride * config::kElementBytes;
     }
-    token_at = token_row * Layout::kTokenRowBytes + token_piece;
+    token_at = token_row * Layout::kTokenRowBytes + Layout::place_of(token_row, token_piece);
     const int32_t weight_row = thread / kPieces;
-    const int32_t weight_piece = thread % kPieces * 16;
+    const int32_t weight_piece = thread % kPieces;
     const int32_t left = params.sizes.num_experts - tile.first_expert - weight_row;
     num_weights = min((left + kRowsApart - 1) / kRowsApart, kCopies);
     const int64_t row_bytes = params.router.weight_stride * kWeightBytes;
-    weight = static_cast<const uint8_t*>(params.router.weight) + weight_piece;
+    weight = static_cast<const uint8_t*>(params.router.weight) + weight_piece * 16;
     if (num_weights > 0) weight += (tile.first_expert + weight_row) * row_bytes;
     weight_step = kRowsApart * row_bytes;
-    weight_at = Layout::kTokenBytes + weight_row * Layout::kRowBytes + weight_piece;
+    weight_at = Layout::kTokenBytes + weight_row * Layout::kRowBytes +
+                Layout::place_of(weight_row, weight_piece);
   }
 
   // Starts the copies of one step.
@@ -121,7 +134,8 @@ FM_DEVICE void add_to(float (&sums)[4], const float (&values)[4]) {
   for (int i = 0; i < 4; ++i) sums[i] += values[i];
 }
 
-// A warp's 16 tokens by 32 experts: four products of 16 x 8, each thread four of their sums.
+// A warp's 16 tokens by 32 experts: four blocks of 16 x 8, each thread four of their sums. The
+// warps of a warpgroup have its 64 tokens.
 struct WarpSums {
   float values[4][4];
 
@@ -138,31 +152,27 @@ struct WarpSums {
   }
 };
 
-// tokens, weights: addresses of the warp's first row of either.
+// A warpgroup's 64 tokens by 32 experts. tokens, weights: addresses of its first row of either. The
+// sums of 16 k are new ones each.
 template <class Element>
 FM_DEVICE void multiply_step(WarpSums& sums, uint32_t tokens, uint32_t weights) {
-  using Layout = LogitsLayout<false>;
-  const int lane = ptx::lane_idx();
-  // Matrices 0 and 1 are rows 0-7 and 8-15 of the first 8 k, 2 and 3 of the next.
-  const uint32_t a_row = tokens + lane % 16 * Layout::kTokenRowBytes + lane / 16 * 16;
-  // Matrices 0 and 1 are the two halves of 16 k of rows 0-7, 2 and 3 of rows 8-15.
-  const uint32_t b_row =
-      weights + (lane / 16 * 8 + lane % 8) * Layout::kTokenRowBytes + lane / 8 % 2 * 16;
+  constexpr int kProducts = LogitsLayout<false>::kDepth / 16;
+  const uint64_t a = tile::operand_descriptor(tokens);
+  const uint64_t b = tile::operand_descriptor(weights);
+  float products[kProducts][16];
+  ptx::wgmma_fence();
   FM_UNROLL
-  for (int k = 0; k < Layout::kDepth / 16; ++k) {
-    uint32_t a[4];
-    ptx::ldmatrix_x4(a, a_row + k * 32);
+  for (int k = 0; k < kProducts; ++k) {
+    const int step = k * tile::kDepthMajorStep;
+    ptx::wgmma<Element, 32, 0>(products[k], a + step, b + step, 0);
+  }
+  ptx::wgmma_commit_group();
+  ptx::wgmma_wait_group<0>();
+  FM_UNROLL
+  for (auto& product : products) {
+    ptx::wgmma_settle(product);
     FM_UNROLL
-    for (int pair = 0; pair < 2; ++pair) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4(b, b_row + pair * 16 * Layout::kTokenRowBytes + k * 32);
-      FM_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float product[4] = {};
-        ptx::mma_m16n8k16<Element>(product, a, b[2 * half], b[2 * half + 1]);
-        add_to(sums.values[2 * pair + half], product);
-      }
-    }
+    for (int i = 0; i < 16; ++i) sums.values[i / 4][i % 4] += product[i];
   }
 }
 
@@ -242,7 +252,6 @@ FM_DEVICE void multiply_tile(const kernel::ForwardParams& params, uint8_t* arena
   using Layout = LogitsLayout<kWide>;
   const int warp_idx = ptx::thread_idx() / 32;
   const uint32_t base = ptx::shared_address(arena);
-  const int32_t tokens_at = warp_idx % 4 * 16 * Layout::kTokenRowBytes;
   const int32_t weights_at = Layout::kTokenBytes + warp_idx / 4 * 32 * Layout::kRowBytes;
   const StepCopies<kWide> copies(params, tile);
   // One group a step, also past the last.
@@ -264,14 +273,16 @@ FM_DEVICE void multiply_tile(const kernel::ForwardParams& params, uint8_t* arena
   segment.clear();
   for (int32_t step = tile.first_step; step < tile.end_step; ++step) {
     ptx::cp_async_wait_group<Layout::kStages - 2>();
+    if constexpr (!kWide) ptx::fence_proxy_async(ptx::space_shared);
     __syncthreads();
     start_next();
     const int32_t at = stage * Layout::kStageBytes;
     stage = stage == Layout::kStages - 1 ? 0 : stage + 1;
     if constexpr (kWide) {
-      multiply_wide_step<Element>(segment, arena + at + tokens_at, arena + at + weights_at);
+      const int32_t tokens_at = at + warp_idx % 4 * 16 * Layout::kTokenRowBytes;
+      multiply_wide_step<Element>(segment, arena + tokens_at, arena + at + weights_at);
     } else {
-      multiply_step<Element>(segment, base + at + tokens_at, base + at + weights_at);
+      multiply_step<Element>(segment, base + at, base + at + weights_at);
     }
     if (--left > 0 && step + 1 < tile.end_step) continue;
     sums.add(segment);
@@ -330,7 +341,7 @@ FM_DEVICE void compute_logits(const kernel::ForwardParams& params, uint8_t* aren
   }
 }
 
-// A token's logit from its parts.
+// A token's logit from its parts, without the bias.
 FM_DEVICE float sum_parts(const kernel::ForwardParams& params, int32_t token, int32_t expert) {
   const auto& sizes = params.sizes;
   const int64_t apart = part_size(sizes);
@@ -341,7 +352,7 @@ FM_DEVICE float sum_parts(const kernel::ForwardParams& params, int32_t token, in
   float sum = 0.0f;
   FM_UNROLL
   for (float value : parts) sum += value;
-  return sum + read_bias(params.router.bias, expert);
+  return sum;
 }
 
 }  // namespace flashmoe::cuda::stage

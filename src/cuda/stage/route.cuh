@@ -25,6 +25,38 @@ FM_DEVICE void write_slot(const kernel::ForwardParams& params, int32_t token, in
   tile::write_real(params.router.weights, token, j, choice.weight);
 }
 
+// value(e) for the lane's experts into memory.scores, kBatch of them under way together.
+template <int kBatch, class Value>
+FM_DEVICE void fill_scores(const TeamMemory& memory, const Value& value) {
+  const int32_t last = memory.num_experts - 1;
+#pragma unroll 1
+  for (int32_t first = team_lane(); first <= last; first += kBatch * kTeamLanes) {
+    float values[kBatch];
+    FM_UNROLL
+    for (int i = 0; i < kBatch; ++i) values[i] = value(min(first + i * kTeamLanes, last));
+    FM_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i * kTeamLanes <= last) memory.scores[first + i * kTeamLanes] = values[i];
+    }
+  }
+}
+
+// A token's logits into memory.scores. Its lanes.
+FM_DEVICE void load_logits(const kernel::ForwardParams& params, int32_t token,
+                           const TeamMemory& memory) {
+  const auto& router = params.router;
+  float* logits = router.logits + int64_t{token} * params.sizes.num_experts;
+  if (!params.sizes.has_few_tiles) {
+    fill_scores<16>(memory, [&](int32_t e) { return logits[e]; });
+    return;
+  }
+  fill_scores<4>(memory, [&](int32_t e) { return sum_parts(params, token, e); });
+#pragma unroll 1
+  for (int32_t e = team_lane(); e < memory.num_experts; e += kTeamLanes) {
+    logits[e] = memory.scores[e] += read_bias(router.bias, e);
+  }
+}
+
 // Chooses the experts of a tile whose logits, or their parts, are there. All threads of the CTA;
 // arena: shared memory for as many teams at a time as it holds.
 FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, int32_t arena_bytes,
@@ -41,11 +73,8 @@ FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, 
     if (!__any_sync(kAllLanes, has_token)) continue;
     const TeamMemory memory =
         TeamMemory::from(arena, team_idx, sizes.num_experts, router.num_groups, has_token);
-    float* logits = router.logits + int64_t{token} * sizes.num_experts;
-    const bool is_defined = load_logits(memory, [&](int32_t e) {
-      if (!sizes.has_few_tiles) return logits[e];
-      return logits[e] = sum_parts(params, token, e);
-    });
+    load_logits(params, token, memory);
+    const bool is_defined = check_logits(memory);
     choose_experts(router, sizes, memory);
     const TeamSlots slots = weigh_experts(router, sizes, memory);
     if (!has_token) continue;

@@ -49,15 +49,18 @@ struct RingBarriers {
   }
 };
 
-// The load role's end of the ring of operand stages: one thread.
+// An end of the ring of operand stages that fills them: one thread. Of several that copy into a
+// stage one announces it; copies that end before the announcement count just as well.
 template <int kSlots>
 class StageWriter {
  public:
   FM_DEVICE explicit StageWriter(RingBarriers<kSlots>& barriers) : barriers_(barriers) {}
 
-  // Waits for the stage and announces how many bytes will be copied into this CTA's.
-  FM_DEVICE void acquire(uint32_t num_bytes, Waiter& waiter) {
+  FM_DEVICE void acquire(Waiter& waiter) {
     waiter.wait(&barriers_.empty[cursor_.slot()], cursor_.parity() ^ 1, WaitTag::kStageEmpty);
+  }
+  // Announces how many bytes are copied into this CTA's stage.
+  FM_DEVICE void announce(uint32_t num_bytes) {
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full(),
                                    num_bytes);
   }
@@ -156,7 +159,13 @@ class MessageReader {
     release(threadIdx.x % 32 == 0);
     return message;
   }
-  // The same by one thread, which also announces the slot's next contents.
+  // The same by one thread.
+  FM_DEVICE Message take_alone(Waiter& waiter) {
+    const Message message = peek(waiter);
+    release(true);
+    return message;
+  }
+  // The same, and announces the slot's next contents.
   FM_DEVICE Message take_and_rearm(Waiter& waiter) {
     const Message message = peek(waiter);
     ring_.announce(cursor_.slot());

@@ -22,7 +22,7 @@ struct SharedMemory {
   alignas(1024) uint8_t staging[2][config::kStoreBuffers][config::kStoreBytes];
   sync::RingBarriers<kStages> stage_barriers;
   sync::MessageRing<Tile, config::kTileSlots> tiles;
-  // Completed by the leader's load thread in the middle of each tile: the next ticket is due.
+  // Completed by the leader's tokens thread in the middle of each tile: the next ticket is due.
   uint64_t pace;
   sync::TurnBarriers turns;
   Extra extra;
@@ -30,7 +30,7 @@ struct SharedMemory {
   // One thread of the CTA, before the cluster is synchronised.
   FM_DEVICE void init() {
     constexpr int kMathWarps = 4;        // one warpgroup reads a stage,
-    constexpr int kTileReaders = 8 + 1;  // but both, and the load thread, read each tile
+    constexpr int kTileReaders = 8 + 2;  // but both, and the threads that load, read each tile
     stage_barriers.init(kMathWarps * config::kClusterSize);
     tiles.init(kTileReaders * config::kClusterSize);
     ptx::mbarrier_init(&pace, 1);
