@@ -75,8 +75,7 @@ std::string describe(const sync::WaitReport& report, int32_t device) {
          << report.block_idx << ")";
   } else {
     text << "a wait ran out of time: " << sync::name_of(tag) << " (block " << report.block_idx
-         << ", thread " << report.thread_idx << ", expected count or parity " << report.parity
-         << ")";
+         << ", thread " << report.thread_idx << ", expected " << report.expected << ")";
   }
   return text.str();
 }

@@ -38,7 +38,7 @@ struct ForwardArguments {
   sync::WaitReport* report = nullptr;
   uint64_t timeout_ns = ~uint64_t{0};  // of every wait in the kernel
   int32_t max_sms = 0;                 // most SMs to use, 0: all
-  RankArguments ranks;
+  RankArguments ranks{};
   int32_t column_pairs = 0;  // 256 columns each of a column block; 0: chosen
   uint32_t launch_id = 2;    // of this scratch, see sync/holder.h
   cudaStream_t stream = nullptr;

@@ -21,7 +21,7 @@ enum class WaitTag : uint32_t {
   kMetadata,    // the plan waits for what a rank says of its tokens
   kPushed,      // a copy waits for rows that a rank sends
   kReturned,    // a sum waits for the part of a rank
-  kAborted,     // the group was stopped; `parity` is 1 + the rank that stopped it
+  kAborted,     // the group was stopped; `expected` is 1 + the rank that stopped it
   // Not waits: what a token's routing may be wrong with.
   kUndefinedLogits,  // NaN, +inf or nothing finite; block_idx is the token
   kUndefinedBias,    // NaN in the selection bias
@@ -29,7 +29,7 @@ enum class WaitTag : uint32_t {
   // Nor these: what ranks may disagree in, or have no room for.
   kMismatch,     // a config::RankField (block_idx) of rank peer.rank differs
   kTooManyRows,  // `expected` rows came to this rank; peer.seen: it has room for so many
-  kHeld,             // nor this: another launch had the scratch (sync/holder.h)
+  kHeld,         // nor this: another launch had the scratch (sync/holder.h)
 };
 
 constexpr const char* name_of(WaitTag tag) {
@@ -94,7 +94,7 @@ struct WaitReport {
   uint32_t tag;
   uint32_t block_idx;
   uint32_t thread_idx;
-  uint32_t parity;  // of the phase that did not complete
+  uint32_t expected;  // count, flag or parity that did not come
   PeerReport peer;
 };
 

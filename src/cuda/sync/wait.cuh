@@ -16,7 +16,7 @@ FM_DEVICE bool write_report(WaitReport* report, WaitTag tag, uint32_t block_idx,
   if (atomicCAS_system(&report->tag, 0u, static_cast<uint32_t>(tag)) != 0u) return false;
   report->block_idx = block_idx;
   report->thread_idx = ptx::thread_idx();
-  report->parity = expected;
+  report->expected = expected;
   return true;
 }
 
