@@ -7,9 +7,10 @@ The second form runs what scripts/pack_gpu.py has built on another machine; the 
 has built here with nvcc.
 
 Steps, in this order (--steps a,b,..): `values` (the case table and more sizes), `behaviour`
-(repeats, graphs, streams, failures), `products` (the grouped product alone), `sanitize`
-(compute-sanitizer's four tools on a small case; not by default), `bench` (records, a table and a
-roofline PNG). --quick takes a part of each. The logs, the records and the PNG go to --out.
+(repeats, graphs, streams, failures), `products` (the grouped product alone), `ranks` (several
+ranks, on a machine of two GPUs; not by default), `sanitize` (compute-sanitizer's four tools on a
+small case; not by default), `bench` (records, a table and a roofline PNG). --quick takes a part of
+each. The logs, the records and the PNG go to --out.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
         ],
         "behaviour": [Step("behaviour", [*PYTEST, *behaviour, *keep_behaviour], 240)],
         "products": [Step("products", [*PYTEST, *workers(), *test_files("grouped_product")], 240)],
+        "ranks": [Step("ranks", [*PYTEST, "--durations", "10", *test_files("ranks")], 240)],
         "sanitize": [
             Step(tool, [*sanitizer, "--tool", tool, *checked], 240)
             for tool in ("memcheck", "racecheck", "synccheck", "initcheck")

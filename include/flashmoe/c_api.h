@@ -200,13 +200,23 @@ typedef struct fm_stats {
   int64_t bytes_sent_plain; /* the same without deduplication in both directions */
   int64_t scratch_bytes;    /* total of the scratch region table */
   int64_t allocated_bytes; /* what the workspace holds (never less; equal after the first launch) */
-  int64_t symmetric_bytes; /* total of the symmetric region table, 0 for W = 1 */
+  int64_t symmetric_bytes; /* memory of this rank that peers write, 0 for W = 1 */
   int64_t num_tasks;
   int64_t num_threads;
   double phase_seconds[8]; /* busy thread-seconds by fm_phase */
   double phase_flops[8];
   double seconds; /* wall time of the launch */
 } fm_stats;
+
+/* What fm_group_reserve makes room for. 0: no more than there is. */
+typedef struct fm_capacity {
+  uint32_t struct_size;
+  uint32_t flags;     /* 0 */
+  int64_t max_tokens; /* of any rank */
+  int64_t hidden;     /* H of any layer, and so on */
+  int64_t top_k;
+  int64_t num_experts; /* E, over all ranks */
+} fm_capacity;
 
 typedef enum fm_phase {
   FM_PHASE_ROUTE = 0,
@@ -225,7 +235,9 @@ typedef struct fm_group_s* fm_group;
  * turn on a group of one rank; on a larger one, where the ranks could serve the two in different
  * orders, it gets FM_UNSUPPORTED and the group is aborted. */
 FM_API fm_status fm_group_create_self(fm_group* out);
-/* W ranks as threads of this process: out[0..world). */
+/* W ranks of this process: out[0..world). On the CPU each has a thread of its own; on CUDA, where
+ * launches do not wait, one thread may also call them in turn. Rank r has CUDA device r unless
+ * fm_group_set says otherwise. */
 FM_API fm_status fm_group_create_local(int32_t world, fm_group* out);
 /* W processes of one machine over POSIX shared memory. `token` names the group: the same text on
  * every rank, never used before. Collective; bounded by FLASHMOE_TIMEOUT_S. */
@@ -240,10 +252,17 @@ FM_API fm_status fm_group_abort(fm_group group, const char* reason);
  * FM_MISMATCH and `reason`. For a caller that found an error before it could launch. */
 FM_API fm_status fm_group_refuse(fm_group group, const char* reason);
 /* key: "timeout_s" (0: no bound), "num_threads" (0: automatic), "max_sms" (most multiprocessors of
- * a CUDA launch, 0: all), "epoch" (before the first launch, the same on all ranks), "jitter_us"
+ * a CUDA launch, 0: all), "device" (CUDA device of a rank of fm_group_create_local, before the
+ * group's first CUDA call), "epoch" (before the first launch, the same on all ranks), "jitter_us"
  * (tests: random delay before each task), "stop_in_phase" (tests: fm_phase + 1 at whose first task
  * the process of this rank stops itself by SIGSTOP, once) */
 FM_API fm_status fm_group_set(fm_group group, const char* key, double value);
+/* CUDA, several ranks: makes room for these calls in the memory that ranks share. A group's first
+ * CUDA call makes that memory, for the largest call of any process, or for its own among ranks of
+ * one process; a call beyond it is FM_INVALID_VALUE on its rank and aborts the group. Before the
+ * first call the numbers are noted; after that the memory grows: collective among processes, with
+ * no launch of the group on its way, and graphs that were captured before keep what they have. */
+FM_API fm_status fm_group_reserve(fm_group group, const fm_capacity* capacity);
 FM_API fm_status fm_group_stats(fm_group group, fm_stats* out);
 
 /* On CUDA a launch that fails on the device (a wait that ran out, a router that gave NaN) is
@@ -261,6 +280,12 @@ FM_API fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens
  * function. */
 FM_API fm_status fm_explain(fm_group group, const fm_layer* layer, const fm_forward_args* args,
                             const char** text);
+
+/* Measures the link from one CUDA device of this process to another, in about 20 ms: bytes per
+ * second of a kernel's stores into the other's memory, and the seconds from a flag's store there to
+ * its reader's seeing it. FM_UNSUPPORTED where the one cannot reach the other. */
+FM_API fm_status fm_measure_link(int32_t device, int32_t peer, double* bytes_per_second,
+                                 double* flag_seconds);
 
 FM_API const char* fm_last_error(void);
 FM_API const char* fm_version(void);

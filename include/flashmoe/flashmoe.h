@@ -278,6 +278,12 @@ class Group {
   // Compute threads of this rank; 0: automatic.
   void set_num_threads(int num_threads) { set("num_threads", num_threads); }
 
+  // CUDA, several ranks: fm_group_reserve; struct_size is filled in.
+  void reserve(fm_capacity capacity) {
+    capacity.struct_size = sizeof(capacity);
+    detail::check(fm_group_reserve(get(), &capacity));
+  }
+
   // Ends every wait of every rank: GroupAbortedError there, from then on.
   void abort(const std::string& reason) { detail::check(fm_group_abort(get(), reason.c_str())); }
   // Takes part in the peers' launch as a rank that refuses it: RankMismatchError there. For a rank

@@ -13,6 +13,12 @@ from .config import DTYPES, LayerConfig
 
 LIBRARY = Path(__file__).parent / "lib" / "libflashmoe_ffi.so"
 
+# Functions that wait for other ranks, or for a GPU.
+WAITING = (
+    *("forward", "backward", "group_shm", "group_refuse", "group_destroy", "group_reserve"),
+    *("group_abort", "group_stats", "measure_link"),
+)
+
 _lock = threading.Lock()
 _module: Any = None
 
@@ -41,8 +47,7 @@ def _load() -> Any:
         tvm_ffi.register_error(f"flashmoe.{name}", getattr(errors, name))
     module = tvm_ffi.load_module(str(LIBRARY))
     # Ranks that are threads of this process wait for each other inside these calls.
-    names = ("forward", "backward", "group_shm", "group_refuse", "group_stats", "group_destroy")
-    for name in names:
+    for name in WAITING:
         getattr(module, name).release_gil = True
     return module
 

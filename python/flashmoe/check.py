@@ -110,7 +110,7 @@ def planned(pattern="*", gradients=False, ranks=None, dtype=None, device="cpu"):
     if device == "cpu":
         return [(mode, *chosen) for mode in modes for chosen in select(pattern, mode, ranks, dtype)]
     return [
-        (mode, case.on_cuda(), one, ranks or 1)
+        (mode, case.on_ranks(ranks or 1).on_cuda(), one, ranks or 1)
         for mode in modes
         for case in CASES
         if mode in case.modes
@@ -145,8 +145,10 @@ def missing_on_cuda(case, dtype, ranks, gradients):
         return "no CUDA engine in this build (cuda)"
     if gradients:
         return "no backward on CUDA yet"
-    if ranks > 1:
-        return "several ranks on CUDA are not supported yet"
+    if ranks > torch.cuda.device_count():
+        return f"needs {ranks} GPUs, a rank each"
+    if ranks > 1 and case.refused:
+        return "a refusal of one of several ranks on CUDA ends its group"
     if dtype not in CUDA_DTYPES:
         return f"the CUDA engine takes {' and '.join(CUDA_DTYPES)}"
     if case.save_z and not case.refused:
@@ -161,8 +163,8 @@ def check_case(case, record, pool):
         judge = {"isolated_nan": check_isolated_nan}.get(case.probe, check_compared)
         judge = check_refused if case.refused else judge
         judge(case, record, pool)
-        if record.device == "cuda":
-            settle(pool.get(record.ranks)[0], record.device)
+        for group in pool.get(record.ranks):
+            settle(group, record.device)
     except Exception as error:  # whatever a case raises is its failure, not the run's
         record.fail(f"{type(error).__name__}: {error}")
         pool.drop(record.ranks)
@@ -172,7 +174,8 @@ def check_case(case, record, pool):
 def settle(group, device):
     """Raises what a launch on CUDA reported; on the CPU its call has done so."""
     if device == "cuda":
-        torch.cuda.synchronize()
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
         group.stats()
 
 

@@ -61,7 +61,7 @@ def add_run(commands):
         "--ranks",
         type=positive,
         metavar="N",
-        help="default: 2, or what torchrun, mpirun or srun started",
+        help="default: 2, on cuda the GPUs there are, or what torchrun, mpirun or srun started",
     )
     run.add_argument(
         "--processes",
@@ -188,13 +188,9 @@ def command_run(arguments):
     if arguments.list:
         report.print_models(MODELS.values(), arguments.json)
         return 0
-    if arguments.device != "cpu":
-        raise ValueError(
-            "device is cuda; accepted: cpu (a run has a backward, which CUDA lacks yet)"
-        )
     ranks = arguments.ranks
     if ranks is None and launch.detect() is None:
-        ranks = 2
+        ranks = default_ranks(arguments.device)
     outcome = run_moe(
         ranks if arguments.processes and ranks else 1,
         ranks=ranks,
@@ -210,12 +206,22 @@ def command_run(arguments):
         seed=arguments.seed,
         repeats=arguments.repeat,
         quiet=arguments.json,
+        device=arguments.device,
     )
     if outcome is None:  # rank 0 of the launcher's reports
         return 0
     if arguments.json:
         report.print_json(outcome.as_dict())
     return 0 if outcome.passed else 1
+
+
+def default_ranks(device):
+    """Two; on CUDA as many as there are GPUs."""
+    if device == "cpu":
+        return 2
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
 
 
 def command_check(arguments):

@@ -458,7 +458,10 @@ def gpus(name: str, library: str = "libcuda.so.1") -> Iterator[Check]:
             advice = f"this build has no CUDA part: {cpu}; install where nvcc is"
         yield Check(f"gpu {idx}", ABSENT if advice else OK, found, advice)
     if count > 1:
-        yield peer_access("peer access", driver, count)
+        reach = peer_access("peer access", driver, count)
+        yield reach
+        if reach.status == OK and built_with_cuda():
+            yield links("gpu links", count)
 
 
 def built_with_cuda() -> bool:
@@ -494,6 +497,25 @@ def peer_access(name: str, driver: Driver, count: int) -> Check:
     )
     advice += "PCIe ACS and the IOMMU where they block it"
     return Check(name, ABSENT, f"not from {', '.join(apart)}", advice)
+
+
+def links(name: str, count: int) -> Check:
+    """Every pair of neighbours, with the memory that ranks use."""
+    from . import _core
+
+    found, failed = [], []
+    for one in range(count):
+        other = (one + 1) % count
+        try:
+            speed, seconds = _core.engine().measure_link(one, other)
+        except RuntimeError as error:
+            failed.append(f"{one} to {other}: {first_line(error)}")
+            continue
+        found.append(f"{one} to {other}: {speed / 1e9:.0f} GB/s, a flag {seconds * 1e6:.1f} us")
+    if not failed:
+        return Check(name, OK, "; ".join(found))
+    advice = "several ranks on CUDA need these links; one rank works without"
+    return Check(name, ABSENT, "; ".join(failed + found), advice)
 
 
 EXAMINERS: dict[str, Callable[[str], Iterator[Check]]] = {

@@ -235,7 +235,7 @@ def _call(
         has_w_gate = operands["w_gate"] is not None
         config = _config(top_k, routing, has_w_gate, **options).encode()
     except Exception as error:
-        groups.refuse(name, error)
+        groups.refuse(name, error, getattr(operands["x"], "is_cuda", False))
         raise
     return _run(library, operands, config, name, transposed, save_z, weight_grad_queue)
 

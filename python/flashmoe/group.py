@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,9 @@ class Group:
 
     rank, world: this rank and the number of ranks. name: how operators refer to it.
 
+    On CUDA (at most 16 ranks, on GPUs that reach each other) a launch waits for its peers on the
+    GPU: the call returns at once, and a peer's failure is raised by a later call or by `stats`.
+
     A group is used by one launch at a time. A second thread waits on a group of one rank; on a
     larger one it gets UnsupportedError and the group is aborted, because the ranks could serve the
     two in different orders: give each thread a group of its own. Close a group when no tensor that
@@ -54,14 +57,40 @@ class Group:
         _core.engine().group_abort(self.handle, reason)
 
     def refuse(self, reason: str) -> None:
-        """Takes part in the peers' launch as a rank that refuses it: RankMismatchError there."""
+        """Takes part in the peers' launch as a rank that refuses it: RankMismatchError there. On
+        CUDA, where launches cannot be refused in order, the group is aborted with the reason."""
         _core.engine().group_refuse(self.handle, reason)
+
+    def reserve(
+        self, max_tokens: int, *, hidden: int = 0, top_k: int = 0, num_experts: int = 0
+    ) -> None:
+        """Makes room for larger calls in the memory that the ranks of a group share on CUDA.
+
+        That memory is made by the first CUDA call: for the largest call of any process, or, for
+        ranks of one process, for the call that comes first. A call that needs more raises
+        ValueError with the numbers to give here. max_tokens: most tokens of any rank. hidden,
+        top_k, num_experts: the largest of any layer; 0: as it is, or as the first call has it.
+
+        All ranks call it, between the same two calls. Before the first call it only notes the
+        numbers. After that it makes new memory, once no launch of the group is on its way; graphs
+        that were captured before keep the old one. It does nothing for a rank alone or on the CPU.
+
+        Raises TypeError or ValueError for a number that is none, OutOfMemoryError, and what a wait
+        for the other processes raises.
+        """
+        numbers = {"max_tokens": max_tokens, "hidden": hidden, "top_k": top_k}
+        numbers["num_experts"] = num_experts
+        for name, number in numbers.items():
+            _check_number(name, number, lowest=0)
+        _core.engine().group_reserve(self.handle, *numbers.values())
 
     def set(self, key: str, value: float) -> None:
         """Sets an option of the engine.
 
-        ``timeout_s`` (0: no bound), ``num_threads`` (0: automatic), ``epoch`` (before the first
-        launch, the same on all ranks), ``jitter_us`` (tests: random delay before each task),
+        ``timeout_s`` (0: no bound), ``num_threads`` (0: automatic), ``max_sms`` (multiprocessors of
+        a CUDA launch, 0: all), ``device`` (of a rank of :func:`local_group`, before its first CUDA
+        call), ``epoch`` (before the first launch, the same on all ranks), ``jitter_us`` (tests:
+        random delay before each task),
         ``stop_in_phase`` (tests: the process stops itself at that ``fm_phase`` + 1, once).
 
         Raises ValueError for another key or a value out of range.
@@ -107,20 +136,78 @@ class Group:
         return f"flashmoe.Group(name={self.name!r}, rank={self.rank}, world={self.world})"
 
 
-def local_group(num_ranks: int) -> list[Group]:
-    """``num_ranks`` ranks as threads of this process: give each element to its own thread.
+def local_group(
+    num_ranks: int,
+    *,
+    device: str | None = None,
+    devices: Sequence[int] | None = None,
+    max_tokens: int = 0,
+) -> list[Group]:
+    """``num_ranks`` ranks of this process.
 
-    Raises TypeError or ValueError unless ``num_ranks`` is an int of at least 1.
+    On the CPU each element belongs to a thread of its own. On CUDA rank r has ``cuda:r``, or
+    ``devices[r]``, where its operands have to be, and one thread may drive all ranks::
+
+        groups = flashmoe.local_group(2, device="cuda", max_tokens=8192)
+        for rank, group in enumerate(groups):
+            outputs.append(flashmoe.moe(x[rank], ..., group=group))
+
+    because a call returns while its launch waits for the other ranks. In such a loop, call the
+    layer of all ranks before anything else runs on the first one's GPU: CUDA loads a kernel at its
+    first use, and may wait with that for the launches of the GPU (CUDA_MODULE_LOADING=EAGER avoids
+    it). Ranks may share a GPU, for tests: each with a part of its multiprocessors
+    (``group.set("max_sms", n)``) and a stream of its own.
+
+    device: "cuda" checks now that there are GPUs enough; otherwise the first call does. devices:
+    the CUDA device of each rank. max_tokens: most tokens of a rank in a call (`Group.reserve`); the
+    first call's where it is larger.
+
+    Raises TypeError or ValueError for a number or device that is none, or more ranks than GPUs.
     """
-    if isinstance(num_ranks, bool) or not isinstance(num_ranks, int):
-        raise TypeError(f"num_ranks is a {type(num_ranks).__name__}; accepted: an int")
-    if num_ranks < 1:
-        raise ValueError(f"num_ranks is {num_ranks}; accepted: 1 or more")
+    _check_number("num_ranks", num_ranks, lowest=1)
+    _check_number("max_tokens", max_tokens, lowest=0)
+    chosen = _devices_of(num_ranks, device, devices)
     serial = next(_serial)
     handles = list(_core.engine().group_local(num_ranks))
-    return [
+    groups = [
         Group(handle, f"local:{serial}:{rank}/{num_ranks}") for rank, handle in enumerate(handles)
     ]
+    if num_ranks > 1:
+        for group, index in zip(groups, chosen, strict=False):
+            group.set("device", index)
+        groups[0].reserve(max_tokens)
+    return groups
+
+
+def _check_number(name: str, number: Any, lowest: int) -> None:
+    """Raises TypeError or ValueError unless it is an int of at least ``lowest``."""
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name} is a {type(number).__name__}; accepted: an int")
+    if number < lowest:
+        raise ValueError(f"{name} is {number}; accepted: {lowest} or more")
+
+
+def _devices_of(num_ranks: int, device: str | None, devices: Sequence[int] | None) -> list[int]:
+    """The CUDA device of each rank; nothing where the engine's own choice stands."""
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; accepted: 'cpu' or 'cuda' (devices= names GPUs)")
+    if devices is None and device != "cuda":
+        return []
+    chosen = list(range(num_ranks)) if devices is None else list(devices)
+    for index in chosen:
+        _check_number("devices", index, lowest=0)
+    if len(chosen) != num_ranks:
+        raise ValueError(f"devices has {len(chosen)} entries; accepted: one a rank, {num_ranks}")
+    if device == "cuda":
+        import torch
+
+        count = torch.cuda.device_count()
+        if max(chosen) >= count:
+            raise ValueError(
+                f"rank {chosen.index(max(chosen))} would have cuda:{max(chosen)}, and there are "
+                f"{count} CUDA devices; accepted: fewer ranks, or devices= with what there is"
+            )
+    return chosen
 
 
 def resolve(group: Any) -> tuple[str, int]:
@@ -174,19 +261,25 @@ def lookup(name: str) -> Group:
 
 
 @contextmanager
-def refusing(name: str) -> Iterator[None]:
+def refusing(name: str, on_cuda: bool = False) -> Iterator[None]:
     """Around what a rank does before its launch: an error is told to the peers, then raised."""
     try:
         yield
     except Exception as error:
-        refuse(name, error)
+        refuse(name, error, on_cuda)
         raise
 
 
-def refuse(name: str, error: BaseException) -> None:
-    """Tells the peers that this rank found ``error`` before it could launch; nothing if alone."""
-    if world_of(name) > 1:
-        lookup(name).refuse(f"{type(error).__name__}: {error}")
+def refuse(name: str, error: BaseException, on_cuda: bool = False) -> None:
+    """Tells the peers that this rank found ``error`` before it could launch; nothing if alone.
+    ``on_cuda``: where peers wait on the GPU, so that the group is aborted."""
+    if world_of(name) == 1:
+        return
+    group, reason = lookup(name), f"{type(error).__name__}: {error}"
+    if on_cuda:
+        group.abort(f"refused the call: {reason}")
+    else:
+        group.refuse(reason)
 
 
 def made_once(name: str, is_current: Callable[[], bool], make: Callable[[], int]) -> Group:

@@ -106,7 +106,7 @@ def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
     *operands, layer, group, save_z = args
     tensors = dict(zip(OPERANDS, operands, strict=True))
     member = groups.lookup(group)
-    with groups.refusing(group):
+    with groups.refusing(group, tensors["x"].is_cuda):
         outputs = _empty_outputs(tensors, layer, group, save_z)
         handle = _core.layer(layer, member.world, tensors["x"], tensors["w_up"], tensors["w_down"])
     present = _present(tensors) | _present(outputs)

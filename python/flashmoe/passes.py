@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import reference
-from .inputs import DTYPES, LAYOUTS, in_memory_form, pack, unpack
+from .inputs import DTYPES, LAYOUTS, in_memory_form, on_device, pack, unpack
 
 EXPERT_WEIGHTS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
 
@@ -173,18 +173,41 @@ class EngineResult:
 
 
 def engine_pass(case, operands, dtype_name, groups, gradients):
-    """All ranks, each in a thread of its own with its group of `groups`. Raises what the first
-    failing rank raised."""
-    ranks = len(groups)
+    """All ranks, each in a thread of its own with its group of `groups`; several ranks of operands
+    on CUDA each on a GPU of its own. Raises what the first failing rank raised."""
+    ranks, home = len(groups), operands.x[0].device
+    placed = [operands] * ranks
+    if home.type == "cuda" and ranks > 1:
+        placed = [on_device(operands, f"cuda:{rank}") for rank in range(ranks)]
+        reserve(groups, case, max(len(x) for x in operands.x))
     calls = [
-        rank_call(case, operands, dtype_name, rank, ranks, group)
+        rank_call(case, placed[rank], dtype_name, rank, ranks, group)
         for rank, group in enumerate(groups)
     ]
-    results = on_all_ranks(lambda rank: run_rank(calls[rank], gradients), ranks)
+
+    def run(rank):
+        outputs, routed = run_rank(calls[rank], gradients)
+        return moved(outputs, routed, home)
+
+    results = on_all_ranks(run, ranks)
     for result in results:
         if isinstance(result, Exception):
             raise result
     return gather(case, [outputs for outputs, _ in results], [routed for _, routed in results])
+
+
+def reserve(groups, case, tokens):
+    """Room for a case on CUDA, where the first call of one rank would make it for that one."""
+    for group in groups:
+        group.reserve(tokens, hidden=case.hidden, top_k=case.top_k, num_experts=case.experts)
+
+
+def moved(outputs, routed, device):
+    """What `run_rank` returns, on a torch device."""
+    outputs = {name: tensor.to(device) for name, tensor in outputs.items()}
+    if routed is not None:
+        routed = type(routed)(*(part.detach().to(device) for part in routed))
+    return outputs, routed
 
 
 def on_all_ranks(function, ranks):

@@ -106,7 +106,10 @@ def print_what_ran(out, report):
         f"{sizes['intermediate']} · experts {sizes['experts']} "
         f"({sizes['experts_per_rank']} a rank) · top-k {sizes['top_k']}"
     )
-    out.print(f"{report.ranks} rank{'s' * (report.ranks > 1)} as {report.launch} · {report.engine}")
+    out.print(
+        f"{report.ranks} rank{'s' * (report.ranks > 1)} as {report.launch} on {report.device} · "
+        f"{report.engine}"
+    )
     if report.remark:
         out.print(report.remark)
 
@@ -129,7 +132,7 @@ def print_load(out, report):
 
 
 def print_traffic(out, report):
-    if report.ranks == 1:
+    if report.ranks == 1 or report.device == "cuda":  # which does not count what it sends
         return
     shown = table(
         "\nSent between ranks",
@@ -155,6 +158,9 @@ def print_traffic(out, report):
 
 def print_times(out, report):
     for direction, times in report.times.items():
+        if report.device == "cuda":
+            out.print(f"\n[bold]{direction}[/bold]: {times['seconds'] * 1e3:.3f} ms")
+            continue
         rate = times["flops"] / times["seconds"] / 1e9
         title = (
             f"{direction}: {times['seconds'] * 1e3:.2f} ms, {rate:.1f} GFLOP/s "

@@ -7,6 +7,7 @@ import logging
 import os
 import statistics
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ class Spec:
     gradients: bool = True  # forward and backward
     step: dict | None = None  # of a configuration file
     launch: str = "threads"  # threads, processes, or the kind of a Launch
+    device: str = "cpu"  # or cuda: a GPU a rank, forward only
     seed: int = 0
     repeats: int = 3
 
@@ -70,6 +72,7 @@ class Report:
     passed: bool
     reasons: list[str] = field(default_factory=list)
     step: dict | None = None  # with a configuration file: PublishedConfig.step
+    device: str = "cpu"
 
     def as_dict(self):
         """The report as plain data."""
@@ -92,6 +95,7 @@ def run_moe(
     seed=0,
     repeats=3,
     quiet=False,
+    device="cpu",
 ):
     """Builds inputs for one layer, runs it forward and backward over several ranks, checks every
     output and gradient against the reference, prints a report and returns it.
@@ -104,7 +108,7 @@ def run_moe(
     (default 1) ranks as threads of this process. Under torchrun, mpirun or srun the processes that
     they started are the ranks. scale: divides the model's sizes; None chooses one for this machine,
     but takes a file at its word. hidden, intermediate, experts, top_k: explicit sizes. quiet: print
-    nothing.
+    nothing. device: "cpu", or "cuda": a GPU a rank, the forward alone.
 
     Raises ValueError for sizes that do not go together, for a file that is not right, and for a
     number of ranks that is not the launcher's. The report is None on the launcher's other ranks
@@ -121,7 +125,10 @@ def run_moe(
         spec = config_spec(config, ranks, tokens, dtype, scale, explicit)
     else:
         raise ValueError(f"model is {model} with a config file; accepted: one of the two")
-    spec = replace(spec, launch=launch, seed=seed, repeats=repeats)
+    spec = replace(spec, launch=launch, seed=seed, repeats=repeats, device=device)
+    if device == "cuda":
+        spec = replace(spec, case=spec.case.on_cuda(), gradients=False)
+        check_gpus(spec)
     run = {"threads": run_threads, "processes": run_processes}.get(launch, run_launched)
     with progress(quiet or (launched is not None and launched.rank > 0)) as advance:
         report = run(spec, advance)
@@ -213,6 +220,19 @@ def check_options(ranks, tokens, dtype):
         raise ValueError(f"dtype is {dtype!r}; accepted: {', '.join(ALL_DTYPES)}")
 
 
+def check_gpus(spec):
+    """Raises ValueError where the ranks cannot run on GPUs, each on its own."""
+    import torch
+
+    from .cases import CUDA_DTYPES
+
+    if spec.dtype not in CUDA_DTYPES:
+        raise ValueError(f"dtype is {spec.dtype}; accepted on cuda: {', '.join(CUDA_DTYPES)}")
+    count = torch.cuda.device_count()
+    if spec.ranks > count:
+        raise ValueError(f"ranks is {spec.ranks}; accepted on cuda: to {count}, the GPUs there are")
+
+
 def check_memory(model, whole, ranks, tokens):
     """Raises ValueError where the operands, gradients and activations of the fp64 reference are
     more than this machine's memory, with the scale of `whole` that fits."""
@@ -281,7 +301,7 @@ def run_threads(spec, advance):
 
     advance(STAGES[0])
     operands = make_operands(spec.case, spec.case.steps(spec.ranks)[0], spec.dtype, spec.seed)
-    groups = local_group(spec.ranks)
+    groups = local_group(spec.ranks, device=spec.device, max_tokens=spec.case.tokens[0])
     advance(STAGES[1])
     try:
         results = on_all_ranks(
@@ -302,6 +322,8 @@ def run_one_rank(spec, operands, rank, group, stats):
     from .check import same_bits
     from .passes import rank_call, run_rank
 
+    if spec.device == "cuda":
+        return run_one_gpu(spec, operands, rank, group, stats)
     forward, backward = [], []
     first, bitwise = None, True
     for _ in range(spec.repeats + 1):
@@ -314,6 +336,31 @@ def run_one_rank(spec, operands, rank, group, stats):
             backward.append(stats())
     routed = type(routed)(*(part.detach() for part in routed))
     return RankResult(first, routed, forward[1:], backward[1:], bitwise)
+
+
+def run_one_gpu(spec, operands, rank, group, stats):
+    """`run_one_rank` on the GPU of this rank."""
+    import torch
+
+    from .check import same_bits
+    from .inputs import on_device
+    from .passes import moved, rank_call, run_rank
+
+    device = torch.device("cuda", rank)
+    operands = on_device(operands, device)
+    call = rank_call(spec.case, operands, spec.dtype, rank, spec.ranks, group)
+    forward, first, bitwise = [], None, True
+    for _ in range(spec.repeats + 1):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        outputs, routed = run_rank(call, False)
+        torch.cuda.synchronize(device)
+        forward.append(stats() | {"seconds": time.perf_counter() - start})
+        outputs, routed = moved(outputs, routed, "cpu")
+        if first is None:
+            first = outputs
+        bitwise &= all(same_bits(value, first[name]) for name, value in outputs.items())
+    return RankResult(first, routed, forward[1:], [], bitwise)
 
 
 def run_processes(spec, advance):
@@ -344,6 +391,7 @@ def process_main(rank, spec, folder):
     import torch
     import torch.distributed as dist
 
+    take_gpu(spec, rank)
     torch.set_num_threads(max(1, torch.get_num_threads() // spec.ranks))
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=spec.ranks)
@@ -353,6 +401,14 @@ def process_main(rank, spec, folder):
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def take_gpu(spec, rank):
+    """Makes the GPU of this rank the current one; ranks of a group share a machine."""
+    if spec.device == "cuda":
+        import torch
+
+        torch.cuda.set_device(rank)
 
 
 def run_in_process_group(spec, rank):
@@ -374,6 +430,7 @@ def run_launched(spec, advance):
 
     with torch_process_group():
         rank = dist.get_rank()
+        take_gpu(spec, rank)
         advance(STAGES[1])
         result = run_in_process_group(spec, rank)
         results = [None] * spec.ranks if rank == 0 else None
@@ -425,6 +482,7 @@ def judge(spec, operands, results, advance):
         ranks=spec.ranks,
         launch=spec.launch,
         engine=_core.build_info(),
+        device=spec.device,
         tokens_per_expert=sum(one.tokens_per_expert for one in engine.routed).tolist(),
         dropped=sum(int(one.dropped) for one in engine.routed),
         traffic={name: traffic_of([ran[-1] for ran in one]) for name, one in ran.items()},

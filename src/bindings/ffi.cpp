@@ -133,6 +133,19 @@ void group_set(int64_t handle, const ffi::String& key, double value) {
   check(fm_group_set(group_of(handle).get(), key.c_str(), value));
 }
 
+void group_reserve(int64_t handle, int64_t max_tokens, int64_t hidden, int64_t top_k,
+                   int64_t num_experts) {
+  const fm_capacity capacity{sizeof(fm_capacity), 0, max_tokens, hidden, top_k, num_experts};
+  check(fm_group_reserve(group_of(handle).get(), &capacity));
+}
+
+ffi::Array<double> measure_link(int32_t device, int32_t peer) {
+  double bytes_per_second = 0;
+  double flag_seconds = 0;
+  check(fm_measure_link(device, peer, &bytes_per_second, &flag_seconds));
+  return {bytes_per_second, flag_seconds};
+}
+
 ValueMap group_stats(int64_t handle) {
   fm_stats stats{};
   stats.struct_size = sizeof(stats);
@@ -200,7 +213,9 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(group_rank, group_rank);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(group_abort, group_abort);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(group_refuse, group_refuse);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(group_set, group_set);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(group_reserve, group_reserve);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(group_stats, group_stats);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(measure_link, measure_link);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward, backward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(explain, explain);

@@ -2,6 +2,7 @@
 // text.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -15,8 +16,10 @@
 #include "cpu/launch.h"
 #include "cuda/engine/engine.h"
 #include "cuda/launch/device_info.h"
+#include "cuda/launch/link.h"
 #include "engine/check.h"
 #include "engine/cuda_call.h"
+#include "engine/cuda_peers.h"
 #include "fabric/group.h"
 
 #if !defined(FLASHMOE_VERSION)
@@ -29,14 +32,28 @@ using flashmoe::fail;
 // One rank of a group with everything it owns.
 struct fm_group_s {
   fm_group_s(std::unique_ptr<flashmoe::fabric::Fabric> fabric, int32_t rank, int32_t world,
-             const flashmoe::fabric::GroupOptions& options)
-      : group(std::move(fabric), rank, world, options) {}
+             const flashmoe::fabric::GroupOptions& options,
+             const std::shared_ptr<flashmoe::cuda::RankGroup>& local_ranks)
+      : group(std::move(fabric), rank, world, options), cuda(rank, ranks_of(group, local_ranks)) {
+    if (world > 1) group.on_abort([this] { cuda.ranks().stop(group.rank()); });
+  }
+
+  // local_ranks: those of this process; null: the ranks are processes.
+  static std::shared_ptr<flashmoe::cuda::RankGroup> ranks_of(
+      flashmoe::fabric::Group& group,
+      const std::shared_ptr<flashmoe::cuda::RankGroup>& local_ranks) {
+    if (group.world() == 1) return nullptr;
+    if (local_ranks != nullptr) return local_ranks;
+    return flashmoe::cuda::make_process_ranks(flashmoe::engine::make_cuda_peers(group));
+  }
 
   flashmoe::fabric::Group group;
   flashmoe::cpu::Workspace workspace;
   flashmoe::cpu::ThreadPool pool;
   flashmoe::cuda::Engine cuda;
   fm_stats stats{};
+  // Where the operands of the last call were: how peers learn of a refusal.
+  std::atomic<bool> is_on_cuda{false};
   bool last_on_cuda = false;  // the launch that `stats` is of
 };
 
@@ -103,12 +120,22 @@ void check_world(int32_t world) {
   }
 }
 
+// Peers' launches on CUDA wait on the device, where nobody reads a reason: they are ended.
+void refuse_on_cuda(flashmoe::fabric::Group& group, const std::string& reason) {
+  if (group.world() == 1) return;
+  group.abort(FM_MISMATCH, "rank " + std::to_string(group.rank()) + " refused the call: " + reason);
+}
+
 // The caller must see its own error, whatever becomes of telling the peers.
-void tell_refusal(flashmoe::fabric::Group& group, const char* reason) {
+void tell_refusal(fm_group_s& g, const char* reason) {
+  if (g.is_on_cuda) {
+    refuse_on_cuda(g.group, reason);
+    return;
+  }
   try {
-    flashmoe::cpu::refuse_call(group, reason);
+    flashmoe::cpu::refuse_call(g.group, reason);
   } catch (const Error&) {
-    group.abort(FM_MISMATCH, reason);  // the peers are not in reach of an orderly refusal
+    g.group.abort(FM_MISMATCH, reason);  // the peers are not in reach of an orderly refusal
   }
 }
 
@@ -118,7 +145,7 @@ auto checked(fm_group_s& g, Check&& check) {
   try {
     return check();
   } catch (const Error& error) {
-    tell_refusal(g.group, error.what());
+    tell_refusal(g, error.what());
     throw;
   }
 }
@@ -143,13 +170,41 @@ flashmoe::cuda::LaunchOptions cuda_options(flashmoe::fabric::Group& group) {
   return {.timeout_seconds = group.options().timeout_seconds, .max_sms = group.options().max_sms};
 }
 
+// Runs `body`, which may raise what launches of this rank have left. An error that leaves peers'
+// launches without this rank stops the group.
+template <class Body>
+void on_cuda(fm_group_s& g, Body&& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    if (g.group.world() == 1 || !g.cuda.breaks_group()) throw;
+    if (error.status() == FM_ABORTED) {
+      g.group.waiter().check_abort();  // whoever stopped the group may have left a better reason
+      flashmoe::fabric::stop_owner(g.group.own_control(), error.status(), error.what());
+    } else {
+      g.group.abort(error.status(), "rank " + std::to_string(g.group.rank()) + ": " + error.what());
+    }
+    throw;
+  }
+}
+
 void launch_on_cuda(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {
   g.group.waiter().check_abort();
-  g.cuda.forward(layer, args, cuda_options(g.group));
+  on_cuda(g, [&] { g.cuda.forward(layer, args, cuda_options(g.group)); });
   g.last_on_cuda = true;
   g.stats = {};
-  g.stats.epoch = g.group.begin_epoch();
+  g.stats.epoch = g.group.world() == 1 ? g.group.begin_epoch() : g.cuda.launches();
   g.stats.scratch_bytes = g.stats.allocated_bytes = g.cuda.scratch_bytes();
+  g.stats.symmetric_bytes = g.cuda.symmetric_bytes();
+}
+
+// Before a group goes: what its launches have still to report. That it was stopped is no news.
+void finish_for_good(fm_group_s& g) {
+  try {
+    on_cuda(g, [&] { g.cuda.finish(); });
+  } catch (const Error& error) {
+    if (error.status() != FM_ABORTED) throw;
+  }
 }
 
 // One forward, on the device where its operands are.
@@ -157,7 +212,8 @@ void run_forward(fm_group_s& g, const fm_layer* layer, const fm_forward_args* ar
   const flashmoe::fabric::LaunchTurn turn(g.group);
   const auto known = checked(g, [&] { return take_versioned(layer, "fm_layer"); });
   const auto given = checked(g, [&] { return take_versioned(args, "fm_forward_args"); });
-  if (checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); })) {
+  g.is_on_cuda = checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); });
+  if (g.is_on_cuda) {
     launch_on_cuda(g, known, checked(g, [&] {
                      return naming(known, [&] {
                        return flashmoe::engine::make_cuda_forward(g.group, known, given);
@@ -174,12 +230,11 @@ void run_forward(fm_group_s& g, const fm_layer* layer, const fm_forward_args* ar
 
 void run_backward(fm_group_s& g, const fm_layer* layer, const fm_backward_args* args) {
   const flashmoe::fabric::LaunchTurn turn(g.group);
+  const auto known = checked(g, [&] { return take_versioned(layer, "fm_layer"); });
+  const auto given = checked(g, [&] { return take_versioned(args, "fm_backward_args"); });
+  g.is_on_cuda = checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); });
+  if (g.is_on_cuda) flashmoe::engine::refuse_cuda_backward();  // on every rank: nobody waits
   launch_on_cpu(g, checked(g, [&] {
-                  const auto known = take_versioned(layer, "fm_layer");
-                  const auto given = take_versioned(args, "fm_backward_args");
-                  if (flashmoe::engine::is_on_cuda(given.device_type)) {
-                    flashmoe::engine::refuse_cuda_backward();
-                  }
                   return naming(known, [&] {
                     return flashmoe::engine::make_backward_call(g.group, known, given);
                   });
@@ -199,9 +254,17 @@ std::string explain(fm_group_s& g, const fm_layer& layer, const fm_forward_args&
   return text + "\ncolumn block: " + std::to_string(tiles.column_width) + " hidden columns";
 }
 
-void set_option(flashmoe::fabric::Group& group, const std::string& key, double value) {
+void set_device(fm_group_s& g, double value) {
+  if (g.group.world() == 1) {
+    fail(FM_INVALID_VALUE, "device: a rank alone launches where its operands are");
+  }
+  g.cuda.ranks().set_device(g.group.rank(), static_cast<int32_t>(value));
+}
+
+void set_option(fm_group_s& g, const std::string& key, double value) {
+  auto& group = g.group;
   auto& options = group.options();
-  const bool few = key == "num_threads" || key == "max_sms";
+  const bool few = key == "num_threads" || key == "max_sms" || key == "device";
   const bool whole = few || key == "epoch" || key == "stop_in_phase";
   const double most = few                      ? 1024.0
                       : key == "stop_in_phase" ? static_cast<double>(FM_PHASE_COMBINE) + 1
@@ -218,14 +281,40 @@ void set_option(flashmoe::fabric::Group& group, const std::string& key, double v
     options.jitter_us = value;
   } else if (key == "max_sms") {
     options.max_sms = static_cast<int>(value);
+  } else if (key == "device") {
+    set_device(g, value);
   } else if (key == "stop_in_phase") {
     options.stop_in_phase = static_cast<int>(value);
   } else if (key == "epoch") {
     group.set_epoch(static_cast<flashmoe::plan::Epoch>(value));
   } else {
-    fail(
-        FM_INVALID_VALUE, "option '", key,
-        "' is unknown; known are timeout_s, num_threads, max_sms, epoch, jitter_us, stop_in_phase");
+    fail(FM_INVALID_VALUE, "option '", key,
+         "' is unknown; known are timeout_s, num_threads, max_sms, device, epoch, jitter_us, "
+         "stop_in_phase");
+  }
+}
+
+void reserve(fm_group_s& g, const fm_capacity& wanted) {
+  constexpr int64_t kMost = int64_t{1} << 40;
+  for (const auto& [name, value] :
+       {std::pair{"max_tokens", wanted.max_tokens}, std::pair{"hidden", wanted.hidden},
+        std::pair{"top_k", wanted.top_k}, std::pair{"num_experts", wanted.num_experts}}) {
+    if (value < 0 || value > kMost) {
+      fail(FM_INVALID_VALUE, name, " is ", value, ", expected 0 (as it is) to ", kMost);
+    }
+  }
+  const int32_t world = g.group.world();
+  if (world == 1) return;  // a rank alone has no symmetric memory
+  g.group.waiter().check_abort();
+  try {
+    g.cuda.ranks().reserve(g.group.rank(),
+                           {.tokens = wanted.max_tokens,
+                            .hidden = wanted.hidden,
+                            .top_k = wanted.top_k,
+                            .local_experts = flashmoe::plan::ceil_div(wanted.num_experts, world)});
+  } catch (const Error& error) {
+    if (error.status() != FM_ABORTED) g.group.abort(error.status(), error.what());
+    throw;
   }
 }
 
@@ -241,10 +330,11 @@ fm_status fm_group_create_local(int32_t world, fm_group* out) {
     take_out(out, "out");
     const auto options = default_options();
     auto fabrics = flashmoe::fabric::make_thread_fabrics(world);
+    const auto ranks = flashmoe::cuda::make_local_ranks(world);
     std::vector<std::unique_ptr<fm_group_s>> made;
     for (int32_t rank = 0; rank < world; ++rank) {
       auto& fabric = fabrics[static_cast<size_t>(rank)];
-      made.push_back(std::make_unique<fm_group_s>(std::move(fabric), rank, world, options));
+      made.push_back(std::make_unique<fm_group_s>(std::move(fabric), rank, world, options, ranks));
     }
     for (auto& group : made) *out++ = group.release();
   });
@@ -263,7 +353,7 @@ fm_status fm_group_create_shm(const char* token, int32_t rank, int32_t world, fm
     }
     const auto options = default_options();
     auto fabric = flashmoe::fabric::make_shm_fabric(name, rank, world, options.timeout_seconds);
-    auto made = std::make_unique<fm_group_s>(std::move(fabric), rank, world, options);
+    auto made = std::make_unique<fm_group_s>(std::move(fabric), rank, world, options, nullptr);
     made->group.connect(made->group.waiter());
     *out = made.release();
   });
@@ -272,7 +362,7 @@ fm_status fm_group_create_shm(const char* token, int32_t rank, int32_t world, fm
 fm_status fm_group_destroy(fm_group group) {
   const std::unique_ptr<fm_group_s> last(group);
   return guarded([&] {
-    if (last != nullptr) last->cuda.finish();
+    if (last != nullptr) finish_for_good(*last);
   });
 }
 
@@ -296,7 +386,12 @@ fm_status fm_group_refuse(fm_group group, const char* reason) {
   return guarded([&] {
     auto& g = take_group(group);
     const flashmoe::fabric::LaunchTurn turn(g.group);
-    flashmoe::cpu::refuse_call(g.group, reason == nullptr ? "no reason given" : reason);
+    const char* given = reason == nullptr ? "no reason given" : reason;
+    if (g.is_on_cuda) {
+      refuse_on_cuda(g.group, given);
+    } else {
+      flashmoe::cpu::refuse_call(g.group, given);
+    }
   });
 }
 
@@ -304,7 +399,16 @@ fm_status fm_group_set(fm_group group, const char* key, double value) {
   return guarded([&] {
     auto& g = take_group(group);
     const std::lock_guard lock(g.group.launch_mutex());
-    set_option(g.group, key == nullptr ? "" : key, value);
+    set_option(g, key == nullptr ? "" : key, value);
+  });
+}
+
+fm_status fm_group_reserve(fm_group group, const fm_capacity* capacity) {
+  return guarded([&] {
+    auto& g = take_group(group);
+    const auto wanted = take_versioned(capacity, "fm_capacity");
+    const flashmoe::fabric::LaunchTurn turn(g.group);
+    reserve(g, wanted);
   });
 }
 
@@ -313,8 +417,11 @@ fm_status fm_group_stats(fm_group group, fm_stats* out) {
     auto& g = take_group(group);
     const uint32_t size = take_versioned(out, "fm_stats").struct_size;
     const std::lock_guard lock(g.group.launch_mutex());
-    g.cuda.finish();
-    if (g.last_on_cuda) g.cuda.time_last(g.stats);
+    on_cuda(g, [&] { g.cuda.finish(); });
+    if (g.last_on_cuda) {
+      g.cuda.time_last(g.stats);
+      g.stats.symmetric_bytes = g.cuda.symmetric_bytes();
+    }
     std::memcpy(static_cast<void*>(out), &g.stats, size);
     out->struct_size = size;
   });
@@ -356,6 +463,15 @@ fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64
     problem.num_experts = known.num_experts;
     problem.top_k = known.top_k;
     take_out(rows, "rows") = flashmoe::cpu::max_rows_alone(problem);
+  });
+}
+
+fm_status fm_measure_link(int32_t device, int32_t peer, double* bytes_per_second,
+                          double* flag_seconds) {
+  return guarded([&] {
+    const auto found = flashmoe::cuda::measure_link(device, peer);
+    take_out(bytes_per_second, "bytes_per_second") = found.bytes_per_second;
+    take_out(flag_seconds, "flag_seconds") = found.flag_seconds;
   });
 }
 

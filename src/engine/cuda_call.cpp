@@ -6,12 +6,7 @@
 namespace flashmoe::engine {
 namespace {
 
-void check_supported(const fabric::Group& group, const fm_layer& layer,
-                     const cpu::Operands& operands) {
-  if (group.world() > 1) {
-    fail(FM_UNSUPPORTED, "x is on a CUDA device in a group of ", group.world(),
-         " ranks: several ranks on CUDA are not supported yet; use one rank, or the CPU");
-  }
+void check_supported(const fm_layer& layer, const cpu::Operands& operands) {
   if (layer.dtype != FM_BF16 && layer.dtype != FM_F16) {
     fail(FM_UNSUPPORTED, "x is ", layer.dtype == FM_F64 ? "float64" : "float32",
          " on a CUDA device, where bfloat16 and float16 are supported; the CPU takes all four");
@@ -36,7 +31,7 @@ bool is_on_cuda(int32_t device_type) {
 fm_forward_args make_cuda_forward(const fabric::Group& group, const fm_layer& layer,
                                   const fm_forward_args& args) {
   const cpu::Operands o = make_forward_call(group, layer, args).operands;
-  check_supported(group, layer, o);
+  check_supported(layer, o);
   fm_forward_args checked = args;
   checked.x = o.x;
   checked.w_router = o.w_router;

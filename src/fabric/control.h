@@ -2,6 +2,7 @@
 // owner reads it. It outlives every growth of the data part.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -15,6 +16,10 @@ namespace flashmoe::fabric {
 
 inline constexpr uint32_t kControlMagic = 0x464d6f45;  // "FMoE"
 inline constexpr int kTextBytes = 512;
+inline constexpr int kMessageBytes = 256;
+
+// What a rank says to all in Group::gather; whatever they agree on.
+using Message = std::array<std::byte, kMessageBytes>;
 
 enum class CallStatus : uint32_t {
   kReady = 0,       // metadata follows in the bank
@@ -84,6 +89,13 @@ struct ControlBlock {
   // Generation equality; generations count up from 1.
   std::atomic<uint32_t> grow_ready[plan::kMaxWorld];
   std::atomic<uint32_t> grow_mapped[plan::kMaxWorld];
+
+  // told[bank][s]: writer: rank s inside a gather. reader: the owner inside the same gather.
+  // publishes: message[bank][s]. release/acquire. Equality of the number of gathers, which counts
+  // up from 1; bank: its parity. A rank writes a bank again two gathers later: it has then seen
+  // every rank's word of the gather between, which that rank wrote after it had read this one.
+  std::atomic<uint32_t> told[plan::kNumBanks][plan::kMaxWorld];
+  Message message[plan::kNumBanks][plan::kMaxWorld];
 
   // waits_for: writer: the owner's threads, at every turn of a wait for a peer: that peer + 1; 0
   // when the wait is over. reader: peers whose own wait for the owner has run out, for their

@@ -185,8 +185,35 @@ void Group::grow_together(const plan::SymmetricCapacity& capacity, const Waiter&
   capacity_ = capacity;
 }
 
+std::vector<Message> Group::gather(const Message& own, const Waiter& waiter) {
+  try {
+    return gather_together(own, waiter);
+  } catch (const Error& error) {
+    if (error.status() != FM_ABORTED) abort(error.status(), error.what());
+    throw;
+  }
+}
+
+std::vector<Message> Group::gather_together(const Message& own, const Waiter& waiter) {
+  const uint32_t number = ++gathers_;
+  const int bank = plan::bank_of(number);
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    control(peer).message[bank][rank_] = own;
+    control(peer).told[bank][rank_].store(number, std::memory_order_release);
+  }
+  std::vector<Message> all;
+  for (int32_t peer = 0; peer < world_; ++peer) {
+    waiter.until_equal(own_control().told[bank][peer], number,
+                       {"the message", "gather", peer, epoch_});
+    all.push_back(own_control().message[bank][peer]);
+  }
+  waiter.check_abort();
+  return all;
+}
+
 void Group::abort(fm_status status, const std::string& reason) {
   for (int32_t peer = 0; peer < world_; ++peer) stop_owner(control(peer), status, reason);
+  if (abort_hook_) abort_hook_();
 }
 
 void check_headers(const Group& group, plan::Epoch epoch) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -72,12 +73,19 @@ class Group {
   // leaves its peers in the middle of it: the group is aborted.
   void grow(const plan::SymmetricCapacity& capacity, const Waiter& waiter);
 
-  // Stops every rank's waits. The first reason stands.
+  // Collective: every rank gives a message and gets those of all, by rank. A rank that can not, or
+  // that waits longer than the waiter's bound, aborts the group. Throws as a wait does.
+  std::vector<Message> gather(const Message& own, const Waiter& waiter);
+
+  // Stops every rank's waits. The first reason stands. Any thread.
   void abort(fm_status status, const std::string& reason);
+  // Called at the end of every abort() of this rank, by its thread; set before the group is used.
+  void on_abort(std::function<void()> hook) { abort_hook_ = std::move(hook); }
 
  private:
   friend class LaunchTurn;
   void grow_together(const plan::SymmetricCapacity& capacity, const Waiter& waiter);
+  std::vector<Message> gather_together(const Message& own, const Waiter& waiter);
 
   std::unique_ptr<Fabric> fabric_;
   int32_t rank_;
@@ -88,6 +96,8 @@ class Group {
   int owner_process_;
   plan::Epoch epoch_ = 0;
   uint32_t generation_ = 0;
+  uint32_t gathers_ = 0;
+  std::function<void()> abort_hook_;
   bool connected_ = false;
   plan::SymmetricCapacity capacity_;
 };

@@ -19,6 +19,7 @@
 #include <filesystem>
 
 #include "base/error.h"
+#include "base/file.h"
 #include "fabric/fabric.h"
 #include "fabric/wait.h"
 
@@ -27,26 +28,6 @@ namespace {
 
 constexpr char kPrefix[] = "flashmoe-";
 constexpr std::chrono::microseconds kJoinSleep{1000};
-
-// A file descriptor, closed in the end.
-class File {
- public:
-  File() = default;
-  explicit File(int descriptor) : descriptor_(descriptor) {}
-  File(File&& other) noexcept { *this = std::move(other); }
-  File& operator=(File&& other) noexcept {
-    std::swap(descriptor_, other.descriptor_);
-    return *this;
-  }
-  ~File() {
-    if (descriptor_ >= 0) close(descriptor_);
-  }
-  int get() const { return descriptor_; }
-  bool is_open() const { return descriptor_ >= 0; }
-
- private:
-  int descriptor_ = -1;
-};
 
 // A mapped segment; the creator also owns the name until drop_name().
 class Segment {

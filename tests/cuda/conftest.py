@@ -10,8 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 @pytest.fixture(autouse=True)
 def needs_gpu(request):
-    if request.module.__name__.startswith("test_layer"):
+    name = request.module.__name__
+    if name.startswith("test_layer"):
         from layer_common import what_is_missing
+    elif name == "test_ranks":
+        from gpu_ranks import missing_for_two as what_is_missing
     else:
         from cuda_products import what_is_missing
 

@@ -409,7 +409,8 @@ void run(fm_group group, const RankCall& call) {
 
 // Calls that need no peers, in the middle of everything.
 void probe(Input& in, fm_group group, const fm_layer& layer) {
-  constexpr const char* kKeys[] = {"num_threads", "jitter_us", "epoch", "max_sms", "", "timeout"};
+  constexpr const char* kKeys[] = {"num_threads", "jitter_us", "epoch",  "max_sms",
+                                   "device",      "",          "timeout"};
   const char* key = kKeys[in.below(std::size(kKeys))];
   double value = in.odd_number();
   if (std::string(key) == "num_threads") value = std::min(value, 5.0);
@@ -418,6 +419,10 @@ void probe(Input& in, fm_group group, const fm_layer& layer) {
   fm_stats stats{};
   stats.struct_size = in.chance(10) ? static_cast<uint32_t>(in.below(600)) : sizeof(stats);
   expect_text(fm_group_stats(group, in.chance(3) ? nullptr : &stats));
+  fm_capacity capacity{sizeof(fm_capacity), 0, in.odd_integer(), in.odd_integer(), in.odd_integer(),
+                       in.odd_integer()};
+  if (in.chance(10)) capacity.struct_size = static_cast<uint32_t>(in.below(100));
+  expect_text(fm_group_reserve(group, in.chance(3) ? nullptr : &capacity));
   int64_t rows = 0;
   expect_text(fm_z_rows(group, &layer, in.odd_integer(), in.chance(3) ? nullptr : &rows));
   int32_t rank = 0, world = 0;

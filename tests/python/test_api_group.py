@@ -365,3 +365,53 @@ def test_the_end_of_the_process_closes_all_groups_and_raises_the_first_failure(o
     with pytest.raises(RoutingError, match="launch of 1"):
         groups._close_all()
     assert engine.destroyed == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_reservation_changes_nothing_on_the_cpu(ranks, num_ranks):
+    group = flashmoe.local_group(num_ranks, max_tokens=100)
+    for one in group:
+        one.reserve(5000, hidden=64, top_k=2, num_experts=8)
+        assert one.stats()["symmetric_bytes"] == 0
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"max_tokens": -1}, ValueError, "max_tokens is -1"),
+        ({"max_tokens": 1.5}, TypeError, "max_tokens is a float"),
+        ({"device": "gpu"}, ValueError, "device is 'gpu'"),
+        ({"devices": [0]}, ValueError, "devices has 1 entries; accepted: one a rank, 2"),
+        ({"devices": [0, -1]}, ValueError, "devices is -1"),
+        ({"devices": [0, True]}, TypeError, "devices is a bool"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_a_local_group(arguments, error, words):
+    with pytest.raises(error, match=words):
+        flashmoe.local_group(2, **arguments)
+
+
+def test_more_ranks_than_gpus_are_refused():
+    count = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=f"there are {count} CUDA devices"):
+        flashmoe.local_group(count + 1, device="cuda")
+
+
+def test_wrong_arguments_of_a_reservation():
+    one, _ = groups_of_two = flashmoe.local_group(2)
+    with pytest.raises(ValueError, match="hidden is -3"):
+        one.reserve(10, hidden=-3)
+    with pytest.raises(ValueError, match=r"max_tokens is \d+, expected 0"):
+        one.reserve(1 << 50)
+    with pytest.raises(ValueError, match=r"device is 0\.5"):
+        one.set("device", 0.5)
+    for group in groups_of_two:
+        group.close()
+
+
+def test_a_rank_alone_has_no_device_of_its_own():
+    [one] = flashmoe.local_group(1)
+    with one, pytest.raises(ValueError, match="a rank alone launches where its operands are"):
+        one.set("device", 0)

@@ -269,7 +269,7 @@ def test_source_hash_follows_the_sources():
         (["run", "--model", "phi-3.5-moe"], "sparsemixer"),
         (["run", "--experts", "7", "--ranks", "2"], "experts is 7; accepted: a multiple of 2"),
         (["run", "--experts", "4", "--top-k", "6"], "top_k is 6"),
-        (["run", "--device", "cuda"], "CUDA lacks yet"),
+        (["run", "--device", "cuda", "--ranks", "99"], "accepted on cuda: to"),
         (["run", "--hidden", "64", "--scale", "1", "--experts", "3"], "experts is 3"),
         (["check", "--case", "nothing/like-it"], "no case matches 'nothing/like-it'"),
         (["bench", "--case", "nothing/like-it"], "no speed case matches"),

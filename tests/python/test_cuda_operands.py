@@ -146,22 +146,51 @@ def test_backward_is_refused(engine, claims):
         engine.backward(group.handle, make_layer(engine), tensors, 0, 0)
 
 
-def test_several_ranks_are_refused_on_all_of_them(engine):
-    from concurrent.futures import ThreadPoolExecutor
+def rank_operands():
+    """The operands of one of two ranks, and what keeps them alive."""
+    claims = Claims()
+    tensors = claims.forward()
+    tensors["w_up"] = claims.tensor(EXPERTS // 2, 2 * INTERMEDIATE, HIDDEN)
+    tensors["w_down"] = claims.tensor(EXPERTS // 2, HIDDEN, INTERMEDIATE)
+    return tensors, claims
 
+
+def test_several_ranks_learn_why_the_first_could_not_launch(engine):
+    """The first to find out says it; nobody waits for a launch that will not be."""
     groups = flashmoe.local_group(2)
-
-    def call(group):
-        claims = Claims()
-        tensors = claims.forward()
-        tensors["w_up"] = claims.tensor(EXPERTS // 2, 2 * INTERMEDIATE, HIDDEN)
-        tensors["w_down"] = claims.tensor(EXPERTS // 2, HIDDEN, INTERMEDIATE)
-        with pytest.raises(flashmoe.errors.UnsupportedError, match="several ranks on CUDA"):
-            engine.forward(group.handle, make_layer(engine), tensors, 0)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(call, groups))
+    operands = [rank_operands() for _ in groups]
+    layer = make_layer(engine)
+    with pytest.raises(flashmoe.errors.UnsupportedError, match=NO_GPU):
+        engine.forward(groups[0].handle, layer, operands[0][0], 0)
+    with pytest.raises(flashmoe.errors.GroupAbortedError, match=rf"rank 0: .*({NO_GPU})"):
+        engine.forward(groups[1].handle, layer, operands[1][0], 0)
     for group in groups:
+        group.close()
+
+
+def test_a_refusal_on_cuda_aborts_the_group(engine):
+    groups = flashmoe.local_group(2)
+    tensors, claims = rank_operands()
+    tensors["y"] = claims.tensor(TOKENS + 1, HIDDEN)
+    with pytest.raises(ValueError, match=r"y has shape \[6, 64\]"):
+        engine.forward(groups[0].handle, make_layer(engine), tensors, 0)
+    others, kept = rank_operands()
+    with pytest.raises(flashmoe.errors.GroupAbortedError, match=r"rank 0 refused.*y has shape"):
+        engine.forward(groups[1].handle, make_layer(engine), others, 0)
+    assert kept
+    for group in groups:
+        group.close()
+
+
+def test_a_backward_on_cuda_leaves_the_group_as_it_is(engine):
+    groups = flashmoe.local_group(2)
+    tensors, claims = rank_operands()
+    tensors |= {"grad_y": tensors.pop("y"), "grad_x": claims.tensor(TOKENS, HIDDEN)}
+    for group in groups:
+        with pytest.raises(flashmoe.errors.UnsupportedError, match="backward of CUDA tensors"):
+            engine.backward(group.handle, make_layer(engine), tensors, 0, 0)
+    for group in groups:
+        group.stats()
         group.close()
 
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "cuda/engine/ranks.h"
 #include "flashmoe/c_api.h"
 
 namespace flashmoe::cuda {
@@ -19,7 +20,10 @@ struct LaunchOptions {
 // largest launch, and the report of a launch that failed on the device. One call at a time.
 class Engine {
  public:
+  // A rank alone.
   Engine();
+  // One of several ranks: `rank` of `ranks`.
+  Engine(int32_t rank, std::shared_ptr<RankGroup> ranks);
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -29,13 +33,19 @@ class Engine {
   // replays of a captured graph are ordered by whoever replays it, among themselves and with these
   // launches, and end before the engine does: they use its scratch. One that starts beside another
   // launch, which leaves it multiprocessors (max_sms), does nothing but report FM_UNSUPPORTED.
+  // Of several ranks: all make the same calls in the same order; a call waits for no other rank,
+  // but for the first one among processes, which makes their memory together.
   // Throws Error: what an earlier launch reported, FM_UNSUPPORTED without a device
-  // that has the kernels or with the reason why they do not take the layer, FM_OUT_OF_MEMORY.
+  // that has the kernels or with the reason why they do not take the layer, FM_OUT_OF_MEMORY, what
+  // RankGroup::memory() throws.
   void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);
 
   // Waits for the launches of forward() (not for replays), then throws the failure of one, once;
-  // the engine can be used again afterwards.
+  // the engine can be used again afterwards, unless it was one that stopped the group.
   void finish();
+  // After an Error of forward() or finish(): whether this rank has left a launch, or not
+  // made one, that the others still wait for. An error that left all ranks in step does not.
+  bool breaks_group() const;
 
   // After finish(): where the time of the last launch went, seconds and phase_seconds.
   void time_last(fm_stats& stats) const;
@@ -44,8 +54,15 @@ class Engine {
   std::string explain(const fm_layer& layer, const fm_forward_args& args,
                       const LaunchOptions& options);
 
+  // Several ranks only: RankGroup::reserve(), set_device(), stop(), has_memory().
+  RankGroup& ranks() const;
+
+  // Launches so far that were not captured.
+  uint32_t launches() const;
   // What it holds on all devices.
   int64_t scratch_bytes() const;
+  // Memory that peers write, 0 for a rank alone.
+  int64_t symmetric_bytes() const;
 
  private:
   struct State;

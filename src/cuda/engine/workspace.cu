@@ -1,11 +1,11 @@
 #include "cuda/engine/workspace.h"
 
 #include <algorithm>
-#include <sstream>
 
+#include "cuda/fabric/rank_memory.h"
 #include "cuda/launch/check.h"
 #include "cuda/launch/device.h"
-#include "cuda/launch/forward.h"
+#include "cuda/launch/device_guard.h"
 #include "cuda/launch/forward_times.h"
 #include "cuda/sync/holder.h"
 
@@ -13,6 +13,7 @@ namespace flashmoe::cuda {
 namespace {
 
 using launch::check;
+using launch::DeviceGuard;
 
 int num_sms_of(int32_t device) {
   launch::check_device(device);
@@ -46,38 +47,11 @@ uint64_t nanoseconds(double seconds) {
       "layer once at this size before capturing it");
 }
 
-fm_status status_of(sync::WaitTag tag) {
-  switch (tag) {
-    case sync::WaitTag::kUndefinedLogits:
-    case sync::WaitTag::kUndefinedBias:
-    case sync::WaitTag::kInvalidId:
-      return FM_ROUTING;
-    case sync::WaitTag::kHeld:
-      return FM_UNSUPPORTED;
-    default:
-      return FM_TIMEOUT;
-  }
-}
-
-// What the launch left behind, for people.
-std::string describe(const sync::WaitReport& report, int32_t device) {
-  const auto tag = static_cast<sync::WaitTag>(report.tag);
-  std::ostringstream text;
-  text << "an earlier launch on CUDA device " << device << " failed, its outputs are not valid: ";
-  if (tag == sync::WaitTag::kUndefinedBias) {
-    text << sync::name_of(tag) << " (expert " << report.block_idx << ")";
-  } else if (tag == sync::WaitTag::kHeld) {
-    text << sync::name_of(tag) << " beside it; launches of one group follow one another: order the "
-         << "replays of its captured graphs by events, or give each graph a group of its own";
-  } else if (status_of(tag) == FM_ROUTING) {
-    const bool of_caller = tag == sync::WaitTag::kInvalidId;
-    text << (of_caller ? "topk_ids: " : "") << sync::name_of(tag) << " (first seen in token "
-         << report.block_idx << ")";
-  } else {
-    text << "a wait ran out of time: " << sync::name_of(tag) << " (block " << report.block_idx
-         << ", thread " << report.thread_idx << ", expected " << report.expected << ")";
-  }
-  return text.str();
+RankNeeds needs_of(const fm_layer& layer, const fm_forward_args& args, int32_t world) {
+  return {.tokens = args.x.shape[0],
+          .hidden = layer.hidden,
+          .top_k = layer.top_k,
+          .local_experts = layer.num_experts / world};
 }
 
 // Throws FM_OUT_OF_MEMORY when the device has not that much.
@@ -94,15 +68,6 @@ void* allocate(int64_t bytes, int32_t device) {
 }
 
 }  // namespace
-
-DeviceGuard::DeviceGuard(int32_t device) : device_(device) {
-  check(cudaGetDevice(&before_), "cudaGetDevice");
-  if (before_ != device_) check(cudaSetDevice(device_), "cudaSetDevice(", device_, ")");
-}
-
-DeviceGuard::~DeviceGuard() {
-  if (before_ != device_) cudaSetDevice(before_);
-}
 
 Workspace::Workspace(int32_t device, cudaStream_t stream)
     : device_(device), num_sms_(num_sms_of(device)) {
@@ -137,14 +102,38 @@ void Workspace::release() noexcept {
 }
 
 void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
-                        const LaunchOptions& options) {
+                        const LaunchOptions& options, const RankView& view) {
   const DeviceGuard guard(device_);
+  const bool capturing = is_capturing(static_cast<cudaStream_t>(args.stream));
+  if (!has_report()) {
+    launch(layer, args, options, view, capturing);
+    return;
+  }
+  const bool harmless = is_harmless(static_cast<sync::WaitTag>(report_->tag));
+  const Error found = take_report(view, capturing);
+  if (!harmless) throw found;
+  if (view.world() > 1) launch(layer, args, options, view, capturing);
+  throw HarmlessError(found.status(), found.what());
+}
+
+void Workspace::launch(const fm_layer& layer, const fm_forward_args& args,
+                       const LaunchOptions& options, const RankView& view, bool capturing) {
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  const bool capturing = is_capturing(stream);
-  raise_report(capturing);
   launch::check_supported(layer, args);
-  reserve(launch::forward_scratch_bytes(layer, args), stream, capturing);
+  launch::RankArguments ranks;
+  ranks.rank = view.rank;
+  ranks.world = view.world();
+  std::shared_ptr<RankMemory> memory;
+  if (view.ranks != nullptr) {
+    memory = view.ranks->memory({view.rank, device_, options.max_sms, capturing},
+                                needs_of(layer, args, ranks.world));
+    ranks.capacity = memory->capacity();
+    ranks.regions = memory->regions();
+    launch::check_supported(layer, args, ranks);
+  }
+  reserve(launch::forward_scratch_bytes(layer, args, ranks), stream, capturing);
   if (!capturing) follow_last(stream);
+  timeout_seconds_ = options.timeout_seconds;
   launch_id_ = sync::next_holder(launch_id_);
   launch::launch_forward({.layer = layer,
                           .operands = args,
@@ -152,10 +141,12 @@ void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
                           .report = device_report_,
                           .timeout_ns = nanoseconds(options.timeout_seconds),
                           .max_sms = options.max_sms,
+                          .ranks = ranks,
                           .launch_id = launch_id_,
                           .stream = stream});
   if (capturing) {
     scratch_.captured = true;
+    if (memory != nullptr) memory->keep();
     return;
   }
   record_last(stream);
@@ -191,9 +182,9 @@ void Workspace::reserve(int64_t bytes, cudaStream_t stream, bool capturing) {
   scratch_.bytes = bytes;
 }
 
-void Workspace::finish() {
+void Workspace::finish(const RankView& view) {
   if (has_last_) check(cudaEventSynchronize(last_), "cudaEventSynchronize of the last launch");
-  raise_report(false);
+  raise_report(view);
 }
 
 void Workspace::time_last(fm_stats& stats) const {
@@ -202,17 +193,23 @@ void Workspace::time_last(fm_stats& stats) const {
   launch::time_forward(scratch_.memory, stats);
 }
 
-void Workspace::raise_report(bool capturing) {
-  const auto tag =
-      static_cast<sync::WaitTag>(*static_cast<const volatile uint32_t*>(&report_->tag));
-  if (tag == sync::WaitTag::kNone) return;
-  if (!capturing) {
-    const DeviceGuard guard(device_);
-    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize after a failed launch");
-  }
+bool Workspace::has_report() const {
+  return *static_cast<const volatile uint32_t*>(&report_->tag) != 0;
+}
+
+void Workspace::raise_report(const RankView& view) {
+  if (!has_report()) return;
+  const DeviceGuard guard(device_);
+  const bool harmless = is_harmless(static_cast<sync::WaitTag>(report_->tag));
+  const Error found = take_report(view, false);
+  if (harmless) throw HarmlessError(found.status(), found.what());
+  throw found;
+}
+
+Error Workspace::take_report(const RankView& view, bool capturing) {
+  if (!capturing) check(cudaDeviceSynchronize(), "cudaDeviceSynchronize after a failed launch");
   const sync::WaitReport found = *report_;
   if (!capturing) {
-    const DeviceGuard guard(device_);
     for (const Scratch& one : retired_) {
       check(cudaMemset(one.memory, 0, static_cast<size_t>(one.bytes)), "cudaMemset");
     }
@@ -222,7 +219,8 @@ void Workspace::raise_report(bool capturing) {
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     *report_ = {};
   }
-  fail(status_of(tag), describe(found, device_));
+  const ReportPlace place{device_, view.rank, view.world(), timeout_seconds_};
+  return Error(status_of(static_cast<sync::WaitTag>(found.tag)), describe(found, place));
 }
 
 std::string Workspace::explain(const fm_layer& layer, const fm_forward_args& args,

@@ -7,22 +7,25 @@
 #include <string>
 #include <vector>
 
+#include "base/error.h"
 #include "cuda/engine/engine.h"
-#include "cuda/sync/report.h"
+#include "cuda/engine/failure.h"
+#include "cuda/launch/forward.h"
 
 namespace flashmoe::cuda {
 
-// The current device, until the end of the scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int32_t device);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
+// The rank that a launch is of.
+struct RankView {
+  int32_t rank = 0;
+  RankGroup* ranks = nullptr;  // null: alone
 
- private:
-  int before_ = 0;
-  int device_;
+  int32_t world() const { return ranks == nullptr ? 1 : ranks->world(); }
+};
+
+// An earlier launch's failure that has left all ranks in step.
+class HarmlessError : public Error {
+ public:
+  using Error::Error;
 };
 
 class Workspace {
@@ -34,17 +37,18 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);
+  // Of several ranks, throws a harmless report of an earlier launch only after this one: the others
+  // make theirs too.
+  void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options,
+               const RankView& view);
 
-  // Waits for the last launch that was not captured, then throws what a launch has reported.
-  void finish();
+  // Waits for the last launch that was not captured, then throws what a launch has reported:
+  // HarmlessError where is_harmless(). Makes scratch and report as new, so that the next launch
+  // finds them clean.
+  void finish(const RankView& view);
 
   // Where the time of the last launch went: seconds and phase_seconds. That launch has ended.
   void time_last(fm_stats& stats) const;
-
-  // Throws what a launch has left in the report. Unless `capturing`, waits for the device first and
-  // makes scratch and report as new, so that the next launch finds them clean.
-  void raise_report(bool capturing);
 
   std::string explain(const fm_layer& layer, const fm_forward_args& args,
                       const LaunchOptions& options) const;
@@ -57,6 +61,12 @@ class Workspace {
     bool captured = false;  // a graph holds its address
   };
 
+  void raise_report(const RankView& view);
+  bool has_report() const;
+  // The report, then cleared with all that the launch may have left. Capturing: as it is.
+  Error take_report(const RankView& view, bool capturing);
+  void launch(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options,
+              const RankView& view, bool capturing);
   void reserve(int64_t bytes, cudaStream_t stream, bool capturing);
   void follow_last(cudaStream_t stream) const;
   void record_last(cudaStream_t stream);
@@ -71,7 +81,8 @@ class Workspace {
   cudaEvent_t last_ = nullptr;  // end of the last use of scratch that was not captured
   unsigned long long last_stream_ = 0;
   bool has_last_ = false;
-  uint32_t launch_id_ = 0;  // of the last launch
+  uint32_t launch_id_ = 0;      // of the last launch
+  double timeout_seconds_ = 0;  // likewise
 };
 
 }  // namespace flashmoe::cuda

@@ -1,0 +1,246 @@
+"""What the tests of several ranks on GPUs share: layers cut over ranks, and ranks as processes that
+a test may stop and kill."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+
+import flashmoe
+import torch
+from flashmoe import _core, passes
+from flashmoe.group import Group
+from flashmoe.inputs import make_operands, on_device
+from layer_common import make_layer, what_is_missing
+
+ANSWER_S = 60.0  # a process that has not answered by then hangs
+TIMEOUT_S = 1.5  # of waits that a test lets run out
+
+_context = multiprocessing.get_context("spawn")  # CUDA survives no fork
+_tokens = (f"gpuranks{os.getpid()}-{number}" for number in itertools.count())
+
+
+def missing_for_two() -> str | None:
+    """Why two ranks cannot run here, each on a GPU of its own; None if they can."""
+    if missing := what_is_missing():
+        return missing
+    if (count := torch.cuda.device_count()) < 2:
+        return f"two GPUs: {count} is there"
+    if not torch.cuda.can_device_access_peer(0, 1):
+        return "two GPUs that reach each other"
+    return None
+
+
+def shards(world=2, tokens=(300, 200), experts=16, seed=0, **options):
+    """The `layer_common.Layer` of each rank on its GPU: one router, experts cut over the ranks."""
+    whole = make_layer(tokens=1, experts=experts, seed=seed, **options)
+    share = experts // world
+    made = []
+    for rank in range(world):
+        mine = slice(rank * share, (rank + 1) * share)
+        x = whole.with_x(tokens[rank], seed=1000 * seed + rank).x
+        weights = {"w_up": whole.w_up[mine].clone(), "w_down": whole.w_down[mine].clone()}
+        tensors = weights | {"x": x, "w_router": whole.w_router}
+        device = f"cuda:{rank}"
+        made.append(replace(whole, **{name: one.to(device) for name, one in tensors.items()}))
+    synchronize()
+    return made
+
+
+def call_all(layers, groups):
+    """The outputs of all ranks, called in turn by this thread."""
+    made = []
+    for layer, group in zip(layers, groups, strict=True):
+        y, routed = layer(group)
+        made.append((y, *routed))
+    return made
+
+
+def finished(outputs, groups):
+    """Copies of outputs on the host, once all ranks are done; raises what a launch reported."""
+    finish_all(groups)
+    return [[tensor.cpu() for tensor in one] for one in outputs]
+
+
+def finish_all(groups):
+    synchronize()
+    for group in groups:
+        group.stats()
+
+
+def synchronize():
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(device)
+
+
+# ---- ranks as processes --------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """What a rank's method returned or raised, and how long it took."""
+
+    value: object
+    error: str | None  # name of the exception's class
+    text: str
+    seconds: float
+
+
+class Rank:
+    """What a rank process can be asked to do."""
+
+    def __init__(self, index):
+        self.device = torch.device("cuda", index)
+        torch.cuda.set_device(self.device)
+        torch.set_num_threads(1)
+        self.group = None
+
+    def join(self, token, rank, world, **options):
+        """Makes this process a rank of a new group."""
+        self.leave()
+        handle = _core.engine().group_shm(token, rank, world)
+        self.group = Group(handle, f"{token}:{rank}")
+        for key, value in options.items():
+            self.group.set(key, value)
+
+    def leave(self):
+        if self.group:
+            self.group.close()
+        self.group = None
+
+    def run(self, case, tokens, count=1, delay=0.0, **changes):
+        """`count` calls of a case, `delay` seconds late: arrays of the outputs of the last one.
+        `changes` replace options of the call."""
+        group = self.group
+        operands = on_device(make_operands(case, tokens, "bf16"), self.device)
+        call = passes.rank_call(case, operands, "bf16", group.rank, group.world, group)
+        call.options |= changes
+        torch.cuda.synchronize()
+        time.sleep(delay)
+        for _ in range(count):
+            outputs, routed = passes.run_rank(call, False)
+        torch.cuda.synchronize()
+        group.stats()
+        tensors = [outputs["y"], *(routed or ())]
+        return [tensor.cpu().view(torch.uint8).numpy() for tensor in tensors]
+
+    def reserve(self, tokens):
+        self.group.reserve(tokens)
+        return self.group.stats()["symmetric_bytes"]
+
+    def is_well(self):
+        """A product and a layer of one rank, after whatever has happened."""
+        a = torch.eye(256, device=self.device)
+        y, _ = make_layer(tokens=100)()
+        return bool((a @ a == a).all() and y.isfinite().all())
+
+
+def serve(connection, index):
+    """The life of a rank process."""
+    rank = Rank(index)
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        start = time.monotonic()
+        value = error = None
+        text = ""
+        try:
+            value = getattr(rank, method)(**arguments)
+        except Exception as raised:  # the test judges it
+            error, text = type(raised).__name__, str(raised)
+        connection.send(Answer(value, error, text, time.monotonic() - start))
+
+
+class RankProcess:
+    """A process on the GPU of this index."""
+
+    def __init__(self, index):
+        self.connection, theirs = _context.Pipe()
+        self.process = _context.Process(target=serve, args=(theirs, index), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def start(self, method, **arguments):
+        self.connection.send((method, arguments))
+
+    def answer(self):
+        assert self.connection.poll(ANSWER_S), "a rank hangs"
+        return self.connection.recv()
+
+    def value(self):
+        answer = self.answer()
+        assert answer.error is None, f"{answer.error}: {answer.text}"
+        return answer.value
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def close(self):
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+class Processes:
+    """Two rank processes, each on its GPU; one that is gone is replaced."""
+
+    def __init__(self):
+        self.ranks = [RankProcess(0), RankProcess(1)]
+
+    def join(self, **options):
+        """Makes them the ranks of one new group."""
+        for rank, process in enumerate(self.ranks):
+            if not process.process.is_alive():
+                process.close()
+                self.ranks[rank] = RankProcess(rank)
+        token = next(_tokens)
+        for rank, process in enumerate(self.ranks):
+            process.start("join", token=token, rank=rank, world=2, **options)
+        for process in self.ranks:
+            process.value()
+        return self.ranks
+
+    def all(self, method, **arguments):
+        """The answers of both; `arguments` that are lists hold one value a rank."""
+        for rank, process in enumerate(self.ranks):
+            own = {k: v[rank] if isinstance(v, list) else v for k, v in arguments.items()}
+            process.start(method, **own)
+        return [process.answer() for process in self.ranks]
+
+    def values(self, method, **arguments):
+        answers = self.all(method, **arguments)
+        for answer in answers:
+            assert answer.error is None, f"{answer.error}: {answer.text}"
+        return [answer.value for answer in answers]
+
+    def kill(self, rank):
+        self.ranks[rank].signal(signal.SIGKILL)
+        self.ranks[rank].process.join()
+
+    def close(self):
+        for process in self.ranks:
+            process.close()
+
+
+def in_one_process(case, tokens):
+    """What `Rank.run` gives on both ranks, by ranks as threads of this process."""
+    groups = flashmoe.local_group(2, device="cuda", max_tokens=max(tokens))
+    operands = make_operands(case, tokens, "bf16")
+    calls = [
+        passes.rank_call(case, on_device(operands, f"cuda:{rank}"), "bf16", rank, 2, group)
+        for rank, group in enumerate(groups)
+    ]
+    made = []
+    for outputs, routed in passes.on_all_ranks(lambda r: passes.run_rank(calls[r], False), 2):
+        tensors = [outputs["y"], *(routed or ())]
+        made.append([tensor.cpu().view(torch.uint8).numpy() for tensor in tensors])
+    finish_all(groups)
+    for group in groups:
+        group.close()
+    return made
