@@ -14,14 +14,14 @@ FM_DEVICE float times_sigmoid(float x, float slope) {
   return __fdividef(x, 1.0f + __expf(-slope * x));
 }
 
-// erf within 2e-7: log2(erfc(t)) over [0, 4] as a polynomial, fitted by least squares weighted with
-// erfc. The compiler's erff keeps seven coefficients in registers, which the epilogue does not
-// have.
-FM_DEVICE float erf_of(float x) {
+// erf(scale x) within 2e-7, scale > 0: log2(erfc(t)) over [0, 4] as a polynomial, fitted by least
+// squares weighted with erfc. The compiler's erff keeps seven coefficients in registers, which the
+// epilogue does not have.
+FM_DEVICE float erf_of(float x, float scale = 1.0f) {
   constexpr float kCoefficients[] = {-1.6279086f,    -0.91841638f,    -0.14848162f,
                                      0.028253688f,   -0.00077463558f, -0.0014894385f,
                                      0.00044550683f, -4.5358524e-05f};
-  const float t = fminf(fabsf(x), 4.0f);
+  const float t = fminf(fabsf(x) * scale, 4.0f);
   float sum = kCoefficients[7];
   FM_UNROLL
   for (int i = 6; i >= 0; --i) sum = fmaf(sum, t, kCoefficients[i]);
@@ -37,7 +37,7 @@ struct Silu {
 struct GeluErf {
   FM_DEVICE float operator()(float x) const {
     constexpr float kSqrtHalf = 0.70710678118654752f;
-    return 0.5f * x * (1.0f + erf_of(x * kSqrtHalf));
+    return 0.5f * x * (1.0f + erf_of(x, kSqrtHalf));
   }
 };
 struct GeluTanh {
