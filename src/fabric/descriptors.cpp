@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kNameBytes = 32;
 constexpr int kPollMilliseconds = 20;
+constexpr suseconds_t kReceiveMicroseconds = 100000;
 
 std::string random_name() {
   unsigned char bits[kNameBytes / 2];
@@ -134,6 +135,9 @@ void accept_one(const File& listener, int32_t rank, std::vector<File>& files) {
   if (poll(&ready, 1, kPollMilliseconds) <= 0) return;
   const File connection(accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
   if (!connection.is_open() || !is_of_this_user(connection)) return;
+  // Who connects and then says nothing holds up no one.
+  const timeval patience{.tv_sec = 0, .tv_usec = kReceiveMicroseconds};
+  setsockopt(connection.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
   int32_t sender = -1;
   File file = receive_from(connection, sender);
   if (!file.is_open() || sender < 0 || sender >= static_cast<int32_t>(files.size())) return;

@@ -140,7 +140,7 @@ struct ForwardJob {
                                         sync::Waiter& waiter) {
     if (!tile.is_ready) {
       const Dependency tokens(params, tile);
-      waiter.wait_word(tokens.word, tokens.expected, tokens.tag);
+      waiter.wait_rows(tokens.word, tokens.expected, tokens.tag);
     }
     ptx::fence_proxy_async(ptx::space_global);
   }
@@ -194,17 +194,16 @@ struct ForwardJob {
 
 // Logits of the fused router. False if a CTA did not come in time.
 template <class Element>
-FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena, sync::Waiter& waiter) {
+FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena) {
   if (params.router.weight == nullptr) return true;
   stage::check_selection_bias(params);
   stage::compute_logits<Element>(params, arena);
-  return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, waiter);
+  return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, params.waits);
 }
 
 // Routing and plan, by all threads of all CTAs. False if a CTA did not come in time.
 template <class Config>
-FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>& smem,
-                              sync::Waiter& waiter) {
+FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>& smem) {
   using Element = typename tile::ElementOf<Config::value.element>::Type;
   constexpr int32_t kArenaBytes = sizeof(smem.stages);
   static_assert(stage::LogitsLayout<false>::kBytes <= kArenaBytes);
@@ -215,23 +214,23 @@ FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>
   auto* arena = reinterpret_cast<uint8_t*>(smem.stages);
   sync::GridBarrier* barrier = &params.memory.state->barrier;
   stage::clear_counters(params, sizes.row_groups);
-  if (!compute_logits<Element>(params, arena, waiter)) return false;
+  if (!compute_logits<Element>(params, arena)) return false;
   stage::route(params, arena, kArenaBytes);
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kRouted);
-  if (!sync::meet_all(barrier, waiter)) return false;
+  if (!sync::meet_all(barrier, params.waits)) return false;
   if (!sizes.has_few_tiles) {
     stage::scan_histograms(params);
-    if (!sync::meet_all(barrier, waiter)) return false;
+    if (!sync::meet_all(barrier, params.waits)) return false;
   }
   const int32_t num_blocks =
       stage::is_alone(params)
           ? stage::place_rows(params, arena, experts_of(params, smem))
-          : stage::plan_ranks(params, arena, experts_of(params, smem), smem.extra.ranks, waiter);
+          : stage::plan_ranks(params, arena, experts_of(params, smem), smem.extra.ranks);
   if (num_blocks < 0) return false;
   if (ptx::thread_idx() == 0) smem.extra.num_blocks = num_blocks;
   // The arena becomes operand stages, which the copy engine fills.
   ptx::fence_proxy_async(ptx::space_shared);
-  return sizes.has_few_slots || sync::meet_all(barrier, waiter);
+  return sizes.has_few_slots || sync::meet_all(barrier, params.waits);
 }
 
 // A warp of the communication warpgroup.
@@ -325,8 +324,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     ptx::prefetch_tensormap(&params.down_weights);
   }
   if (!take_scratch<Config>(params, smem)) return;
-  sync::Waiter waiter(params.waits);
-  const bool all_here = route_and_plan<Config>(params, smem, waiter);
+  const bool all_here = route_and_plan<Config>(params, smem);
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kPlanned);

@@ -324,9 +324,15 @@ kernel::RankParams ranks_of(const ForwardArguments& arguments, int64_t rows) {
 }
 
 sync::WaitBounds waits_of(const ForwardArguments& arguments) {
-  sync::WaitBounds waits{arguments.report, sync::microseconds(arguments.timeout_ns), nullptr, 0};
+  const uint32_t bound = sync::microseconds(arguments.timeout_ns);
+  sync::WaitBounds waits{.report = arguments.report,
+                         .timeout_us = bound,
+                         .local_timeout_us = bound,
+                         .abort = nullptr,
+                         .own_mark = 0};
   const RankArguments& ranks = arguments.ranks;
   if (ranks.world == 1) return waits;
+  waits.local_timeout_us = sync::local_bound(bound);
   waits.abort = &static_cast<config::RankControl*>(ranks.regions[ranks.rank])->abort;
   waits.own_mark = static_cast<uint32_t>(ranks.rank) + 1;
   return waits;

@@ -60,8 +60,8 @@ kernel::GroupedProductParams make_params(const GroupedProductArguments& argument
   params.expert_begin = arguments.expert_begin;
   params.expert_rows = arguments.expert_rows;
   params.workspace = arguments.workspace;
-  params.waits = {&arguments.workspace->report, sync::microseconds(arguments.timeout_ns), nullptr,
-                  0};
+  const uint32_t bound = sync::microseconds(arguments.timeout_ns);
+  params.waits = {&arguments.workspace->report, bound, bound, nullptr, 0};
   params.num_experts = static_cast<int32_t>(arguments.num_experts);
   params.num_k_blocks = static_cast<int32_t>(arguments.depth / kDepthStep);
   params.num_weight_pairs = static_cast<int32_t>(plan::ceil_div(arguments.columns, pair_columns));

@@ -4,7 +4,6 @@
 
 #include "cuda/kernel/mark.cuh"
 #include "cuda/stage/combine_units.cuh"
-#include "cuda/sync/holder.h"
 #include "cuda/tile/element.cuh"
 
 namespace flashmoe::cuda::stage {
@@ -101,7 +100,6 @@ inline constexpr int32_t kFirstCombineWarp = config::kForwardWarps - kCombineWar
 template <class Config, int kPieces, int kRows>
 FM_DEVICE void combine(const kernel::ForwardParams& params, RankState& ranks,
                        const int32_t& num_blocks, sync::Waiter& waiter) {
-  auto& state = *params.memory.state;
   const CombineUnits units(params, ranks, num_blocks);
   const auto box = [] {
     return ptx::thread_idx() / 32 - kFirstCombineWarp;
@@ -110,7 +108,8 @@ FM_DEVICE void combine(const kernel::ForwardParams& params, RankState& ranks,
 #pragma unroll 1
   while (true) {
     int32_t ticket = 0;
-    if (ptx::lane_idx() == 0) ticket = static_cast<int32_t>(atomicAdd(&state.combine.next, 1u));
+    if (ptx::lane_idx() == 0)
+      ticket = static_cast<int32_t>(atomicAdd(&params.memory.state->combine.next, 1u));
     CombineUnit unit = units.unit_at(__shfl_sync(kAllLanes, ticket, 0));
     if (units.is_end(unit)) break;
     units.wait(unit, ready, waiter);
@@ -119,6 +118,12 @@ FM_DEVICE void combine(const kernel::ForwardParams& params, RankState& ranks,
 #pragma unroll 1
     for (; unit.token < unit.end; ++unit.token) {
       const TokenRows next = units.rows_of(unit, unit.token + 1);
+      // Nobody reads what a rank without the token's experts would send.
+      const bool is_empty = !__any_sync(kAllLanes, rows.row >= 0);
+      if (is_empty && units.has_letter(unit)) {
+        rows = next;
+        continue;
+      }
       // Once for each base: a register pair less than a choice of it.
       if (unit.is_home()) {
         combine_token<Config, kPieces, kRows>(params, units, unit, rows, units.first_part());
@@ -130,11 +135,8 @@ FM_DEVICE void combine(const kernel::ForwardParams& params, RankState& ranks,
     if (units.has_letter(unit)) ranks.post.send(box(), units.letter_of(unit));
   }
   if (!is_alone(params)) ranks.post.close(box());
-  if (ptx::lane_idx() == 0 && kernel::finish_tickets(state.combine, gridDim.x * kCombineWarps)) {
+  if (ptx::lane_idx() == 0 && leave_scratch(params, gridDim.x * kCombineWarps)) {
     kernel::set_mark(params, kernel::Mark::kEnd);
-    sync::release(params.launch_id, [&](uint32_t expected, uint32_t desired) {
-      return ptx::cas_acq_rel_gpu(&state.holder, expected, desired);
-    });
   }
 }
 

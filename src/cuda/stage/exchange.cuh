@@ -3,8 +3,10 @@
 #pragma once
 
 #include "cuda/kernel/forward.h"
+#include "cuda/kernel/roles.cuh"
 #include "cuda/stage/plan.cuh"
 #include "cuda/sync/grid_barrier.cuh"
+#include "cuda/sync/holder.h"
 #include "cuda/sync/post.cuh"
 #include "cuda/tile/combine_walk.h"
 
@@ -19,6 +21,17 @@ struct RankState {
 };
 
 FM_DEVICE bool is_alone(const kernel::ForwardParams& params) { return params.ranks.world == 1; }
+
+// Each of num_takers, which have all done with the counter of the sums, calls once; the last one
+// (true) gives the scratch free for the next launch.
+FM_DEVICE bool leave_scratch(const kernel::ForwardParams& params, int32_t num_takers) {
+  auto& state = *params.memory.state;
+  if (!kernel::finish_tickets(state.combine, num_takers)) return false;
+  sync::release(params.launch_id, [&](uint32_t expected, uint32_t desired) {
+    return ptx::cas_acq_rel_gpu(&state.holder, expected, desired);
+  });
+  return true;
+}
 
 // Addresses in the regions of the ranks. `at`: whose region.
 struct Regions {
@@ -128,8 +141,8 @@ FM_DEVICE void tell_ranks(const kernel::ForwardParams& params, uint32_t epoch) {
 
 // Raises this rank's flag at every rank, and waits for theirs. All threads of all CTAs, when all of
 // them have told. False if a rank did not come in time.
-FM_DEVICE bool meet_ranks(const kernel::ForwardParams& params, uint32_t epoch,
-                          sync::Waiter& waiter) {
+FM_DEVICE bool meet_ranks(const kernel::ForwardParams& params, uint32_t epoch) {
+  sync::Waiter waiter(params.waits);
   const auto& ranks = params.ranks;
   const Regions regions{ranks};
   const int32_t peer = ptx::thread_idx();
@@ -235,7 +248,7 @@ FM_DEVICE void place_source(const kernel::ForwardParams& params, const RankState
 // their slots that came here. All threads of all CTAs; arena and kept as in place_rows(). Returns
 // the number of all experts' blocks; below 0 if the launch cannot go on.
 FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena, int32_t* kept,
-                             RankState& state, sync::Waiter& waiter) {
+                             RankState& state) {
   const auto& sizes = params.sizes;
   const auto& ranks = params.ranks;
   const Regions regions{ranks};
@@ -245,11 +258,15 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   const uint32_t epoch = state.epoch;
   auto* words = reinterpret_cast<int32_t*>(arena);
   tell_ranks(params, epoch);
-  if (!sync::meet_all(&params.memory.state->barrier, waiter)) return -1;
+  if (!sync::meet_all(&params.memory.state->barrier, params.waits)) return -1;
   // All CTAs have read it.
   if (ptx::block_idx() == 0 && thread == 0) regions.control(ranks.rank).epoch = epoch;
-  if (!meet_ranks(params, epoch, waiter)) return -1;
-  if (!check_headers(params, epoch)) return -1;
+  if (!meet_ranks(params, epoch)) return -1;
+  if (!check_headers(params, epoch)) {
+    // All CTAs come here, or none.
+    if (thread == 0) leave_scratch(params, gridDim.x);
+    return -1;
+  }
   if (thread < ranks.world) {
     const auto& header = regions.control(ranks.rank).headers[plan::bank_of(epoch)][thread];
     state.tokens[thread] = static_cast<int32_t>(header.tokens);
@@ -278,13 +295,15 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   return experts.num_blocks();
 }
 
-// Ends the waits of all ranks once a wait of this one has ended its launch. One thread of a CTA.
+// Ends the waits of all ranks once this one is stopped. One thread of a CTA.
 FM_DEVICE void stop_peers(const kernel::ForwardParams& params) {
-  if (is_alone(params) || ptx::ld_relaxed_sys(params.waits.abort) == 0) return;
+  if (is_alone(params)) return;
+  const uint32_t by = ptx::ld_relaxed_sys(params.waits.abort);
+  if (by == 0) return;
   const auto& ranks = params.ranks;
 #pragma unroll 1
   for (int32_t peer = 0; peer < ranks.world; ++peer) {
-    atomicCAS_system(&Regions{ranks}.control(peer).abort, 0u, params.waits.own_mark);
+    atomicCAS_system(&Regions{ranks}.control(peer).abort, 0u, by);
   }
 }
 

@@ -8,7 +8,8 @@ namespace flashmoe::cuda::sync {
 
 // Every thread of every CTA calls; what any of them wrote before is visible to all after. Returns
 // false in all threads of a CTA whose wait ran out of time.
-FM_DEVICE bool meet_all(GridBarrier* barrier, Waiter& waiter) {
+FM_DEVICE bool meet_all(GridBarrier* barrier, const WaitBounds& bounds) {
+  Waiter waiter(bounds);
   __syncthreads();
   if (ptx::thread_idx() == 0) {
     const uint32_t generation = ptx::ld_acquire_gpu(&barrier->generation);

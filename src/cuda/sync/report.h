@@ -101,15 +101,24 @@ struct WaitReport {
 // How long the waits of a launch last, and where the first one that does not end is written down.
 struct WaitBounds {
   WaitReport* report;
-  uint32_t timeout_us;  // of 1024 ns; the largest: no bound
-  uint32_t* abort;      // not zero: all waits end. May be null
-  uint32_t own_mark;    // what a wait that gives up leaves there: 1 + this rank
+  // In 1024 ns; the largest: no bound. Of a wait for another rank, and of one for this rank itself:
+  // longer among several ranks, so that what a rank lacks is not reported by those who wait for it.
+  uint32_t timeout_us;
+  uint32_t local_timeout_us;
+  uint32_t* abort;    // not zero: all waits end. May be null
+  uint32_t own_mark;  // what a wait that gives up leaves there: 1 + this rank
 };
 
 // Nanoseconds as WaitBounds counts them.
 constexpr uint32_t microseconds(uint64_t nanoseconds) {
   const uint64_t all = nanoseconds >> 10;
   return all < 0xFFFFFFFF ? static_cast<uint32_t>(all) : 0xFFFFFFFF;
+}
+// The bound of waits for the rank itself, when those for others have this one.
+constexpr uint32_t local_bound(uint32_t timeout_us) {
+  constexpr uint64_t kSecond = 1000000;
+  const uint64_t longer = 2 * uint64_t{timeout_us} + kSecond;
+  return longer < 0xFFFFFFFF ? static_cast<uint32_t>(longer) : 0xFFFFFFFF;
 }
 
 }  // namespace flashmoe::cuda::sync

@@ -1,6 +1,7 @@
-// The only place of the kernels that spins. Every wait is bounded: when its time is over, the first
-// thread writes down which wait it was, all later waits of that thread return at once, and the
-// roles run out. Nothing traps (a trap in the loop makes ptxas ignore setmaxnreg).
+// Where the kernels spin (besides the post office, which waits for its own CTA). Every wait is
+// bounded: when its time is over, the first thread writes down which wait it was, all later waits
+// of that thread return at once, and the roles run out. Nothing traps (a trap in the loop makes
+// ptxas ignore setmaxnreg).
 #pragma once
 
 #include "cuda/ptx/ptx.cuh"
@@ -29,13 +30,13 @@ class Waiter {
   FM_DEVICE bool alive() const { return alive_; }
 
   // Returns when the phase of `barrier` with this parity is complete, or the time is over. It does
-  // not end when the group is stopped: what roles of a CTA wait for does not come from other ranks,
-  // or from a warp that gave up and still counts what it should have copied.
+  // not end when the group is stopped: what roles of a CTA wait for comes from each other, and
+  // those that wait for other ranks then go on without.
   FM_DEVICE void wait(uint64_t* barrier, uint32_t parity, WaitTag tag) {
     if (ptx::mbarrier_try_wait_parity(barrier, parity) || !alive_) return;
     const uint32_t start = now();
     while (!ptx::mbarrier_try_wait_parity(barrier, parity)) {
-      if (now() - start > bounds_.timeout_us) {
+      if (now() - start > bounds_.local_timeout_us) {
         alive_ = false;
         write_report(bounds_.report, tag, ptx::block_idx(), parity);
         return;
@@ -44,17 +45,14 @@ class Waiter {
   }
 
   // Returns when the word of global memory equals `expected` (what was written before it was set is
-  // then visible to this thread), or the time is over.
+  // then visible to this thread), or the time is over, or the group was stopped.
   FM_DEVICE void wait_word(uint32_t* word, uint32_t expected, WaitTag tag) {
-    if (ptx::ld_acquire_gpu(word) == expected || !alive_) return;
-    const uint32_t start = now();
-    while (ptx::ld_acquire_gpu(word) != expected) {
-      __nanosleep(kPollPause);
-      if (is_over(start)) {
-        give_up(expected, tag);
-        return;
-      }
-    }
+    if (!has_come(word, expected, tag)) alive_ = false;
+  }
+  // The same, but that a stopped group leaves the waiter alive: its role goes on with what there
+  // is, so that nobody waits for it.
+  FM_DEVICE void wait_rows(uint32_t* word, uint32_t expected, WaitTag tag) {
+    if (!has_come(word, expected, tag) && !is_stopped()) alive_ = false;
   }
 
   // The same for a flag of this launch that rank `peer` raises. When it does not come, all waits of
@@ -63,9 +61,10 @@ class Waiter {
     if (ptx::ld_acquire_sys(flag) == epoch || !alive_) return;
     const uint32_t start = now();
     while (ptx::ld_acquire_sys(flag) != epoch) {
-      if (is_over(start)) {
+      if (is_over(start, bounds_.timeout_us)) {
+        alive_ = false;
         const uint32_t seen = ptx::ld_relaxed_sys(flag);
-        if (give_up(epoch, tag)) bounds_.report->peer = {peer, epoch, seen};
+        if (say_why(epoch, tag)) bounds_.report->peer = {peer, epoch, seen};
         atomicCAS_system(bounds_.abort, 0u, bounds_.own_mark);
         return;
       }
@@ -85,16 +84,27 @@ class Waiter {
   FM_DEVICE bool is_stopped() const {
     return bounds_.abort != nullptr && ptx::ld_relaxed_sys(bounds_.abort) != 0;
   }
-  FM_DEVICE bool is_over(uint32_t start) const {
+  FM_DEVICE bool is_over(uint32_t start, uint32_t bound) const {
     const uint32_t waited = now() - start;
-    return waited > bounds_.timeout_us || (waited > kPatience && is_stopped());
+    return waited > bound || (waited > kPatience && is_stopped());
+  }
+  // False when the wait ended without the word.
+  FM_DEVICE bool has_come(uint32_t* word, uint32_t expected, WaitTag tag) {
+    if (ptx::ld_acquire_gpu(word) == expected || !alive_) return true;
+    const uint32_t start = now();
+    while (ptx::ld_acquire_gpu(word) != expected) {
+      __nanosleep(kPollPause);
+      if (!is_over(start, bounds_.local_timeout_us)) continue;
+      say_why(expected, tag);
+      return false;
+    }
+    return true;
   }
   // True for the first that gives up: it has said why.
-  FM_DEVICE bool give_up(uint32_t expected, WaitTag tag) {
-    alive_ = false;
-    const bool stopped = is_stopped();
-    return write_report(bounds_.report, stopped ? WaitTag::kAborted : tag, ptx::block_idx(),
-                        stopped ? *bounds_.abort : expected);
+  FM_DEVICE bool say_why(uint32_t expected, WaitTag tag) {
+    const uint32_t by = bounds_.abort != nullptr ? ptx::ld_relaxed_sys(bounds_.abort) : 0;
+    return write_report(bounds_.report, by != 0 ? WaitTag::kAborted : tag, ptx::block_idx(),
+                        by != 0 ? by : expected);
   }
 
   const WaitBounds& bounds_;
