@@ -13,8 +13,8 @@
 //
 // Counters (cleared by every launch before its plan, published by release, read by acquire):
 //   rows_ready[first group of a block]  comm -> tickets, tokens: rows of the block that are copied
-//   up_done[first group of a block]     math -> tickets, tokens: CTAs' up tiles of it that are
-//   stored down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
+//   up_done[first group of a block]     math -> tickets, tokens: CTAs' up tiles of it, stored
+//   down_done[column block]             math -> comm: CTAs' down tiles of it that are stored
 // What crosses between ordinary and copy-engine accesses is fenced on both sides.
 #pragma once
 

@@ -382,6 +382,9 @@ std::string refuse_rows(const char* name, const fm_tensor& tensor, int64_t eleme
   return {};
 }
 
+// Two ranks or more share the experts.
+static_assert(config::kMaxExperts / 2 <= config::kMaxLocalExperts);
+
 // What the words that ranks exchange do not hold, or their memory has no room for.
 std::string refuse_ranks(const fm_layer& layer, const Operands& operands,
                          const RankArguments& ranks) {

@@ -32,14 +32,6 @@ FM_DEVICE int32_t block_idx() {
   return idx;
 }
 
-// The pointer, of which the compiler knows no more: addresses that follow from it are made where
-// they are used, and no register holds them before.
-template <class T>
-FM_DEVICE T* opaque(T* pointer) {
-  asm volatile("" : "+l"(pointer));
-  return pointer;
-}
-
 // True in one lane. The compiler then knows that it is one, which a comparison of threadIdx.x does
 // not tell it, and puts no loop over lanes round instructions that take uniform registers. Whole
 // warp, converged, sm_90.

@@ -12,7 +12,6 @@ namespace flashmoe::cuda::stage {
 
 inline constexpr uint32_t kAllLanes = 0xFFFFFFFF;
 inline constexpr int32_t kTeamLanes = 8;
-inline constexpr int32_t kTeamsOfWarp = 32 / kTeamLanes;
 // Marks in the scratch's ids and slot rows.
 inline constexpr int32_t kNoExpert = -1;
 inline constexpr int32_t kUndefined = -2;  // the token's logits are not numbers

@@ -71,8 +71,6 @@ class Waiter {
     }
   }
 
-  FM_DEVICE WaitReport* report() const { return bounds_.report; }
-
  private:
   static constexpr uint32_t kPollPause = 20;  // ns between two looks at a word
   static constexpr uint32_t kPatience = 10;  // us before a wait looks whether the group was stopped
