@@ -155,7 +155,7 @@ def test_a_peer_that_fails_does_not_count(installed, monkeypatch, group):
         ({"layout": "interleaved"}, {GROUPED, SONIC, LIGER}),
         ({"layout": "transposed"}, {GROUPED, SONIC, LIGER}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "-".join(sorted(value)),
 )
 def test_layers_that_a_peer_has_not(changes, missing, installed, group):
     contenders, absent = found(replace(CASE, **changes), group)
