@@ -22,6 +22,9 @@ enum class Mark : int32_t {
   kDown,      // its first down tile may start
   kLastTile,  // no tile is left
   kEnd,       // all tokens are combined
+  kDownGrad,  // backward: its first tile of the gradient of w_down may start
+  kUpGrad,    // of w_up
+  kDone,      // gradients of routing and biases are there
   kCount
 };
 
@@ -73,7 +76,7 @@ struct ForwardMemory {
   int32_t* totals;
   int32_t* experts;
   int32_t* row_token;
-  float* row_weight;
+  float* row_weight;  // null where no row's weight is needed
   int32_t* slot_row;
   float* logit_parts;
   void* rows;

@@ -144,7 +144,9 @@ kernel::ForwardMemory memory_of(const ForwardArguments& a, const config::Forward
           .totals = region<int32_t>(a, table, ForwardScratch::kTotals),
           .experts = region<int32_t>(a, table, ForwardScratch::kExperts),
           .row_token = region<int32_t>(a, table, ForwardScratch::kRowToken),
-          .row_weight = region<float>(a, table, ForwardScratch::kRowWeight),
+          .row_weight = a.layer.weight_on_input != 0
+                            ? region<float>(a, table, ForwardScratch::kRowWeight)
+                            : nullptr,
           .slot_row = region<int32_t>(a, table, ForwardScratch::kSlotRow),
           .logit_parts = region<float>(a, table, ForwardScratch::kLogitParts),
           .rows = region<void>(a, table, ForwardScratch::kRows)};

@@ -158,7 +158,7 @@ FM_DEVICE void place_slots(const kernel::ForwardParams& params, const tile::Expe
     memory.slot_row[slot] = row;
     if (row < 0) continue;
     memory.row_token[row] = slot / sizes.top_k;
-    if (sizes.weight_on_input) memory.row_weight[row] = memory.weights[slot];
+    if (memory.row_weight != nullptr) memory.row_weight[row] = memory.weights[slot];
   }
 }
 

@@ -40,6 +40,20 @@ class Staging {
     buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
   }
 
+  // The same into rows of an expert's matrix; `out` has the experts as a fifth dimension.
+  FM_DEVICE void store(const CUtensorMap& out, int32_t column, int32_t row, int32_t num_rows,
+                       int32_t local_expert_idx) {
+    ptx::fence_proxy_async(ptx::space_shared);
+    sync();
+    if (is_storer()) {
+      const int32_t at[5] = {column, kWindow - num_rows, row + num_rows, kWindow, local_expert_idx};
+      ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at,
+                                buffers_[buffer_idx_]);
+      ptx::cp_async_bulk_commit_group();
+    }
+    buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
+  }
+
   // Counts the tile at `done` when all that was stored is in global memory.
   FM_DEVICE void publish(uint32_t* done) {
     if (!is_storer()) return;
@@ -58,10 +72,12 @@ class Staging {
     return ptx::barrier_sync_and(barrier_idx_, config::kWarpgroup, vote);
   }
 
- private:
-  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads
+  // The thread that starts copies, and waits for their ends.
   FM_DEVICE static bool is_storer() { return threadIdx.x % config::kWarpgroup == 0; }
   FM_DEVICE void sync() { ptx::barrier_sync(barrier_idx_, config::kWarpgroup); }
+
+ private:
+  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads
 
   uint8_t (&buffers_)[config::kStoreBuffers][config::kStoreBytes];
   int barrier_idx_;
