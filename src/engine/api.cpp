@@ -130,9 +130,11 @@ flashmoe::cuda::LaunchOptions cuda_options(flashmoe::fabric::Group& group) {
   return {.timeout_seconds = group.options().timeout_seconds, .max_sms = group.options().max_sms};
 }
 
-void launch_on_cuda(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {
+// launch: of the CUDA engine.
+template <class Launch>
+void launch_on_cuda(fm_group_s& g, const Launch& launch) {
   g.group.waiter().check_abort();
-  g.cuda.forward(layer, args, cuda_options(g.group));
+  launch(cuda_options(g.group));
   g.stats = {};
   g.stats.epoch = g.group.begin_epoch();
   g.stats.scratch_bytes = g.stats.allocated_bytes = g.cuda.scratch_bytes();
@@ -144,9 +146,9 @@ void run_forward(fm_group_s& g, const fm_layer* layer, const fm_forward_args* ar
   const auto known = checked(g, [&] { return take_versioned(layer, "fm_layer"); });
   const auto given = checked(g, [&] { return take_versioned(args, "fm_forward_args"); });
   if (checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); })) {
-    launch_on_cuda(g, known, checked(g, [&] {
-                     return flashmoe::engine::make_cuda_forward(g.group, known, given);
-                   }));
+    const auto call =
+        checked(g, [&] { return flashmoe::engine::make_cuda_forward(g.group, known, given); });
+    launch_on_cuda(g, [&](const auto& options) { g.cuda.forward(known, call, options); });
   } else {
     launch_on_cpu(
         g, checked(g, [&] { return flashmoe::engine::make_forward_call(g.group, known, given); }));
@@ -155,14 +157,16 @@ void run_forward(fm_group_s& g, const fm_layer* layer, const fm_forward_args* ar
 
 void run_backward(fm_group_s& g, const fm_layer* layer, const fm_backward_args* args) {
   const flashmoe::fabric::LaunchTurn turn(g.group);
-  launch_on_cpu(g, checked(g, [&] {
-                  const auto known = take_versioned(layer, "fm_layer");
-                  const auto given = take_versioned(args, "fm_backward_args");
-                  if (flashmoe::engine::is_on_cuda(given.device_type)) {
-                    flashmoe::engine::refuse_cuda_backward();
-                  }
-                  return flashmoe::engine::make_backward_call(g.group, known, given);
-                }));
+  const auto known = checked(g, [&] { return take_versioned(layer, "fm_layer"); });
+  const auto given = checked(g, [&] { return take_versioned(args, "fm_backward_args"); });
+  if (checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); })) {
+    const auto call =
+        checked(g, [&] { return flashmoe::engine::make_cuda_backward(g.group, known, given); });
+    launch_on_cuda(g, [&](const auto& options) { g.cuda.backward(known, call, options); });
+  } else {
+    launch_on_cpu(
+        g, checked(g, [&] { return flashmoe::engine::make_backward_call(g.group, known, given); }));
+  }
 }
 
 std::string explain(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {

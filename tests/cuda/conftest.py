@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 @pytest.fixture(autouse=True)
 def needs_gpu(request):
-    if request.module.__name__.startswith("test_layer"):
+    if request.module.__name__.startswith(("test_layer", "test_backward")):
         from layer_common import what_is_missing
     else:
         from cuda_products import what_is_missing

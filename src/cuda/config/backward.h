@@ -14,14 +14,14 @@ struct Backward {
   Element element = Element::kBf16;
 
   // One stage less than the forward: the epilogue of the hidden gradients reads Z through shared
-  // memory, and tiles of sums over rows take three boxes of 64 columns.
+  // memory, and tiles of sums over rows take three boxes of 64 columns. 160 tokens: with 176 the
+  // activation's derivative spills.
   FM_HD constexpr GroupedProduct product(Major major, Major token_major = Major::kDepth) const {
     return {.element = element,
             .major = major,
             .epilogue = Epilogue::kStore,
             .token_major = token_major,
-            .forgets_sums = FORGETS,
-            .max_tokens = 176,
+            .max_tokens = 160,
             .num_stages = 4,
             .load_registers = 40,
             .math_registers = 208};
@@ -30,9 +30,15 @@ struct Backward {
 
 inline constexpr int32_t kBoxColumns = 64;  // of a copy: 128 bytes
 inline constexpr int32_t kBoxBytes = kBoxColumns * kDepthStep * kElementBytes;
-inline constexpr int32_t kMaxColumnBoxes = 3;  // of 176 columns
+inline constexpr int32_t kMaxColumnBoxes = 3;  // of 160 columns
 inline constexpr int32_t kBackwardTokenBytes = kMaxColumnBoxes * kBoxBytes;
-inline constexpr int32_t kBackwardCommRows = 8;
+inline constexpr int32_t kBackwardCommRows = 7;
+// Of a math warpgroup: chunks of the hidden gradients, or the other tiles' staging.
+inline constexpr int32_t kHiddenRows = 16;  // of a chunk, by 64 columns
+inline constexpr int32_t kHiddenBytes = kHiddenRows * kHalfRows * kElementBytes;
+inline constexpr int32_t kHiddenSets = 4;
+inline constexpr int32_t kHiddenBuffers = 3;  // gate (or x), up, A
+inline constexpr int32_t kBackwardStagingBytes = kHiddenSets * kHiddenBuffers * kHiddenBytes;
 // Gradients of the router are sums over this many ranges of tokens, whoever makes them.
 inline constexpr int32_t kRouterSegments = 8;
 

@@ -108,6 +108,7 @@ struct ForwardSizes {
   int32_t combine_tokens;  // tokens that a warp combines at a time: a unit
   int32_t combine_units;   // of a column block; at least 1
   int32_t row_groups;      // groups of 16 rows that scratch has
+  int32_t block_rows;      // most rows of a block
   bool has_few_tiles;      // kFewTiles or less to route
   bool has_few_slots;      // kFewSlots or less, of few tiles
   bool weight_on_input;

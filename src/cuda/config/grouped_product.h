@@ -54,7 +54,6 @@ struct GroupedProduct {
   Major major = Major::kDepth;
   Epilogue epilogue = Epilogue::kStore;
   Major token_major = Major::kDepth;  // kColumns: sums over rows, in the weights' gradients
-  bool forgets_sums = false;  // no register holds them from one tile's results to the next's products
   int32_t max_tokens = kMaxTokens;
   int32_t num_stages = 5;
   int32_t load_registers = 56;

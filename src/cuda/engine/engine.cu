@@ -12,7 +12,8 @@ namespace flashmoe::cuda {
 struct Engine::State {
   std::map<int32_t, Workspace> workspaces;  // by device
 
-  Workspace& of(const fm_forward_args& args) {
+  template <class Args>
+  Workspace& of(const Args& args) {
     const auto stream = static_cast<cudaStream_t>(args.stream);
     return workspaces.try_emplace(args.device, args.device, stream).first->second;
   }
@@ -39,6 +40,11 @@ Engine::~Engine() = default;
 void Engine::forward(const fm_layer& layer, const fm_forward_args& args,
                      const LaunchOptions& options) {
   contained([&] { state_->of(args).forward(layer, args, options); });
+}
+
+void Engine::backward(const fm_layer& layer, const fm_backward_args& args,
+                      const LaunchOptions& options) {
+  contained([&] { state_->of(args).backward(layer, args, options); });
 }
 
 void Engine::raise_reports() {

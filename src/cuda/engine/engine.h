@@ -31,6 +31,8 @@ class Engine {
   // Throws Error: what an earlier launch reported (raise_reports), FM_UNSUPPORTED without a device
   // that has the kernels or with the reason why they do not take the layer, FM_OUT_OF_MEMORY.
   void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);
+  // The same for a backward; both kinds share scratch and order.
+  void backward(const fm_layer& layer, const fm_backward_args& args, const LaunchOptions& options);
 
   // Throws the failure of an earlier launch, once; the engine can be used again afterwards.
   void raise_reports();

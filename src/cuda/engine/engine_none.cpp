@@ -19,6 +19,8 @@ Engine::~Engine() = default;
 
 void Engine::forward(const fm_layer&, const fm_forward_args&, const LaunchOptions&) { refuse(); }
 
+void Engine::backward(const fm_layer&, const fm_backward_args&, const LaunchOptions&) { refuse(); }
+
 void Engine::raise_reports() {}
 
 std::string Engine::explain(const fm_layer&, const fm_forward_args&, const LaunchOptions&) {

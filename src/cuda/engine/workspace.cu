@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <sstream>
 
+#include "cuda/launch/backward.h"
 #include "cuda/launch/check.h"
 #include "cuda/launch/device.h"
 #include "cuda/launch/forward.h"
@@ -130,27 +131,50 @@ void Workspace::release() noexcept {
   cudaGetLastError();
 }
 
-void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
-                        const LaunchOptions& options) {
-  const DeviceGuard guard(device_);
-  const auto stream = static_cast<cudaStream_t>(args.stream);
+template <class Launch>
+void Workspace::run(cudaStream_t stream, int64_t scratch_bytes, const Launch& launch) {
   const bool capturing = is_capturing(stream);
   raise_report(capturing);
-  launch::check_supported(layer, args);
-  reserve(launch::forward_scratch_bytes(layer, args), stream, capturing);
+  reserve(scratch_bytes, stream, capturing);
   if (!capturing) follow_last(stream);
-  launch::launch_forward({.layer = layer,
-                          .operands = args,
-                          .scratch = scratch_.memory,
-                          .report = device_report_,
-                          .timeout_ns = nanoseconds(options.timeout_seconds),
-                          .max_sms = options.max_sms,
-                          .stream = stream});
+  launch();
   if (capturing) {
     scratch_.captured = true;
     return;
   }
   record_last(stream);
+}
+
+void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
+                        const LaunchOptions& options) {
+  const DeviceGuard guard(device_);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  launch::check_supported(layer, args);
+  run(stream, launch::forward_scratch_bytes(layer, args), [&] {
+    launch::launch_forward({.layer = layer,
+                            .operands = args,
+                            .scratch = scratch_.memory,
+                            .report = device_report_,
+                            .timeout_ns = nanoseconds(options.timeout_seconds),
+                            .max_sms = options.max_sms,
+                            .stream = stream});
+  });
+}
+
+void Workspace::backward(const fm_layer& layer, const fm_backward_args& args,
+                         const LaunchOptions& options) {
+  const DeviceGuard guard(device_);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  launch::check_supported(layer, args);
+  run(stream, launch::backward_scratch_bytes(layer, args), [&] {
+    launch::launch_backward({.layer = layer,
+                             .operands = args,
+                             .scratch = scratch_.memory,
+                             .report = device_report_,
+                             .timeout_ns = nanoseconds(options.timeout_seconds),
+                             .max_sms = options.max_sms,
+                             .stream = stream});
+  });
 }
 
 void Workspace::record_last(cudaStream_t stream) {

@@ -35,6 +35,7 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
 
   void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);
+  void backward(const fm_layer& layer, const fm_backward_args& args, const LaunchOptions& options);
 
   // Throws what a launch has left in the report. Unless `capturing`, waits for the device first and
   // makes scratch and report as new, so that the next launch finds them clean.
@@ -51,6 +52,9 @@ class Workspace {
     bool captured = false;  // a graph holds its address
   };
 
+  // Reserves scratch, orders the launch after the last one that used it, and calls it.
+  template <class Launch>
+  void run(cudaStream_t stream, int64_t scratch_bytes, const Launch& launch);
   void reserve(int64_t bytes, cudaStream_t stream, bool capturing);
   void follow_last(cudaStream_t stream) const;
   void record_last(cudaStream_t stream);

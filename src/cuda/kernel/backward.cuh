@@ -38,7 +38,7 @@ struct BackwardShared {
     alignas(1024) uint8_t tokens[config::kBackwardTokenBytes];
   };
   Stage stages[kShape.num_stages];
-  alignas(1024) uint8_t staging[2][tile::kChunkSets][config::kStoreBuffers][config::kStoreBytes];
+  alignas(1024) uint8_t staging[2][config::kBackwardStagingBytes];
   alignas(16) uint8_t
       comm_rows[config::kCommWarps][stage::RowRing<config::kBackwardCommRows>::kBytes];
   sync::RingBarriers<kShape.num_stages> stage_barriers;
@@ -106,7 +106,7 @@ struct BackwardDependency {
   }
 
  private:
-  static constexpr int32_t kMaxTokens = config::kMaxTokens;
+  static constexpr int32_t kMaxTokens = config::Backward{}.product(config::Major::kDepth).max_tokens;
   FM_DEVICE void set(int i, uint32_t* word, uint32_t count) {
     words[i] = word;
     expected[i] = count;
@@ -191,32 +191,47 @@ struct BackwardJob {
     }
   }
 
-  // Loads this CTA's 128 rows of M of a step of a product of rows, as two boxes.
-  FM_DEVICE static void load_weights(const Params& params, uint8_t* to, uint64_t* full,
-                                     const tile::Tile& tile, int32_t weight_tile_idx,
-                                     int32_t depth) {
-    const BackwardProduct product = product_of(tile);
-    const bool is_down = product == BackwardProduct::kHiddenGrad;
-    // Of the tensor's two dimensions, M runs along H in dX alone.
-    const bool m_is_hidden = product == BackwardProduct::kInputGrad;
-    const bool hidden_major = is_down ? params.down_is_hidden_major : params.up_is_hidden_major;
-    const int32_t intermediate = params.forward.sizes.intermediate;
-    FM_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int32_t m = weight_tile_idx * config::kWeightRows + half * config::kHalfRows;
-      const int32_t hidden = m_is_hidden ? m : depth;
-      int32_t other = m_is_hidden ? depth : m;
-      const bool is_second = !is_down && params.sizes.separate && other >= intermediate;
-      const CUtensorMap& map = is_down     ? params.down_weights
-                               : is_second ? params.up_weights[1]
-                                           : params.up_weights[0];
-      other -= is_second ? intermediate : 0;
-      const int32_t at[3] = {hidden_major ? hidden : other, hidden_major ? other : hidden,
-                             tile.local_expert_idx};
-      ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
-                                to + half * config::kBoxBytes, &map, at, full);
+  // A load thread's view of a tile of a product of rows: this CTA's 128 rows of M, two boxes a step.
+  class WeightLoads {
+   public:
+    FM_DEVICE WeightLoads(const Params& params, const tile::Tile& tile, int32_t cta_rank)
+        : params_(params),
+          expert_idx_(tile.local_expert_idx),
+          m_((2 * tile.weight_pair_idx + cta_rank) * config::kWeightRows) {
+      const BackwardProduct product = product_of(tile);
+      is_down_ = product == BackwardProduct::kHiddenGrad;
+      // Of the tensor's two dimensions, M runs along H in dX alone.
+      m_is_hidden_ = product == BackwardProduct::kInputGrad;
+      const bool hidden_major =
+          is_down_ ? params.down_is_hidden_major : params.up_is_hidden_major;
+      depth_first_ = hidden_major != m_is_hidden_;
     }
-  }
+    FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
+      const int32_t intermediate = params_.forward.sizes.intermediate;
+      FM_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int32_t m = m_ + half * config::kHalfRows;
+        const int32_t along_up = m_is_hidden_ ? depth : m;  // of the weight's G * I
+        const bool is_second = !is_down_ && params_.sizes.separate && along_up >= intermediate;
+        const int32_t less = is_second ? intermediate : 0;
+        const int32_t own_m = m_is_hidden_ ? m : m - less;
+        const int32_t own_k = m_is_hidden_ ? depth - less : depth;
+        const CUtensorMap* map = is_down_ ? &params_.down_weights : &params_.up_weights[is_second];
+        const int32_t at[3] = {depth_first_ ? own_k : own_m, depth_first_ ? own_m : own_k,
+                               expert_idx_};
+        ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
+                                  to + half * config::kBoxBytes, map, at, full);
+      }
+    }
+
+   private:
+    const Params& params_;
+    int32_t expert_idx_;
+    int32_t m_;
+    bool is_down_;
+    bool m_is_hidden_;
+    bool depth_first_;
+  };
   FM_DEVICE static const CUtensorMap& token_map(const Params& params, const tile::Tile& tile) {
     const int32_t idx = tile.num_steps() - 1;
     switch (product_of(tile)) {
@@ -228,36 +243,70 @@ struct BackwardJob {
         return params.grad_z_tokens[idx];
     }
   }
-  // A step of a sum over rows: own boxes of M, half the depth of the boxes of N for both CTAs. Rows
-  // past the expert's last are zeros.
-  FM_DEVICE static void load_rows(const Params& params, typename Shared::Stage& stage,
-                                  uint64_t* full, const tile::Tile& tile, int32_t k_block,
-                                  int32_t cta_rank) {
-    constexpr int32_t kHalfDepth = config::kDepthStep / 2;
-    constexpr uint16_t kBoth = 0b11;
-    const int which = product_of(tile) == BackwardProduct::kDownGrad ? 0 : 1;
-    const WeightGradOut& out = params.weight_grad_out[tile.product - int(BackwardProduct::kDownGrad)];
-    const tile::ExpertTable experts = table_of(params);
-    const int32_t row = experts.begin(tile.local_expert_idx) + k_block * config::kDepthStep;
-    const int32_t left = experts.rows(tile.local_expert_idx) - k_block * config::kDepthStep;
-    const int32_t own = max(min(left, config::kDepthStep), 0);
-    const int32_t m = out.m_offset + (2 * tile.weight_pair_idx + cta_rank) * config::kWeightRows;
-    for (int box = 0; box < 2; ++box) {
-      const int32_t at[4] = {m + box * config::kBoxColumns, tile::kWindow - own, row + own,
-                             tile::kWindow};
-      ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
-                                stage.weights + box * config::kBoxBytes, &params.grad_m[which], at,
-                                full);
+  // A load thread's view of a tile of a sum over rows: own boxes of M, half the depth of the boxes of
+  // N for both CTAs. Rows past the expert's last are zeros.
+  class RowLoads {
+   public:
+    FM_DEVICE RowLoads(const Params& params, const tile::Tile& tile, int32_t cta_rank)
+        : cta_rank_(cta_rank) {
+      const int which = tile.product - static_cast<int>(BackwardProduct::kDownGrad);
+      const WeightGradOut& out = params.weight_grad_out[which];
+      const tile::ExpertTable experts = table_of(params);
+      m_map_ = &params.grad_m[which > 0];
+      n_map_ = &params.grad_n[which > 0];
+      row_ = experts.begin(tile.local_expert_idx);
+      left_ = experts.rows(tile.local_expert_idx);
+      m_ = out.m_offset + (2 * tile.weight_pair_idx + cta_rank) * config::kWeightRows;
+      n_ = out.n_offset + tile.row_begin;
+      num_boxes_ = (tile.num_rows + config::kBoxColumns - 1) / config::kBoxColumns;
     }
-    const int32_t half_row = row + cta_rank * kHalfDepth;
-    const int32_t half = max(min(left - cta_rank * kHalfDepth, kHalfDepth), 0);
-    for (int box = 0; box * config::kBoxColumns < tile.num_rows; ++box) {
-      const int32_t at[4] = {out.n_offset + tile.row_begin + box * config::kBoxColumns,
-                             tile::kWindow - half, half_row + half, tile::kWindow};
-      ptx::cp_async_bulk_tensor(
-          ptx::space_cluster, ptx::space_global,
-          stage.tokens + box * config::kBoxBytes + cta_rank * (config::kBoxBytes / 2),
-          &params.grad_n[which], at, full, kBoth);
+    // The next step.
+    FM_DEVICE void load(uint8_t* m_to, uint8_t* n_to, uint64_t* full) {
+      constexpr int32_t kHalfDepth = config::kDepthStep / 2;
+      constexpr uint16_t kBoth = 0b11;
+      const int32_t own = max(min(left_, config::kDepthStep), 0);
+      FM_UNROLL
+      for (int box = 0; box < 2; ++box) {
+        const int32_t at[4] = {m_ + box * config::kBoxColumns, tile::kWindow - own, row_ + own,
+                               tile::kWindow};
+        ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
+                                  m_to + box * config::kBoxBytes, m_map_, at, full);
+      }
+      const int32_t half = max(min(left_ - cta_rank_ * kHalfDepth, kHalfDepth), 0);
+      const int32_t end = row_ + cta_rank_ * kHalfDepth + half;
+      n_to += cta_rank_ * (config::kBoxBytes / 2);
+      FM_UNROLL
+      for (int box = 0; box < config::kMaxColumnBoxes; ++box) {
+        if (box >= num_boxes_) break;
+        const int32_t at[4] = {n_ + box * config::kBoxColumns, tile::kWindow - half, end,
+                               tile::kWindow};
+        ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
+                                  n_to + box * config::kBoxBytes, n_map_, at, full, kBoth);
+      }
+      row_ += config::kDepthStep;
+      left_ -= config::kDepthStep;
+    }
+
+   private:
+    const CUtensorMap* m_map_;
+    const CUtensorMap* n_map_;
+    int32_t cta_rank_;
+    int32_t row_;
+    int32_t left_;
+    int32_t m_;
+    int32_t n_;
+    int32_t num_boxes_;
+  };
+  // Z of a tile of hidden gradients, which its epilogue reads, on its way to the L2 cache.
+  FM_DEVICE static void fetch_z(const Params& params, const tile::Tile& tile, int32_t cta_rank) {
+    const int32_t column = (2 * tile.weight_pair_idx + cta_rank) * config::kWeightRows;
+    const int num_buffers = params.sizes.gated ? 2 : 1;
+#pragma unroll 1
+    for (int i = 0; i < 2 * num_buffers; ++i) {
+      const int32_t of_half = column + i % 2 * config::kHalfRows;
+      if (of_half >= params.forward.sizes.intermediate) continue;
+      ptx::prefetch_tensor_2d(&params.z_ahead, tile::z_column(params, of_half, i / 2),
+                              tile.row_begin);
     }
   }
   // Bytes of a stage.
@@ -323,7 +372,7 @@ struct BackwardJob {
       config::BiasView bias = params.forward.up_bias;
       if (!is_z) bias.data = nullptr;
       const tile::RowBias row_bias = tile::load_bias<Row>(bias, tile, weight_tile_idx);
-      const CUtensorMap& out = is_z ? params.grad_z_out : params.forward.row_out;
+      const CUtensorMap& out = is_z ? params.pre_activation_out : params.forward.row_out;
       tile::with_results<Row>(sums, params.forward.activation, row_bias, [&](const auto& results) {
         tile::store_tile<Row>(results, staging, out, tile, weight_tile_idx);
       });
@@ -340,50 +389,85 @@ struct BackwardJob {
   }
 };
 
+// The next ticket is due when about half of a tile is loaded. One thread of each CTA.
+template <class Job>
+FM_DEVICE void keep_pace(typename Job::Shared& smem, int32_t k_block, int32_t num_k_blocks,
+                         int32_t cta_rank) {
+  constexpr int32_t kLead = 4;
+  if (k_block != max(num_k_blocks / 2 - kLead, 0) || cta_rank != 0) return;
+  ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
+}
+
+template <class Job>
+using BackwardStages = sync::StageWriter<Job::kShape.num_stages>;
+
+// A tile of a product of rows. Weights of a tile whose rows are not there yet go first.
+template <class Job>
+FM_DEVICE void load_product(const BackwardParams& params, typename Job::Shared& smem,
+                            BackwardStages<Job>& stages, const tile::Tile& tile,
+                            int32_t num_k_blocks, int32_t cta_rank, sync::Waiter& waiter) {
+  const typename Job::WeightLoads weights(params, tile, cta_rank);
+  const uint32_t num_bytes = Job::stage_bytes(tile);
+  const auto load_weights = [&](int32_t k_block) {
+    stages.acquire(num_bytes, waiter);
+    weights.load(smem.stages[stages.slot()].weights, stages.full(), k_block * config::kDepthStep);
+    stages.advance();
+  };
+  auto stages_of_tokens = stages;
+  const int32_t num_ahead =
+      tile.is_ready ? 0 : min(num_k_blocks, static_cast<int32_t>(Job::kShape.num_stages));
+#pragma unroll 1
+  for (int32_t k_block = 0; k_block < num_ahead; ++k_block) load_weights(k_block);
+  Job::wait_for_rows(params, tile, waiter);
+  if (!waiter.alive()) return;
+  const CUtensorMap& tokens = Job::token_map(params, tile);
+#pragma unroll 1
+  for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
+    if (k_block >= num_ahead) load_weights(k_block);
+    tile::load_tokens_for_pair(smem.stages[stages_of_tokens.slot()].tokens,
+                               stages_of_tokens.full(), tokens, tile.row_begin, tile.num_steps(),
+                               k_block * config::kDepthStep, cta_rank);
+    stages_of_tokens.advance();
+    keep_pace<Job>(smem, k_block, num_k_blocks, cta_rank);
+  }
+}
+
+// A tile of a sum over rows.
+template <class Job>
+FM_DEVICE void load_sum(const BackwardParams& params, typename Job::Shared& smem,
+                        BackwardStages<Job>& stages, const tile::Tile& tile, int32_t num_k_blocks,
+                        int32_t cta_rank, sync::Waiter& waiter) {
+  Job::wait_for_rows(params, tile, waiter);
+  if (!waiter.alive()) return;
+  typename Job::RowLoads rows(params, tile, cta_rank);
+  const uint32_t num_bytes = Job::stage_bytes(tile);
+#pragma unroll 1
+  for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
+    stages.acquire(num_bytes, waiter);
+    auto& stage = smem.stages[stages.slot()];
+    rows.load(stage.weights, stage.tokens, stages.full());
+    stages.advance();
+    keep_pace<Job>(smem, k_block, num_k_blocks, cta_rank);
+  }
+}
+
 // One thread of each CTA.
 template <class Job>
 FM_DEVICE void backward_load(const BackwardParams& params, typename Job::Shared& smem,
                              sync::Waiter waiter, int32_t cta_rank) {
-  constexpr config::GroupedProduct kShape = Job::kShape;
-  sync::StageWriter<kShape.num_stages> stages(smem.stage_barriers);
+  BackwardStages<Job> stages(smem.stage_barriers);
   TileReader tiles(smem.tiles);
   while (true) {
     const tile::Tile tile = tiles.take_and_rearm(waiter);
     if (tile.is_end() || !waiter.alive()) break;
-    const bool is_weight_grad = tile::is_weight_grad(tile);
-    const uint32_t num_bytes = Job::stage_bytes(tile);
     const int32_t num_k_blocks = Job::num_k_blocks(params, tile);
-    const auto load_weights = [&](int32_t k_block) {
-      stages.acquire(num_bytes, waiter);
-      Job::load_weights(params, smem.stages[stages.slot()].weights, stages.full(), tile,
-                        2 * tile.weight_pair_idx + cta_rank, k_block * config::kDepthStep);
-      stages.advance();
-    };
-    auto stages_of_tokens = stages;
-    const bool has_own = !tile.is_ready && !is_weight_grad;
-    const int32_t num_ahead = has_own ? min(num_k_blocks, kShape.num_stages) : 0;
-    for (int32_t k_block = 0; k_block < num_ahead; ++k_block) load_weights(k_block);
-    Job::wait_for_rows(params, tile, waiter);
-    if (!waiter.alive()) break;
-    constexpr int32_t kLead = 4;
-    const int32_t pace_block = max(num_k_blocks / 2 - kLead, 0);
-    for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
-      if (is_weight_grad) {
-        stages.acquire(num_bytes, waiter);
-        Job::load_rows(params, smem.stages[stages.slot()], stages.full(), tile, k_block, cta_rank);
-        stages.advance();
-      } else {
-        if (k_block >= num_ahead) load_weights(k_block);
-        tile::load_tokens_for_pair(smem.stages[stages_of_tokens.slot()].tokens,
-                                   stages_of_tokens.full(), Job::token_map(params, tile),
-                                   tile.row_begin, tile.num_steps(), k_block * config::kDepthStep,
-                                   cta_rank);
-        stages_of_tokens.advance();
-      }
-      if (k_block == pace_block && cta_rank == 0) {
-        ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
-      }
+    if (product_of(tile) == BackwardProduct::kHiddenGrad) Job::fetch_z(params, tile, cta_rank);
+    if (tile::is_weight_grad(tile)) {
+      load_sum<Job>(params, smem, stages, tile, num_k_blocks, cta_rank, waiter);
+    } else {
+      load_product<Job>(params, smem, stages, tile, num_k_blocks, cta_rank, waiter);
     }
+    if (!waiter.alive()) break;
   }
 }
 
@@ -395,7 +479,10 @@ FM_DEVICE void backward_math(const BackwardParams& params, typename Job::Shared&
   sync::StageReader<kShape.num_stages> stages(smem.stage_barriers);
   TileReader tiles(smem.tiles);
   sync::Turns turns(smem.turns, warpgroup_idx);
-  tile::Staging staging(smem.staging[warpgroup_idx][0], warpgroup_idx);
+  using StoreBuffers = uint8_t[config::kStoreBuffers][config::kStoreBytes];
+  static_assert(sizeof(StoreBuffers) <= config::kBackwardStagingBytes);
+  tile::Staging staging(*reinterpret_cast<StoreBuffers*>(smem.staging[warpgroup_idx]),
+                        warpgroup_idx);
   tile::HiddenGrad hidden(smem.hidden_grad);
   float sums[kShape.max_tokens];
   tile::Tile tile = tiles.take(waiter);

@@ -78,7 +78,9 @@ struct BackwardParams {
   CUtensorMap grad_z_tokens[kTokenMaps];
   CUtensorMap up_weights[2];  // boxes of 64 x 64; one, or (separate) gate and up
   CUtensorMap down_weights;
-  CUtensorMap z_in;  // boxes of 64 columns by 32 rows
+  CUtensorMap pre_activation_out;
+  CUtensorMap z_in;     // boxes of 64 columns by 16 rows
+  CUtensorMap z_ahead;  // by a block's rows
   CUtensorMap grad_z_out;
   CUtensorMap hidden_out;
   CUtensorMap grad_m[2];  // operands of the weight gradients (down, up): M side, N side

@@ -76,6 +76,7 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
       std::max<int64_t>(plan::ceil_div(problem.tokens, sizes.combine_tokens), 1));
   sizes.row_groups = static_cast<int32_t>(
       config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
+  sizes.block_rows = config::Backward{}.product(config::Major::kDepth).max_tokens;
   sizes.has_few_tiles = sizes.route_tiles <= config::kFewTiles;
   sizes.has_few_slots = sizes.has_few_tiles && problem.slots() <= config::kFewSlots;
   sizes.weight_on_input = layer.weight_on_input == 0;
@@ -270,16 +271,19 @@ class Builder {
       p_.grad_z_tokens[steps - 1] = tokens(grad_z, up, "grad z");
     }
     p_.forward.row_out = window(grad_rows, layer_.hidden, config::kStoreTokens);
-    p_.grad_z_out = window(grad_z, up, config::kStoreTokens);
+    p_.pre_activation_out = window(grad_z, up, config::kStoreTokens);
+    p_.grad_z_out = window(grad_z, up, config::kHiddenRows);
     p_.hidden_out = window(region<void>(BackwardScratch::kHidden), layer_.intermediate,
-                           config::kStoreTokens);
-    TensorView z = rows_view(grad_z, rows, up, config::kHalfRows, config::kStoreTokens);
+                           config::kHiddenRows);
+    TensorView z = rows_view(grad_z, rows, up, config::kHalfRows, config::kHiddenRows);
     if (present(o_.z)) {
       z.base = o_.z.data;
       z.sizes[1] = static_cast<uint64_t>(std::max<int64_t>(o_.z.shape[0], 1));
       z.strides[1] = static_cast<uint64_t>(o_.z.stride[0]) * config::kElementBytes;
     }
     p_.z_in = encode(z, element_, "z");
+    z.box[1] = config::Backward{}.product(config::Major::kDepth).max_tokens;
+    p_.z_ahead = encode(z, element_, "z");
   }
   CUtensorMap window(const void* base, int64_t columns, uint32_t box_rows) const {
     return encode(window_view(base, p_.sizes.max_rows, columns, config::kBoxColumns, box_rows),

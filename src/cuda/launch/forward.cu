@@ -107,6 +107,7 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
       std::max<int64_t>(plan::ceil_div(problem.tokens, sizes.combine_tokens), 1));
   sizes.row_groups = static_cast<int32_t>(
       config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
+  sizes.block_rows = config.up().max_tokens;
   sizes.has_few_tiles = sizes.route_tiles <= config::kFewTiles;
   sizes.has_few_slots = sizes.has_few_tiles && problem.slots() <= config::kFewSlots;
   sizes.weight_on_input = layer.weight_on_input != 0;

@@ -15,20 +15,22 @@ FM_DEVICE void stmatrix_x4_trans(uint32_t row_address, const uint32_t (&matrices
                : "memory");
 }
 
-// The same of two matrices; lanes 0 to 15 give the addresses. Whole warp, sm_90.
-FM_DEVICE void stmatrix_x2_trans(uint32_t row_address, const uint32_t (&matrices)[2]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
+// The same of one matrix; lanes 0 to 7 give the addresses. Whole warp, sm_90.
+FM_DEVICE void stmatrix_x1_trans(uint32_t row_address, uint32_t matrix) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};"
                :
-               : "r"(row_address), "r"(matrices[0]), "r"(matrices[1])
+               : "r"(row_address), "r"(matrix)
                : "memory");
 }
 
-// The reverse of stmatrix_x2_trans. Whole warp, sm_75.
-FM_DEVICE void ldmatrix_x2_trans(uint32_t (&matrices)[2], uint32_t row_address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(matrices[0]), "=r"(matrices[1])
+// The reverse of stmatrix_x1_trans. Whole warp, sm_75.
+FM_DEVICE uint32_t ldmatrix_x1_trans(uint32_t row_address) {
+  uint32_t matrix;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+               : "=r"(matrix)
                : "r"(row_address)
                : "memory");
+  return matrix;
 }
 
 // A word of shared memory. Any thread, sm_70.

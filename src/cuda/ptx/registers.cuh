@@ -16,11 +16,4 @@ FM_DEVICE void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(kRegisters));
 }
 
-// The value is computed here and not later. The compiler moves a conversion to where its result is
-// used, and holds what it came from until then. Any thread.
-FM_DEVICE void compute_now(uint32_t& value) { asm volatile("" : "+r"(value)); }
-
-// The value is not needed any more, whatever the compiler can see. Any thread.
-FM_DEVICE void forget(float& value) { asm volatile("" : "=f"(value)); }
-
 }  // namespace flashmoe::cuda::ptx

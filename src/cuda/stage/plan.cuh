@@ -88,9 +88,10 @@ struct ExpertPlaces {
 };
 
 // Where every expert's rows and blocks begin, from their rows. Whole warp.
-FM_DEVICE void place_experts(int32_t num_experts, const ExpertPlaces& experts) {
+FM_DEVICE void place_experts(int32_t num_experts, int32_t block_rows,
+                             const ExpertPlaces& experts) {
   const int32_t lane = ptx::lane_idx();
-  const tile::TileGrid grid{config::Forward{}.up().max_tokens, 1};
+  const tile::TileGrid grid{block_rows, 1};
   int32_t groups_before = 0;
   int32_t blocks_before = 0;
   for (int32_t first = 0; first < num_experts; first += 32) {
@@ -119,7 +120,7 @@ FM_DEVICE void make_table(const kernel::ForwardParams& params, int32_t* words) {
     experts.rows[e] = min(total_of(params, e), sizes.capacity);
   }
   __syncthreads();
-  if (ptx::thread_idx() < 32) place_experts(sizes.num_experts, experts);
+  if (ptx::thread_idx() < 32) place_experts(sizes.num_experts, sizes.block_rows, experts);
   __syncthreads();
 }
 

@@ -1,37 +1,41 @@
 // The epilogue of dA' = dY W_down: reads Z, writes w A and dZ, and sums <A, dA'> of every row.
 //
-// Z comes chunk by chunk (32 rows by 64 columns of A: one or two boxes) into shared memory, dZ takes
-// its place there, and all goes out by the copy engine. Two sets of buffers: a chunk is on its way
-// while the one before is worked on.
+// Z comes chunk by chunk (16 rows by 64 columns of A: one or two boxes) into shared memory, dZ takes
+// its place there, and all goes out by the copy engine. Four sets of buffers: two chunks are on
+// their way in and one out while another is worked on.
 #pragma once
 
 #include "cuda/config/backward.h"
 #include "cuda/kernel/backward.h"
-#include "cuda/ptx/registers.cuh"
 #include "cuda/sync/wait.cuh"
 #include "cuda/tile/epilogue.cuh"
 #include "cuda/tile/slope.cuh"
 
 namespace flashmoe::cuda::tile {
 
-inline constexpr int kChunkSets = 2;
-
-using ChunkBuffers = uint8_t[kChunkSets][config::kStoreBuffers][config::kStoreBytes];
+// [set][gate (or x), up, A]
+using HiddenChunks =
+    uint8_t[config::kHiddenSets][config::kHiddenBuffers][config::kHiddenBytes];
 
 // Of one math warpgroup.
 struct HiddenGradMemory {
-  ChunkBuffers* buffers;
-  uint64_t z_full[kChunkSets];  // phase n: the set's n-th chunk of Z is there
-  uint32_t phases;              // bit s: parity of set s's next phase
-  float dots[2][4][32];         // [chunk % 2][warp][lane]
+  HiddenChunks* chunks;
+  uint64_t z_full[config::kHiddenSets];  // phase n: the set's n-th chunk of Z is there
+  uint32_t phases;                       // bit s: parity of set s's next phase
+  alignas(8) float weights[config::kMaxTokens];  // of the tile's rows
+  float dots[2][4][config::kHiddenRows];         // [chunk % 2][warp][row]
 
   // One thread of the CTA, before the cluster is synchronised.
-  FM_DEVICE void init(ChunkBuffers& of_warpgroup) {
+  FM_DEVICE void init(uint8_t* staging) {
     for (uint64_t& barrier : z_full) ptx::mbarrier_init(&barrier, 1);
-    buffers = &of_warpgroup;
+    chunks = reinterpret_cast<HiddenChunks*>(staging);
     phases = 0;
   }
 };
+
+// Chunks (row_chunk, half) follow each other half first; those of even and odd row_chunk have sets
+// of their own.
+FM_DEVICE constexpr int set_of(int row_chunk, int half) { return row_chunk % 2 * 2 + half; }
 
 // First column of Z of a chunk's buffer 0 (gates, or all) or 1 (ups).
 FM_DEVICE int32_t z_column(const kernel::BackwardParams& params, int32_t column, int buffer) {
@@ -64,49 +68,41 @@ class HiddenPlace {
 // As ptx::lane_idx(), whose divisions need not mind a sign.
 FM_DEVICE uint32_t lane_of_warp() { return static_cast<uint32_t>(ptx::thread_idx()) % 32; }
 
-// Gate and up (or x) of a thread's four elements of 8 tokens by 16 columns: pairs of tokens of its
-// two columns.
-struct ZPairs {
-  uint32_t gate[2];
-  uint32_t up[2];
+// Gate and up (or x) of two tokens, 2 q and 2 q + 1 of a group of 8, in one of a thread's columns.
+struct ZPair {
+  uint32_t gate;
+  uint32_t up;
 };
 
-// Where a thread finds and puts its elements of 8 tokens in a chunk's buffers.
+// Where a thread finds and puts its elements of 8 tokens in a chunk's buffers: of its two columns
+// (8 apart) of the warp's 16.
 template <bool kGated>
 class ChunkAccess {
  public:
   FM_DEVICE ChunkAccess(uint32_t buffers, bool interleaved)
       : buffers_(buffers), interleaved_(kGated && interleaved) {}
 
-  FM_DEVICE ZPairs load(int group) const {
-    ZPairs z{};
+  FM_DEVICE ZPair load(int group, int column) const {
     if (!interleaved_) {
-      ptx::ldmatrix_x2_trans(z.gate, row_address(group, 0));
-      if constexpr (kGated) ptx::ldmatrix_x2_trans(z.up, row_address(group, 1));
+      const uint32_t at = row_address(group, column);
+      ZPair z{ptx::ldmatrix_x1_trans(at), 0};
+      if constexpr (kGated) z.up = ptx::ldmatrix_x1_trans(at + config::kHiddenBytes);
       return z;
     }
-    FM_UNROLL
-    for (int column = 0; column < 2; ++column) {
-      const uint32_t first = ptx::ld_shared(word_address(group, 0, column));
-      const uint32_t second = ptx::ld_shared(word_address(group, 1, column));
-      z.gate[column] = __byte_perm(first, second, kLowHalves);
-      z.up[column] = __byte_perm(first, second, kHighHalves);
-    }
-    return z;
+    const uint32_t first = ptx::ld_shared(word_address(group, 0, column));
+    const uint32_t second = ptx::ld_shared(word_address(group, 1, column));
+    return {__byte_perm(first, second, kLowHalves), __byte_perm(first, second, kHighHalves)};
   }
-  FM_DEVICE void store(int group, const ZPairs& grad, const uint32_t (&activated)[2]) const {
-    ptx::stmatrix_x2_trans(row_address(group, 2), activated);
+  FM_DEVICE void store(int group, int column, const ZPair& grad, uint32_t activated) const {
+    const uint32_t at = row_address(group, column);
+    ptx::stmatrix_x1_trans(at + 2 * config::kHiddenBytes, activated);
     if (!interleaved_) {
-      ptx::stmatrix_x2_trans(row_address(group, 0), grad.gate);
-      if constexpr (kGated) ptx::stmatrix_x2_trans(row_address(group, 1), grad.up);
+      ptx::stmatrix_x1_trans(at, grad.gate);
+      if constexpr (kGated) ptx::stmatrix_x1_trans(at + config::kHiddenBytes, grad.up);
       return;
     }
-    FM_UNROLL
-    for (int column = 0; column < 2; ++column) {
-      const uint32_t gate = grad.gate[column], up = grad.up[column];
-      ptx::st_shared(word_address(group, 0, column), __byte_perm(gate, up, kLowHalves));
-      ptx::st_shared(word_address(group, 1, column), __byte_perm(gate, up, kHighHalves));
-    }
+    ptx::st_shared(word_address(group, 0, column), __byte_perm(grad.gate, grad.up, kLowHalves));
+    ptx::st_shared(word_address(group, 1, column), __byte_perm(grad.gate, grad.up, kHighHalves));
   }
 
  private:
@@ -116,21 +112,18 @@ class ChunkAccess {
     return static_cast<uint32_t>(ptx::thread_idx()) % config::kWarpgroup / 32;
   }
 
-  // Of the 8 x 8 matrices of this warp's 16 columns: lanes 0-7 the first, 8-15 the second.
-  FM_DEVICE uint32_t row_address(int group, int buffer) const {
-    const uint32_t lane = lane_of_warp();
-    const uint32_t token = lane % 8;
-    const uint32_t unit = 2 * warp_idx() + (lane >> 3 & 1);
-    return buffers_ + buffer * config::kStoreBytes + group * 1024 + token * 128 +
-           ((unit ^ token) << 4);
+  // Of an 8 x 8 matrix: the column'th half of this warp's 16 columns.
+  FM_DEVICE uint32_t row_address(int group, int column) const {
+    const uint32_t token = lane_of_warp() % 8;
+    return buffers_ + group * 1024 + token * 128 + ((2 * warp_idx() + column ^ token) << 4);
   }
-  // Of gate and up of one element: token 2 q + second, the thread's column 0 or 1 (8 further).
+  // Of gate and up of one element: token 2 q + second.
   FM_DEVICE uint32_t word_address(int group, int second, int column) const {
     const uint32_t lane = lane_of_warp();
     const uint32_t warp = warp_idx();
     const uint32_t token = lane % 4 * 2 + second;
     const uint32_t place = warp % 2 * 16 + lane / 4 + column * 8;
-    return buffers_ + warp / 2 * config::kStoreBytes + group * 1024 + token * 128 +
+    return buffers_ + warp / 2 * config::kHiddenBytes + group * 1024 + token * 128 +
            ((place / 4 ^ token) << 4) + place % 4 * 4;
   }
 
@@ -150,61 +143,57 @@ FM_DEVICE float sum_of_columns(float even, float odd) {
   return sum;
 }
 
-// One chunk: 64 columns of 32 rows. grads: the half's dA', two tokens a word; dots: what lane l has summed of its row,
-// l / 8 * 8 + 2 (l % 4) + l / 4 % 2.
-template <class Element, bool kGated, int kMaxGroups, class Function>
+// One chunk: 64 columns of 16 rows. sums: the half's dA'; weights: of the chunk's rows; dots: what
+// lane l < 16 has summed of its row, l / 8 * 8 + 2 (l % 4) + l / 4 % 2. Column by column: the sums
+// leave few registers.
+template <class Element, bool kGated, class Function>
 FM_DEVICE float differentiate_chunk(const kernel::BackwardParams& params, const Function& function,
-                                    const uint32_t* grads, int first_group, uint32_t buffers,
-                                    int32_t row, float dots) {
+                                    const float* sums, int first_group, uint32_t buffers,
+                                    const float* weights, float dots) {
   const ChunkAccess<kGated> access(buffers, params.sizes.interleaved);
-  const bool on_input = params.sizes.weight_on_input;
   const auto& activation = params.forward.activation;
   FM_UNROLL
-  for (int group = 0; group < config::kStoreTokens / 8; ++group) {
-    if (first_group + group >= kMaxGroups) break;
-    const uint32_t lane = lane_of_warp();
-    float2 weights = {1.0f, 1.0f};
-    if (!on_input) {
-      weights = *reinterpret_cast<const float2*>(params.forward.memory.row_weight + row +
-                                                 group * 8 + lane % 4 * 2);
-    }
-    ZPairs z = access.load(group);
-    uint32_t activated[2];
+  for (int group = 0; group < config::kHiddenRows / 8; ++group) {
     float even = 0.0f, odd = 0.0f;
+    const float2 weight =
+        *reinterpret_cast<const float2*>(weights + group * 8 + lane_of_warp() % 4 * 2);
     FM_UNROLL
     for (int column = 0; column < 2; ++column) {
-      const float2 gate = Element::widen(z.gate[column]);
-      const float2 up = kGated ? Element::widen(z.up[column]) : float2{};
-      uint32_t pair = grads[(first_group + group) * 2 + column];
-      ptx::compute_now(pair);  // not unpacked ahead of its use
-      const float2 grad = Element::widen(pair);
-      const auto first = differentiate<kGated>(activation, function, gate.x, up.x, grad.x);
-      const auto second = differentiate<kGated>(activation, function, gate.y, up.y, grad.y);
-      even = fmaf(first.activated, grad.x, even);
-      odd = fmaf(second.activated, grad.y, odd);
-      activated[column] =
-          Element::pack(weights.x * first.activated, weights.y * second.activated);
-      z.gate[column] = Element::pack(weights.x * first.grad_gate, weights.y * second.grad_gate);
-      if constexpr (kGated) {
-        z.up[column] = Element::pack(weights.x * first.grad_up, weights.y * second.grad_up);
-      }
+      const float* grads = sums + (first_group + group) * 4 + column * 2;
+      ZPair z = access.load(group, column);
+      const float2 gate = Element::widen(z.gate);
+      const float2 up = Element::widen(z.up);
+      const HiddenSlopes first =
+          differentiate<kGated>(activation, function, gate.x, up.x, weight.x * grads[0]);
+      even = fmaf(first.activated, grads[0], even);
+      const HiddenSlopes second =
+          differentiate<kGated>(activation, function, gate.y, up.y, weight.y * grads[1]);
+      odd = fmaf(second.activated, grads[1], odd);
+      z.gate = Element::pack(first.grad_gate, second.grad_gate);
+      z.up = Element::pack(first.grad_up, second.grad_up);
+      access.store(group, column, z,
+                   Element::pack(weight.x * first.activated, weight.y * second.activated));
     }
-    access.store(group, z, activated);
     const float sum = sum_of_columns(even, odd);
-    dots += lane / 8 == group ? sum : 0.0f;
+    dots += lane_of_warp() / 8 == group ? sum : 0.0f;
   }
   return dots;
 }
 
-// One math warpgroup's chunks of Z: set s has those of half s. Whole warpgroup, converged.
+// One math warpgroup's chunks of Z. Whole warpgroup, converged.
 class HiddenGrad {
  public:
   // memory: of both warpgroups.
   FM_DEVICE explicit HiddenGrad(HiddenGradMemory (&memory)[2]) : memory_(memory) {}
 
-  // Asks for the first chunks of a tile; before its products.
+  // Loads the rows' weights and asks for the first chunks of a tile; before its products.
   FM_DEVICE void request(const kernel::BackwardParams& params, const HiddenPlace& place,
                          sync::Waiter& waiter) {
+    for (int32_t row = thread_of_warpgroup(); row < place.num_rows(); row += config::kWarpgroup) {
+      memory().weights[row] = params.sizes.weight_on_input
+                                  ? 1.0f
+                                  : params.forward.memory.row_weight[place.row_begin() + row];
+    }
     if (!Staging::is_storer()) return;
     if (params.sizes.pre_activation_pairs > 0) {
       waiter.wait_word(&params.counters.z_done[place.row_begin() / config::kRowGroup],
@@ -217,30 +206,23 @@ class HiddenGrad {
     for (int half = 0; half < num_halves; ++half) request_z(params, place, 0, half);
   }
 
-  // dA' is rounded to the layer's element type first, as a layer of plain products does: 176 sums
-  // leave no registers for the activation's derivative.
   template <class Config>
   FM_DEVICE void finish(const kernel::BackwardParams& params, const float* sums, Staging& staging,
                         const HiddenPlace& place, sync::Waiter& waiter) {
-    uint32_t grads[Config::value.max_tokens / 2];
-    FM_UNROLL
-    for (int i = 0; i < Config::value.max_tokens / 2; ++i) {
-      grads[i] = ElementOf<Config::value.element>::pack(sums[2 * i], sums[2 * i + 1]);
-      ptx::compute_now(grads[i]);
-    }
+    staging.sync();  // the weights are there
     with_slope(params.forward.activation, [&](const auto& function) {
-#ifdef QUICK2
-      return finish_chunks<Config, true>(params, function, grads, staging, place, waiter);
-#endif
       if (params.sizes.gated) {
-        finish_chunks<Config, true>(params, function, grads, staging, place, waiter);
+        finish_chunks<Config, true>(params, function, sums, staging, place, waiter);
       } else {
-        finish_chunks<Config, false>(params, function, grads, staging, place, waiter);
+        finish_chunks<Config, false>(params, function, sums, staging, place, waiter);
       }
     });
   }
 
  private:
+  FM_DEVICE static uint32_t thread_of_warpgroup() {
+    return static_cast<uint32_t>(ptx::thread_idx()) % config::kWarpgroup;
+  }
   FM_DEVICE HiddenGradMemory& memory() const {
     return memory_[static_cast<uint32_t>(ptx::thread_idx()) / config::kWarpgroup - 1];
   }
@@ -249,40 +231,42 @@ class HiddenGrad {
   FM_DEVICE void request_z(const kernel::BackwardParams& params, const HiddenPlace& place,
                            int row_chunk, int half) {
     HiddenGradMemory& own = memory();
+    const int set = set_of(row_chunk, half);
     const int num_buffers = params.sizes.gated ? 2 : 1;
     const int32_t column = place.column() + half * config::kHalfRows;
-    const int32_t row = place.row_begin() + row_chunk * config::kStoreTokens;
+    const int32_t row = place.row_begin() + row_chunk * config::kHiddenRows;
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
-                                   &own.z_full[half], num_buffers * config::kStoreBytes);
+                                   &own.z_full[set], num_buffers * config::kHiddenBytes);
 #pragma unroll 1
     for (int buffer = 0; buffer < num_buffers; ++buffer) {
       const int32_t at[2] = {z_column(params, column, buffer), row};
-      ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, (*own.buffers)[half][buffer],
-                                &params.z_in, at, &own.z_full[half]);
+      ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, (*own.chunks)[set][buffer],
+                                &params.z_in, at, &own.z_full[set]);
     }
   }
 
   template <class Config, bool kGated, class Function>
   FM_DEVICE void finish_chunks(const kernel::BackwardParams& params, const Function& function,
-                               const uint32_t* grads, Staging& staging, const HiddenPlace& place,
+                               const float* sums, Staging& staging, const HiddenPlace& place,
                                sync::Waiter& waiter) {
     constexpr config::GroupedProduct kConfig = Config::value;
-    constexpr int kChunks = (kConfig.max_tokens + config::kStoreTokens - 1) / config::kStoreTokens;
+    static_assert(kConfig.max_tokens % config::kHiddenRows == 0);
     using Element = ElementOf<kConfig.element>;
     FM_UNROLL
-    for (int row_chunk = 0; row_chunk < kChunks; ++row_chunk) {
-      if (row_chunk * config::kStoreTokens >= place.num_rows()) break;
+    for (int row_chunk = 0; row_chunk < kConfig.max_tokens / config::kHiddenRows; ++row_chunk) {
+      if (row_chunk * config::kHiddenRows >= place.num_rows()) break;
       float dots = 0.0f;
       FM_UNROLL
       for (int half = 0; half < 2; ++half) {
         if (half >= place.num_halves(params.forward.sizes.intermediate)) break;
+        const int set = set_of(row_chunk, half);
         request_next(params, place, row_chunk, half);
-        waiter.wait(&memory().z_full[half], (phases() >> half ^ row_chunk) & 1,
+        waiter.wait(&memory().z_full[set], (phases() >> set ^ row_chunk / 2) & 1,
                     sync::WaitTag::kStageFull);
-        const uint32_t buffers = ptx::shared_address((*memory().buffers)[half]);
-        dots = differentiate_chunk<Element, kGated, kConfig.max_tokens / 8>(
-            params, function, grads + half * (kConfig.max_tokens / 4), row_chunk * 4, buffers,
-            place.row_begin() + row_chunk * config::kStoreTokens, dots);
+        dots = differentiate_chunk<Element, kGated>(
+            params, function, sums + half * (kConfig.max_tokens / 2),
+            row_chunk * (config::kHiddenRows / 8), ptx::shared_address((*memory().chunks)[set]),
+            memory().weights + row_chunk * config::kHiddenRows, dots);
         put_dots(row_chunk, dots);
         ptx::fence_proxy_async(ptx::space_shared);
         staging.sync();
@@ -290,40 +274,46 @@ class HiddenGrad {
       }
       write_parts(params, place, row_chunk);
     }
-    staging.sync();  // all have read the phases
+    staging.sync();  // all have read the phases and weights
     if (Staging::is_storer()) pass_phases(params, place);
   }
 
-  // Bit s: parity of set s's phase at the tile's first chunk.
+  // Bit s: parity of set s's phase at the tile's first chunk of it.
   FM_DEVICE uint32_t phases() const {
     return *const_cast<const volatile uint32_t*>(&memory().phases);
   }
   FM_DEVICE void pass_phases(const kernel::BackwardParams& params, const HiddenPlace& place) {
-    const int32_t num_chunks =
-        (place.num_rows() + config::kStoreTokens - 1) / config::kStoreTokens;
+    const int32_t num_chunks = (place.num_rows() + config::kHiddenRows - 1) / config::kHiddenRows;
     const int32_t num_halves = place.num_halves(params.forward.sizes.intermediate);
-    if (num_chunks % 2 != 0) memory().phases = phases() ^ ((1u << num_halves) - 1);
+    uint32_t flips = 0;
+    for (int half = 0; half < num_halves; ++half) {
+      flips |= ((num_chunks + 1) / 2 & 1) << set_of(0, half);
+      flips |= (num_chunks / 2 & 1) << set_of(1, half);
+    }
+    memory().phases = phases() ^ flips;
   }
 
-  // Asks for the chunk after this one, if its set is not the one it comes to now.
+  // Asks for the same half of the next rows: its set was stored from two chunks ago (one, where
+  // there is one half).
   FM_DEVICE void request_next(const kernel::BackwardParams& params, const HiddenPlace& place,
                               int row_chunk, int half) {
     if (!Staging::is_storer()) return;
-    const int32_t num_halves = place.num_halves(params.forward.sizes.intermediate);
-    const bool is_first = row_chunk == 0 && half == 0;
-    const int next_chunk = row_chunk + half;
-    if (is_first || next_chunk * config::kStoreTokens >= place.num_rows()) return;
-    ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
-    request_z(params, place, next_chunk, num_halves == 2 ? 1 - half : 0);
+    if ((row_chunk + 1) * config::kHiddenRows >= place.num_rows()) return;
+    if (place.num_halves(params.forward.sizes.intermediate) == 2) {
+      ptx::cp_async_bulk_wait_group_read(ptx::n32_t<1>());
+    } else {
+      ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+    }
+    request_z(params, place, row_chunk + 1, half);
   }
 
   // The storer.
   template <bool kGated>
   FM_DEVICE void store(const kernel::BackwardParams& params, const HiddenPlace& place,
                        int row_chunk, int half) {
-    auto& buffers = (*memory().buffers)[half];
-    const int32_t first = row_chunk * config::kStoreTokens;
-    const int32_t num_rows = min(config::kStoreTokens, place.num_rows() - first);
+    auto& buffers = (*memory().chunks)[set_of(row_chunk, half)];
+    const int32_t first = row_chunk * config::kHiddenRows;
+    const int32_t num_rows = min(config::kHiddenRows, place.num_rows() - first);
     const int32_t row = place.row_begin() + first;
     const int32_t column = place.column() + half * config::kHalfRows;
     const auto store_to = [&](const CUtensorMap& out, int32_t first_column, int buffer) {
@@ -337,16 +327,17 @@ class HiddenGrad {
   }
 
   FM_DEVICE void put_dots(int row_chunk, float dots) {
-    const uint32_t warp_idx = static_cast<uint32_t>(ptx::thread_idx()) % config::kWarpgroup / 32;
-    memory().dots[row_chunk % 2][warp_idx][lane_of_warp()] = dots;
+    const uint32_t lane = lane_of_warp();
+    if (lane >= config::kHiddenRows) return;
+    memory().dots[row_chunk % 2][thread_of_warpgroup() / 32][lane] = dots;
   }
   // The four warps' sums of a chunk's rows, which all have put; the first warp adds them.
   FM_DEVICE void write_parts(const kernel::BackwardParams& params, const HiddenPlace& place,
                              int row_chunk) {
-    if (ptx::thread_idx() % config::kWarpgroup >= 32) return;
-    const uint32_t lane = lane_of_warp();
-    const int32_t token =
-        row_chunk * config::kStoreTokens + lane / 8 * 8 + lane % 4 * 2 + (lane >> 2 & 1);
+    const uint32_t lane = thread_of_warpgroup();
+    if (lane >= config::kHiddenRows) return;
+    const int32_t token = row_chunk * config::kHiddenRows +
+                          static_cast<int32_t>(lane / 8 * 8 + lane % 4 * 2 + (lane >> 2 & 1));
     if (token >= place.num_rows() || place.column() >= params.forward.sizes.intermediate) return;
     const auto& of_chunk = memory().dots[row_chunk % 2];
     params.parts[int64_t{place.weight_tile_idx()} * params.sizes.max_rows + place.row_begin() +

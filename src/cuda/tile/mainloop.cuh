@@ -1,7 +1,6 @@
 // The products of one tile: 128 weight rows by N tokens, by one math warpgroup.
 #pragma once
 
-#include "cuda/ptx/registers.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sync/ring.cuh"
 #include "cuda/tile/descriptor.cuh"
@@ -10,10 +9,12 @@
 
 namespace flashmoe::cuda::tile {
 
-// The products of one stage, issued as one group. kFirst: nothing is in the sums yet, as a constant,
-// or the compiler keeps what was in their registers before.
-template <class Config, int kTokens, bool kFirst, class Stage>
-FM_DEVICE void multiply_stage(float* sums, const Stage& stage, int k_block) {
+// sums[0, N / 2): the first 64 rows, sums[max_tokens / 2, ...): the second. One group of products
+// stays in flight; before_last_wait() runs while the last one does.
+template <class Config, int kTokens, class Stage, class BeforeLastWait>
+FM_DEVICE void multiply(float* sums, const Stage* ring,
+                        sync::StageReader<Config::value.num_stages>& stages, int num_k_blocks,
+                        sync::Waiter& waiter, const BeforeLastWait& before_last_wait) {
   using Element = typename ElementOf<Config::value.element>::Type;
   constexpr bool kDepthMajor = Config::value.major == config::Major::kDepth;
   constexpr int kWeightStep = kDepthMajor ? kDepthMajorStep : kColumnMajorStep;
@@ -22,54 +23,32 @@ FM_DEVICE void multiply_stage(float* sums, const Stage& stage, int k_block) {
   constexpr int kTokenDepthStep = kDepthMajorTokens ? kDepthMajorStep : kColumnMajorStep;
   constexpr int kTokensTransposed = kDepthMajorTokens ? 0 : 1;
   constexpr int kSecondHalf = Config::value.max_tokens / 2;
-  const uint64_t weights = operand_descriptor(ptx::shared_address(stage.weights));
-  const uint64_t tokens = operand_descriptor(ptx::shared_address(stage.tokens));
-  ptx::wgmma_fence();
-  FM_UNROLL
-  for (int step = 0; step < config::kDepthStep / 16; ++step) {
-    const uint64_t a = weights + step * kWeightStep;
-    const uint64_t b = tokens + step * kTokenDepthStep;
-    const int accumulate = kFirst ? step != 0 : (k_block | step) != 0;
-    ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(sums, a, b, accumulate);
-    ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(sums + kSecondHalf, a + kHalfStep,
-                                                                 b, accumulate);
-  }
-  ptx::wgmma_commit_group();
-}
-
-// sums[0, N / 2): the first 64 rows, sums[max_tokens / 2, ...): the second. One group of products
-// stays in flight; before_last_wait() runs while the last one does.
-template <class Config, int kTokens, class Stage, class BeforeLastWait>
-FM_DEVICE void multiply(float* sums, const Stage* ring,
-                        sync::StageReader<Config::value.num_stages>& stages, int num_k_blocks,
-                        sync::Waiter& waiter, const BeforeLastWait& before_last_wait) {
-  constexpr bool kPeeled = Config::value.forgets_sums;
   int previous = 0;
-  if constexpr (kPeeled) {
-    stages.wait(waiter);
-    multiply_stage<Config, kTokens, true>(sums, ring[stages.slot()], 0);
-    previous = stages.slot();
-    stages.advance();
-  }
 #pragma unroll 1
-  for (int k_block = kPeeled ? 1 : 0; k_block < num_k_blocks; ++k_block) {
+  for (int k_block = 0; k_block < num_k_blocks; ++k_block) {
     stages.wait(waiter);
-    multiply_stage<Config, kTokens, false>(sums, ring[stages.slot()], k_block);
+    const Stage& stage = ring[stages.slot()];
+    const uint64_t weights = operand_descriptor(ptx::shared_address(stage.weights));
+    const uint64_t tokens = operand_descriptor(ptx::shared_address(stage.tokens));
+    ptx::wgmma_fence();
+    FM_UNROLL
+    for (int step = 0; step < config::kDepthStep / 16; ++step) {
+      const uint64_t a = weights + step * kWeightStep;
+      const uint64_t b = tokens + step * kTokenDepthStep;
+      const int accumulate = (k_block | step) != 0;
+      ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(sums, a, b, accumulate);
+      ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(
+          sums + kSecondHalf, a + kHalfStep, b, accumulate);
+    }
+    ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<1>();
-    if (kPeeled || k_block > 0) stages.release(previous);
+    if (k_block > 0) stages.release(previous);
     previous = stages.slot();
     stages.advance();
   }
   before_last_wait();
   ptx::wgmma_wait_group<0>();
   stages.release(previous);
-  if constexpr (kPeeled) {
-    FM_UNROLL
-    for (int i = kTokens / 2; i < Config::value.max_tokens / 2; ++i) {
-      sums[i] = 0.0f;
-      sums[Config::value.max_tokens / 2 + i] = 0.0f;
-    }
-  }
 }
 
 // multiply() of the width that num_steps asks for: the number of tokens of a product is a constant
