@@ -54,7 +54,6 @@ bool has_contiguous_rows(const fm_tensor& tensor) { return tensor.stride[2] == 1
 // The forward's sizes, whose down product is the input gradient; weight_on_input says what the
 // combine weighs, which is the reverse here.
 config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operands) {
-  constexpr int64_t kFewRows = 512;
   constexpr int64_t kUnits = 4096;
   const plan::Problem problem = problem_of(layer, operands);
   config::ForwardSizes sizes{};
@@ -66,9 +65,9 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
   sizes.route_tiles = static_cast<int32_t>(plan::num_chunks(problem.tokens));
   sizes.capacity = static_cast<int32_t>(plan::expert_capacity(layer.capacity_factor, problem));
   sizes.down_pairs = pairs_of(problem.hidden);
-  sizes.column_pairs =
-      std::min(problem.slots() / problem.num_experts <= kFewRows ? 4 : 2, sizes.down_pairs);
-  sizes.column_blocks = static_cast<int32_t>(plan::ceil_div(sizes.down_pairs, sizes.column_pairs));
+  // One column block: the gradients of w_up, behind it, hide the combination of all of it.
+  sizes.column_pairs = sizes.down_pairs;
+  sizes.column_blocks = 1;
   sizes.column_width = sizes.column_pairs * config::kWeightRows * config::kClusterSize;
   sizes.combine_tokens =
       static_cast<int32_t>(std::clamp<int64_t>(problem.tokens / kUnits, 1, 8));
