@@ -49,8 +49,8 @@ class Coverage {
     ASSERT_LE(tile.num_rows, kMaxRows);
     expect_dependencies(tile, product);
     for (int32_t i = 0; i < tile.num_rows; ++i) {
-      const auto place = std::tuple(tile.product, tile.local_expert_idx, tile.weight_pair_idx,
-                                    tile.row_begin + i);
+      const auto place =
+          std::tuple(tile.product, tile.local_expert_idx, tile.weight_pair_idx, tile.row_begin + i);
       ASSERT_TRUE(covered_.insert(place).second) << "twice";
     }
     covered_of_[static_cast<size_t>(tile.product)] += tile.num_rows;
@@ -122,9 +122,13 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
       const int32_t input_pairs = from(1, 5);
       const tile::WeightGrid down{from(0, 3), 16 * from(1, 30)};
       const tile::WeightGrid up{from(0, 3), 16 * from(1, 30)};
-      expect_cover_and_order(table,
-                             {table.view(), kMaxRows, from(0, 3), from(1, 4), input_pairs,
-                              from(1, input_pairs), {down, up, {round % 2, up.n_columns}}});
+      expect_cover_and_order(table, {table.view(),
+                                     kMaxRows,
+                                     from(0, 3),
+                                     from(1, 4),
+                                     input_pairs,
+                                     from(1, input_pairs),
+                                     {down, up, {round % 2, up.n_columns}}});
     }
   }
 }

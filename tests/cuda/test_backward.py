@@ -17,7 +17,7 @@ TABLE = [
     (case.key(dtype, ranks), case, dtype)
     for _, case, dtype, ranks in check.planned(gradients=True, device="cuda")
     if not check.missing_for(case, dtype, ranks, "cpu") and not case.save_z
-    if case.probe == "" and not case.refused
+    if case.probe == "compare" and not case.refused
 ]
 TOKENS = (0, 1, 17, 64, 129, 1000, 4097)
 SIZES = [

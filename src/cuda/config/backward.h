@@ -1,4 +1,5 @@
-// How the one-launch backward is cut for a GPU: its products, sizes and scratch, on host and device.
+// How the one-launch backward is cut for a GPU: its products, sizes and scratch, on host and
+// device.
 #pragma once
 
 #include <concepts>
@@ -42,6 +43,11 @@ inline constexpr int32_t kBackwardStagingBytes = kHiddenSets * kHiddenBuffers * 
 // Gradients of the router are sums over this many ranges of tokens, whoever makes them.
 inline constexpr int32_t kRouterSegments = 8;
 
+// Words of a range's sums: of the router's weight, then of its bias; a multiple of 16 bytes.
+FM_HD constexpr int64_t router_part_words(int64_t num_experts, int64_t hidden) {
+  return num_experts * hidden + plan::align_up(num_experts, 4);
+}
+
 template <class C>
 concept BackwardConfig = requires {
   { C::value } -> std::convertible_to<const Backward&>;
@@ -74,9 +80,9 @@ struct BackwardSizes {
 
 // Scratch of a launch. The head is that of config::ForwardScratch: launches of both kinds share it.
 enum class BackwardScratch : int {
-  kState,        // kernel::ForwardState
-  kCounters,     // u32, cleared by the launch: kernel::BackwardCounters
-  kIds,          // from here to kSlotRow as in ForwardScratch
+  kState,     // kernel::ForwardState
+  kCounters,  // u32, cleared by the launch: kernel::BackwardCounters
+  kIds,       // from here to kSlotRow as in ForwardScratch
   kWeights,
   kSlotRanks,
   kHistograms,
@@ -87,7 +93,7 @@ enum class BackwardScratch : int {
   kSlotRow,
   kParts,        // f32 [tiles of I][rows]: of <A, dA'>
   kGradLogits,   // f32 [T][E], fused router
-  kRouterParts,  // f32 [kRouterSegments][E * H + E], fused router: of weight and bias
+  kRouterParts,  // f32 [kRouterSegments][router_part_words], fused router
   kXRows,        // T [rows][H]: tokens in expert order
   kRows,         // T [rows][H]: grad y in expert order; then the input gradients
   kGradZ,        // T [rows][G * I]: Z, if it was not kept; then dZ
@@ -115,7 +121,8 @@ FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
   const int64_t rows = forward_rows(slots, s.num_experts);
   const int64_t tiles = plan::num_chunks(s.tokens);
   const int64_t parts = plan::ceil_div(s.intermediate, kWeightRows);
-  const int64_t of_router = s.has_router ? s.num_experts * 4 : 0;
+  const int64_t router_words =
+      s.has_router ? kRouterSegments * router_part_words(s.num_experts, s.hidden) : 0;
   table.add(BackwardScratch::kState, "state", s.state_bytes);
   table.add(BackwardScratch::kCounters, "counters", s.num_counters * 4);
   table.add(BackwardScratch::kIds, "ids", slots * 4);
@@ -128,8 +135,9 @@ FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
   table.add(BackwardScratch::kRowWeight, "row weight", rows * 4);
   table.add(BackwardScratch::kSlotRow, "slot row", slots * 4);
   table.add(BackwardScratch::kParts, "weight parts", rows * parts * 4);
-  table.add(BackwardScratch::kGradLogits, "grad logits", s.tokens * of_router);
-  table.add(BackwardScratch::kRouterParts, "router parts", kRouterSegments * (s.hidden + 1) * of_router);
+  table.add(BackwardScratch::kGradLogits, "grad logits",
+            s.has_router ? s.tokens * s.num_experts * 4 : 0);
+  table.add(BackwardScratch::kRouterParts, "router parts", router_words * 4);
   table.add(BackwardScratch::kXRows, "x rows", rows * s.hidden * kElementBytes);
   table.add(BackwardScratch::kRows, "rows", rows * s.hidden * kElementBytes);
   table.add(BackwardScratch::kGradZ, "grad z", rows * s.up_columns * kElementBytes);

@@ -39,8 +39,8 @@ struct BackwardShared {
   };
   Stage stages[kShape.num_stages];
   alignas(1024) uint8_t staging[2][config::kBackwardStagingBytes];
-  alignas(16) uint8_t
-      comm_rows[config::kCommWarps][stage::RowRing<config::kBackwardCommRows>::kBytes];
+  alignas(
+      16) uint8_t comm_rows[config::kCommWarps][stage::RowRing<config::kBackwardCommRows>::kBytes];
   sync::RingBarriers<kShape.num_stages> stage_barriers;
   sync::MessageRing<tile::Tile, config::kTileSlots> tiles;
   uint64_t pace;
@@ -87,8 +87,7 @@ struct BackwardDependency {
         return;
       case BackwardProduct::kHiddenGrad:
         set(0, &counters.grad_y_ready[group], tile.num_rows);
-        set(1, &counters.z_done[group],
-            params.sizes.pre_activation_pairs * config::kClusterSize);
+        set(1, &counters.z_done[group], params.sizes.pre_activation_pairs * config::kClusterSize);
         return;
       case BackwardProduct::kInputGrad:
         set(0, &counters.hidden_done[group], ctas_of_hidden);
@@ -106,7 +105,8 @@ struct BackwardDependency {
   }
 
  private:
-  static constexpr int32_t kMaxTokens = config::Backward{}.product(config::Major::kDepth).max_tokens;
+  static constexpr int32_t kMaxTokens =
+      config::Backward{}.product(config::Major::kDepth).max_tokens;
   FM_DEVICE void set(int i, uint32_t* word, uint32_t count) {
     words[i] = word;
     expected[i] = count;
@@ -191,7 +191,8 @@ struct BackwardJob {
     }
   }
 
-  // A load thread's view of a tile of a product of rows: this CTA's 128 rows of M, two boxes a step.
+  // A load thread's view of a tile of a product of rows: this CTA's 128 rows of M, two boxes a
+  // step.
   class WeightLoads {
    public:
     FM_DEVICE WeightLoads(const Params& params, const tile::Tile& tile, int32_t cta_rank)
@@ -202,8 +203,7 @@ struct BackwardJob {
       is_down_ = product == BackwardProduct::kHiddenGrad;
       // Of the tensor's two dimensions, M runs along H in dX alone.
       m_is_hidden_ = product == BackwardProduct::kInputGrad;
-      const bool hidden_major =
-          is_down_ ? params.down_is_hidden_major : params.up_is_hidden_major;
+      const bool hidden_major = is_down_ ? params.down_is_hidden_major : params.up_is_hidden_major;
       depth_first_ = hidden_major != m_is_hidden_;
     }
     FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
@@ -243,8 +243,8 @@ struct BackwardJob {
         return params.grad_z_tokens[idx];
     }
   }
-  // A load thread's view of a tile of a sum over rows: own boxes of M, half the depth of the boxes of
-  // N for both CTAs. Rows past the expert's last are zeros.
+  // A load thread's view of a tile of a sum over rows: own boxes of M, half the depth of the boxes
+  // of N for both CTAs. Rows past the expert's last are zeros.
   class RowLoads {
    public:
     FM_DEVICE RowLoads(const Params& params, const tile::Tile& tile, int32_t cta_rank)
@@ -313,8 +313,8 @@ struct BackwardJob {
   FM_DEVICE static uint32_t stage_bytes(const tile::Tile& tile) {
     constexpr config::GroupedProduct kOne = kShape;
     const int32_t boxes = (tile.num_rows + config::kBoxColumns - 1) / config::kBoxColumns;
-    const int32_t tokens = tile::is_weight_grad(tile) ? boxes * config::kBoxBytes
-                                                      : kOne.token_bytes(tile.num_steps());
+    const int32_t tokens =
+        tile::is_weight_grad(tile) ? boxes * config::kBoxBytes : kOne.token_bytes(tile.num_steps());
     return kOne.weight_bytes() + tokens;
   }
   FM_DEVICE static void wait_for_rows(const Params& params, const tile::Tile& tile,
@@ -424,8 +424,8 @@ FM_DEVICE void load_product(const BackwardParams& params, typename Job::Shared& 
 #pragma unroll 1
   for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
     if (k_block >= num_ahead) load_weights(k_block);
-    tile::load_tokens_for_pair(smem.stages[stages_of_tokens.slot()].tokens,
-                               stages_of_tokens.full(), tokens, tile.row_begin, tile.num_steps(),
+    tile::load_tokens_for_pair(smem.stages[stages_of_tokens.slot()].tokens, stages_of_tokens.full(),
+                               tokens, tile.row_begin, tile.num_steps(),
                                k_block * config::kDepthStep, cta_rank);
     stages_of_tokens.advance();
     keep_pace<Job>(smem, k_block, num_k_blocks, cta_rank);
@@ -572,8 +572,7 @@ FM_DEVICE void finish_routing(const BackwardParams& params, BackwardShared<Confi
                      sync::WaitTag::kDownDone);
   }
   if (!ptx::barrier_sync_and(kMathMeets, kThreads, waiter.alive())) return;
-  const int32_t worker_idx =
-      (ptx::thread_idx() - config::kWarpgroup) / 32 * gridDim.x + blockIdx.x;
+  const int32_t worker_idx = (ptx::thread_idx() - config::kWarpgroup) / 32 * gridDim.x + blockIdx.x;
   const int32_t num_workers = gridDim.x * config::kMathWarps;
   stage::differentiate_slots<Element>(params, worker_idx, num_workers);
   if (params.routing.any_bias()) {
@@ -614,7 +613,9 @@ FM_DEVICE void run_backward_roles(const BackwardParams& params, BackwardShared<C
     }
   } else if (warpgroup_idx == 3) {
     ptx::setmaxnreg_dec<config::kCommRegisters>();
-    const auto warp_idx = [] { return ptx::thread_idx() / 32 % config::kCommWarps; };
+    const auto warp_idx = [] {
+      return ptx::thread_idx() / 32 % config::kCommWarps;
+    };
     stage::copy_operands<Config>(params, table_of(params), warp_idx() * gridDim.x + blockIdx.x,
                                  gridDim.x * config::kCommWarps);
     combine_inputs<Config, config::kBackwardCommRows>(params, smem.num_blocks,

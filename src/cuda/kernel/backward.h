@@ -43,7 +43,7 @@ struct WeightGradOut {
   int32_t m_columns;  // M
   int32_t m_offset;   // first column of the M operand's rows
   int32_t n_offset;
-  bool is_wide;        // f32, else the layer's element type
+  bool is_wide;         // f32, else the layer's element type
   bool is_accumulated;  // added to
   bool is_direct;       // stored by the threads: wide, accumulated, or strides that no copy takes
 };
@@ -97,7 +97,7 @@ struct BackwardParams {
   int64_t grad_y_stride;
   float* parts;         // [hidden_tiles][max_rows]
   float* grad_logits;   // [T, E]
-  float* router_parts;  // [kRouterSegments][E * H + E]
+  float* router_parts;  // [kRouterSegments][router_part_words]
   void* grad_z;         // [max_rows, G * I]
 };
 

@@ -69,8 +69,7 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
   sizes.column_pairs = sizes.down_pairs;
   sizes.column_blocks = 1;
   sizes.column_width = sizes.column_pairs * config::kWeightRows * config::kClusterSize;
-  sizes.combine_tokens =
-      static_cast<int32_t>(std::clamp<int64_t>(problem.tokens / kUnits, 1, 8));
+  sizes.combine_tokens = static_cast<int32_t>(std::clamp<int64_t>(problem.tokens / kUnits, 1, 8));
   sizes.combine_units = static_cast<int32_t>(
       std::max<int64_t>(plan::ceil_div(problem.tokens, sizes.combine_tokens), 1));
   sizes.row_groups = static_cast<int32_t>(
@@ -171,7 +170,9 @@ class Builder {
     uint32_t* next = region<uint32_t>(BackwardScratch::kCounters);
     counters.first = next;
     counters.count = static_cast<int32_t>(num_counters(sizes));
-    const auto take = [&next](int64_t count) { return std::exchange(next, next + count); };
+    const auto take = [&next](int64_t count) {
+      return std::exchange(next, next + count);
+    };
     counters.grad_y_ready = take(sizes.row_groups);
     counters.x_ready = take(sizes.row_groups);
     counters.z_done = take(sizes.row_groups);
@@ -272,8 +273,8 @@ class Builder {
     p_.forward.row_out = window(grad_rows, layer_.hidden, config::kStoreTokens);
     p_.pre_activation_out = window(grad_z, up, config::kStoreTokens);
     p_.grad_z_out = window(grad_z, up, config::kHiddenRows);
-    p_.hidden_out = window(region<void>(BackwardScratch::kHidden), layer_.intermediate,
-                           config::kHiddenRows);
+    p_.hidden_out =
+        window(region<void>(BackwardScratch::kHidden), layer_.intermediate, config::kHiddenRows);
     TensorView z = rows_view(grad_z, rows, up, config::kHalfRows, config::kHiddenRows);
     if (present(o_.z)) {
       z.base = o_.z.data;
@@ -314,8 +315,8 @@ class Builder {
     const void* row_base = region<void>(rows);
     const void* column_base = region<void>(columns);
     constexpr uint32_t kDepth = config::kDepthStep;
-    p_.grad_m[which] = m_is_second ? window(column_base, num_columns, kDepth)
-                                   : window(row_base, num_rows, kDepth);
+    p_.grad_m[which] =
+        m_is_second ? window(column_base, num_columns, kDepth) : window(row_base, num_rows, kDepth);
     p_.grad_n[which] = m_is_second ? window(row_base, num_rows, kDepth / 2)
                                    : window(column_base, num_columns, kDepth / 2);
   }
@@ -336,8 +337,8 @@ class Builder {
     out.n_offset = m_is_second ? row_offset : 0;
     out.is_wide = gradient.dtype == FM_F32;
     out.is_accumulated = (o_.flags & flag) != 0;
-    out.is_direct = out.is_wide || out.is_accumulated || out.m_stride != 1 ||
-                    !is_for_copies(gradient, out);
+    out.is_direct =
+        out.is_wide || out.is_accumulated || out.m_stride != 1 || !is_for_copies(gradient, out);
     p_.sizes.weight_grads[which] = {.m_pairs = pairs_of(gradient.shape[m_dim]),
                                     .n_columns = static_cast<int32_t>(gradient.shape[n_dim])};
     if (!out.is_direct) p_.weight_grads[which] = gradient_map(gradient, out, n_dim);

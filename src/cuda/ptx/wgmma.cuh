@@ -25,10 +25,10 @@ FM_DEVICE void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
 }
 
-// wgmma<T, N, kTransA, kTransB>: d[N / 2] (+)= A[64, 16] * B[N, 16]^T. T is __nv_bfloat16 or __half;
-// A and B are in shared memory, told by descriptors (tile/descriptor.cuh); A is M-major where
-// kTransA is 1, B is N-major where kTransB is 1, else both are K-major. d is overwritten where
-// `accumulate` is 0. An operand list has a fixed length, hence one body a width.
+// wgmma<T, N, kTransA, kTransB>: d[N / 2] (+)= A[64, 16] * B[N, 16]^T. T is __nv_bfloat16 or
+// __half; A and B are in shared memory, told by descriptors (tile/descriptor.cuh); A is M-major
+// where kTransA is 1, B is N-major where kTransB is 1, else both are K-major. d is overwritten
+// where `accumulate` is 0. An operand list has a fixed length, hence one body a width.
 template <class T, int N, int kTransA, int kTransB>
 struct Wgmma;
 

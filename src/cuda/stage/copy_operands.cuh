@@ -13,9 +13,9 @@ FM_DEVICE void copy_operand_row(const kernel::RowCopy& copy, const kernel::Forwa
   constexpr int kBatch = 8;
   const int32_t hidden = params.sizes.hidden;
   const int32_t lane = ptx::lane_idx();
-  const auto* from = reinterpret_cast<const int4*>(static_cast<const uint16_t*>(copy.from) +
-                                                   token * copy.stride) +
-                     lane;
+  const auto* from =
+      reinterpret_cast<const int4*>(static_cast<const uint16_t*>(copy.from) + token * copy.stride) +
+      lane;
   auto* to =
       reinterpret_cast<int4*>(static_cast<uint16_t*>(copy.to) + int64_t{row} * hidden) + lane;
   for (int32_t left = hidden / kVector - lane; left > 0; left -= 32 * kBatch) {
@@ -28,9 +28,8 @@ FM_DEVICE void copy_operand_row(const kernel::RowCopy& copy, const kernel::Forwa
     FM_UNROLL
     for (int i = 0; i < kBatch; ++i) {
       if (i * 32 >= left) break;
-      to[i * 32] = copy.is_weighted
-                       ? scaled<Config>(vectors[i], params.memory.row_weight[row])
-                       : vectors[i];
+      to[i * 32] =
+          copy.is_weighted ? scaled<Config>(vectors[i], params.memory.row_weight[row]) : vectors[i];
     }
     from += 32 * kBatch;
     to += 32 * kBatch;
@@ -40,9 +39,8 @@ FM_DEVICE void copy_operand_row(const kernel::RowCopy& copy, const kernel::Forwa
 // Both operands, one after the other: every num_workers-th unit of rows, from the first expert to
 // the last, counted at its block and at its expert. Whole warp.
 template <class Config>
-FM_DEVICE void copy_operands(const kernel::BackwardParams& params,
-                             const tile::ExpertTable& experts, int32_t worker_idx,
-                             int32_t num_workers) {
+FM_DEVICE void copy_operands(const kernel::BackwardParams& params, const tile::ExpertTable& experts,
+                             int32_t worker_idx, int32_t num_workers) {
   constexpr int32_t kMaxRows = config::Backward{}.product(config::Major::kDepth).max_tokens;
   const kernel::ForwardParams& forward = params.forward;
 #pragma unroll 1

@@ -88,8 +88,7 @@ struct ExpertPlaces {
 };
 
 // Where every expert's rows and blocks begin, from their rows. Whole warp.
-FM_DEVICE void place_experts(int32_t num_experts, int32_t block_rows,
-                             const ExpertPlaces& experts) {
+FM_DEVICE void place_experts(int32_t num_experts, int32_t block_rows, const ExpertPlaces& experts) {
   const int32_t lane = ptx::lane_idx();
   const tile::TileGrid grid{block_rows, 1};
   int32_t groups_before = 0;

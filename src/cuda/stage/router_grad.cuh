@@ -1,4 +1,5 @@
-// The router's products in the backward, by the warps' matrix products (mma.sync) of the math warps:
+// The router's products in the backward, by the warps' matrix products (mma.sync) of the math
+// warps:
 //
 //   grad_x += grad_logits W_router        grad_W_router = grad_logits^T X        bias: column sums
 //
@@ -15,8 +16,8 @@
 
 namespace flashmoe::cuda::stage {
 
-// One step: 64 of M and 128 of N by 64 of depth, as fp32 in shared memory, depth outermost. Rows are
-// padded by eight words, so that a product's loads meet no bank twice.
+// One step: 64 of M and 128 of N by 64 of depth, as fp32 in shared memory, depth outermost. Rows
+// are padded by eight words, so that a product's loads meet no bank twice.
 struct RouterLayout {
   static constexpr int32_t kM = 64;
   static constexpr int32_t kN = 128;
@@ -26,7 +27,7 @@ struct RouterLayout {
   static constexpr int32_t kNStride = kN + 8;
   static constexpr int32_t kWords = kDepth * (kMStride + kNStride);
   static constexpr int32_t kBytes = kWords * 4;
-  static constexpr int32_t kMLoads = kM * kDepth / kThreads;             // words of a thread
+  static constexpr int32_t kMLoads = kM * kDepth / kThreads;              // words of a thread
   static constexpr int32_t kNLoads = kN * kDepth / (kVector * kThreads);  // vectors of a thread
 };
 
@@ -65,8 +66,7 @@ struct RouterStep {
     k = idx / (Layout::kN / kVector);
   }
 
-  FM_DEVICE void load(const kernel::BackwardParams& params, const RouterTile& tile,
-                      int32_t depth) {
+  FM_DEVICE void load(const kernel::BackwardParams& params, const RouterTile& tile, int32_t depth) {
     const auto& sizes = params.forward.sizes;
     const int32_t experts = sizes.num_experts;
     constexpr bool kIsX = kProduct == RouterProduct::kGradX;
@@ -79,8 +79,8 @@ struct RouterStep {
       const bool exists = depth + k < tile.depth_end && token < sizes.tokens && expert < experts;
       m_values[i] = exists ? params.grad_logits[int64_t{token} * experts + expert] : 0.0f;
     }
-    const auto* base = static_cast<const uint8_t*>(kIsX ? params.routing.w_router
-                                                        : params.forward.x);
+    const auto* base =
+        static_cast<const uint8_t*>(kIsX ? params.routing.w_router : params.forward.x);
     const int64_t stride = kIsX ? params.routing.w_router_stride : params.forward.x_stride;
     constexpr int kBytes = kWide ? 4 : config::kElementBytes;
     FM_UNROLL
@@ -88,8 +88,8 @@ struct RouterStep {
       int32_t n, k;
       n_place(i, n, k);
       const bool exists = depth + k < tile.depth_end && tile.n + n < sizes.hidden;
-      const auto* from = reinterpret_cast<const int4*>(
-          base + ((depth + k) * stride + tile.n + n) * kBytes);
+      const auto* from =
+          reinterpret_cast<const int4*>(base + ((depth + k) * stride + tile.n + n) * kBytes);
       FM_UNROLL
       for (int word = 0; word < kWords; ++word) {
         n_values[i][word] = exists ? __ldg(from + word) : int4{};
@@ -232,8 +232,7 @@ FM_DEVICE void add_to_grad_x(const kernel::ForwardParams& forward, const RouterT
       auto* at = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(forward.y) +
                                              place.m * forward.y_stride + place.n);
       const float2 before = Element::unpack(*at);
-      *at = Element::pack(before.x + sums[product][2 * row],
-                          before.y + sums[product][2 * row + 1]);
+      *at = Element::pack(before.x + sums[product][2 * row], before.y + sums[product][2 * row + 1]);
     }
   }
 }
@@ -278,7 +277,7 @@ FM_DEVICE void multiply_router(const kernel::BackwardParams& params, float* aren
         params, arena, tile, barrier_idx, sums);
     const int32_t thread = ptx::thread_idx() - config::kWarpgroup;
     float* part =
-        params.router_parts + int64_t{segment} * sizes.num_experts * (sizes.hidden + 1);
+        params.router_parts + segment * config::router_part_words(sizes.num_experts, sizes.hidden);
     if (tile.n == 0 && thread < Layout::kM && tile.m + thread < sizes.num_experts) {
       part[int64_t{sizes.num_experts} * sizes.hidden + tile.m + thread] =
           static_cast<float>(column);
@@ -301,7 +300,7 @@ FM_DEVICE void reduce_router(const kernel::BackwardParams& params) {
   const auto& sizes = params.forward.sizes;
   const auto& routing = params.routing;
   const int32_t of_weight = sizes.num_experts * sizes.hidden;
-  const int64_t of_segment = int64_t{sizes.num_experts} * (sizes.hidden + 1);
+  const int64_t of_segment = config::router_part_words(sizes.num_experts, sizes.hidden);
   const int32_t thread =
       blockIdx.x * RouterLayout::kThreads + ptx::thread_idx() - config::kWarpgroup;
   for (int32_t i = thread; i < of_weight + sizes.num_experts;

@@ -98,8 +98,8 @@ FM_DEVICE float slot_gradient(const kernel::BackwardParams& params, int32_t toke
   return row == kUndefined ? not_a_number() : sum;
 }
 
-// What the gating's derivative needs of all experts' logits: the softmax's largest and its sum. Whole
-// warp.
+// What the gating's derivative needs of all experts' logits: the softmax's largest and its sum.
+// Whole warp.
 struct SoftmaxOfAll {
   float top;
   float sum;
@@ -168,9 +168,8 @@ FM_DEVICE void differentiate_router(const kernel::BackwardParams& params, int32_
   const float grad_raw = has_slot ? divide(router.scale * (grad_weight - mean), sum) : 0.0f;
   const float dot = warp_sum(raw * grad_raw);
   for (int32_t e = lane; e < sizes.num_experts; e += 32) {
-    float grad = routing.grad_logits.data != nullptr
-                     ? tile::read_real(routing.grad_logits, token, e)
-                     : 0.0f;
+    float grad =
+        routing.grad_logits.data != nullptr ? tile::read_real(routing.grad_logits, token, e) : 0.0f;
     if (router.score == FM_SCORE_SOFTMAX) grad -= all.of(logits[e]) * dot;
     grad_logits[e] = grad;
   }

@@ -1,8 +1,8 @@
 // The epilogue of dA' = dY W_down: reads Z, writes w A and dZ, and sums <A, dA'> of every row.
 //
-// Z comes chunk by chunk (16 rows by 64 columns of A: one or two boxes) into shared memory, dZ takes
-// its place there, and all goes out by the copy engine. Four sets of buffers: two chunks are on
-// their way in and one out while another is worked on.
+// Z comes chunk by chunk (16 rows by 64 columns of A: one or two boxes) into shared memory, dZ
+// takes its place there, and all goes out by the copy engine. Four sets of buffers: two chunks are
+// on their way in and one out while another is worked on.
 #pragma once
 
 #include "cuda/config/backward.h"
@@ -14,14 +14,13 @@
 namespace flashmoe::cuda::tile {
 
 // [set][gate (or x), up, A]
-using HiddenChunks =
-    uint8_t[config::kHiddenSets][config::kHiddenBuffers][config::kHiddenBytes];
+using HiddenChunks = uint8_t[config::kHiddenSets][config::kHiddenBuffers][config::kHiddenBytes];
 
 // Of one math warpgroup.
 struct HiddenGradMemory {
   HiddenChunks* chunks;
-  uint64_t z_full[config::kHiddenSets];  // phase n: the set's n-th chunk of Z is there
-  uint32_t phases;                       // bit s: parity of set s's next phase
+  uint64_t z_full[config::kHiddenSets];          // phase n: the set's n-th chunk of Z is there
+  uint32_t phases;                               // bit s: parity of set s's next phase
   alignas(8) float weights[config::kMaxTokens];  // of the tile's rows
   float dots[2][4][config::kHiddenRows];         // [chunk % 2][warp][row]
 
@@ -65,18 +64,8 @@ class HiddenPlace {
   const volatile Tile& tile_;
 };
 
-// Places of a thread in its warpgroup, kept in registers: reading the thread's index takes longer than
-// an element's derivative.
-struct HiddenThread {
-  uint32_t lane;
-  uint32_t warp;  // of the warpgroup
-  uint32_t row;   // byte in a chunk's buffer of its row of an 8 x 8 matrix: the warp's first column
-
-  FM_DEVICE HiddenThread()
-      : lane(static_cast<uint32_t>(ptx::thread_idx()) % 32),
-        warp(static_cast<uint32_t>(ptx::thread_idx()) % config::kWarpgroup / 32),
-        row(lane % 8 * 128 + ((2 * warp ^ lane % 8) << 4)) {}
-};
+// As ptx::lane_idx(), whose divisions need not mind a sign.
+FM_DEVICE uint32_t lane_of_warp() { return static_cast<uint32_t>(ptx::thread_idx()) % 32; }
 
 // Gate and up (or x) of two tokens, 2 q and 2 q + 1 of a group of 8, in one of a thread's columns.
 struct ZPair {
@@ -89,8 +78,8 @@ struct ZPair {
 template <bool kGated>
 class ChunkAccess {
  public:
-  FM_DEVICE ChunkAccess(const HiddenThread& thread, uint32_t buffers, bool interleaved)
-      : thread_(thread), buffers_(buffers), interleaved_(kGated && interleaved) {}
+  FM_DEVICE ChunkAccess(uint32_t buffers, bool interleaved)
+      : buffers_(buffers), interleaved_(kGated && interleaved) {}
 
   FM_DEVICE ZPair load(int group, int column) const {
     if (!interleaved_) {
@@ -118,29 +107,34 @@ class ChunkAccess {
  private:
   static constexpr uint32_t kLowHalves = 0x5410;
   static constexpr uint32_t kHighHalves = 0x7632;
+  FM_DEVICE static uint32_t warp_idx() {
+    return static_cast<uint32_t>(ptx::thread_idx()) % config::kWarpgroup / 32;
+  }
 
   // Of an 8 x 8 matrix: the column'th half of this warp's 16 columns.
   FM_DEVICE uint32_t row_address(int group, int column) const {
-    return buffers_ + group * 1024 + (thread_.row ^ column << 4);
+    const uint32_t token = lane_of_warp() % 8;
+    return buffers_ + group * 1024 + token * 128 + ((2 * warp_idx() + column ^ token) << 4);
   }
   // Of gate and up of one element: token 2 q + second.
   FM_DEVICE uint32_t word_address(int group, int second, int column) const {
-    const uint32_t token = thread_.lane % 4 * 2 + second;
-    const uint32_t place = thread_.warp % 2 * 16 + thread_.lane / 4 + column * 8;
-    return buffers_ + thread_.warp / 2 * config::kHiddenBytes + group * 1024 + token * 128 +
+    const uint32_t lane = lane_of_warp();
+    const uint32_t warp = warp_idx();
+    const uint32_t token = lane % 4 * 2 + second;
+    const uint32_t place = warp % 2 * 16 + lane / 4 + column * 8;
+    return buffers_ + warp / 2 * config::kHiddenBytes + group * 1024 + token * 128 +
            ((place / 4 ^ token) << 4) + place % 4 * 4;
   }
 
-  const HiddenThread& thread_;
   uint32_t buffers_;
   bool interleaved_;
 };
 
-// Sums over the warp's 16 columns of two tokens' values (of tokens 2 q and 2 q + 1 of a group of 8).
-// Every lane gets that of token 2 (lane % 4) + lane / 4 % 2.
-FM_DEVICE float sum_of_columns(uint32_t lane, float even, float odd) {
+// Sums over the warp's 16 columns of two tokens' values (of tokens 2 q and 2 q + 1 of a group of
+// 8). Every lane gets that of token 2 (lane % 4) + lane / 4 % 2.
+FM_DEVICE float sum_of_columns(float even, float odd) {
   constexpr uint32_t kAll = 0xFFFFFFFF;
-  const bool is_odd = (lane >> 2 & 1) != 0;
+  const bool is_odd = (lane_of_warp() >> 2 & 1) != 0;
   float sum = is_odd ? odd : even;
   sum += __shfl_xor_sync(kAll, is_odd ? even : odd, 4);
   sum += __shfl_xor_sync(kAll, sum, 8);
@@ -153,15 +147,15 @@ FM_DEVICE float sum_of_columns(uint32_t lane, float even, float odd) {
 // leave few registers.
 template <class Element, bool kGated, class Function>
 FM_DEVICE float differentiate_chunk(const kernel::BackwardParams& params, const Function& function,
-                                    const HiddenThread& thread, const float* sums, int first_group, uint32_t buffers,
+                                    const float* sums, int first_group, uint32_t buffers,
                                     const float* weights, float dots) {
-  const ChunkAccess<kGated> access(thread, buffers, params.sizes.interleaved);
+  const ChunkAccess<kGated> access(buffers, params.sizes.interleaved);
   const auto& activation = params.forward.activation;
   FM_UNROLL
   for (int group = 0; group < config::kHiddenRows / 8; ++group) {
     float even = 0.0f, odd = 0.0f;
     const float2 weight =
-        *reinterpret_cast<const float2*>(weights + group * 8 + thread.lane % 4 * 2);
+        *reinterpret_cast<const float2*>(weights + group * 8 + lane_of_warp() % 4 * 2);
     FM_UNROLL
     for (int column = 0; column < 2; ++column) {
       const float* grads = sums + (first_group + group) * 4 + column * 2;
@@ -179,8 +173,8 @@ FM_DEVICE float differentiate_chunk(const kernel::BackwardParams& params, const 
       access.store(group, column, z,
                    Element::pack(weight.x * first.activated, weight.y * second.activated));
     }
-    const float sum = sum_of_columns(thread.lane, even, odd);
-    dots += thread.lane / 8 == group ? sum : 0.0f;
+    const float sum = sum_of_columns(even, odd);
+    dots += lane_of_warp() / 8 == group ? sum : 0.0f;
   }
   return dots;
 }
@@ -257,7 +251,6 @@ class HiddenGrad {
     constexpr config::GroupedProduct kConfig = Config::value;
     static_assert(kConfig.max_tokens % config::kHiddenRows == 0);
     using Element = ElementOf<kConfig.element>;
-    const HiddenThread thread;
     FM_UNROLL
     for (int row_chunk = 0; row_chunk < kConfig.max_tokens / config::kHiddenRows; ++row_chunk) {
       if (row_chunk * config::kHiddenRows >= place.num_rows()) break;
@@ -270,15 +263,15 @@ class HiddenGrad {
         waiter.wait(&memory().z_full[set], (phases() >> set ^ row_chunk / 2) & 1,
                     sync::WaitTag::kStageFull);
         dots = differentiate_chunk<Element, kGated>(
-            params, function, thread, sums + half * (kConfig.max_tokens / 2),
+            params, function, sums + half * (kConfig.max_tokens / 2),
             row_chunk * (config::kHiddenRows / 8), ptx::shared_address((*memory().chunks)[set]),
             memory().weights + row_chunk * config::kHiddenRows, dots);
-        put_dots(thread, row_chunk, dots);
+        put_dots(row_chunk, dots);
         ptx::fence_proxy_async(ptx::space_shared);
         staging.sync();
         if (Staging::is_storer()) store<kGated>(params, place, row_chunk, half);
       }
-      write_parts(params, thread, place, row_chunk);
+      write_parts(params, place, row_chunk);
     }
     staging.sync();  // all have read the phases and weights
     if (Staging::is_storer()) pass_phases(params, place);
@@ -332,15 +325,16 @@ class HiddenGrad {
     ptx::cp_async_bulk_commit_group();
   }
 
-  FM_DEVICE void put_dots(const HiddenThread& thread, int row_chunk, float dots) {
-    if (thread.lane >= config::kHiddenRows) return;
-    memory().dots[row_chunk % 2][thread.warp][thread.lane] = dots;
+  FM_DEVICE void put_dots(int row_chunk, float dots) {
+    const uint32_t lane = lane_of_warp();
+    if (lane >= config::kHiddenRows) return;
+    memory().dots[row_chunk % 2][thread_of_warpgroup() / 32][lane] = dots;
   }
   // The four warps' sums of a chunk's rows, which all have put; the first warp adds them.
-  FM_DEVICE void write_parts(const kernel::BackwardParams& params, const HiddenThread& thread,
-                             const HiddenPlace& place, int row_chunk) {
-    const uint32_t lane = thread.lane;
-    if (thread.warp > 0 || lane >= config::kHiddenRows) return;
+  FM_DEVICE void write_parts(const kernel::BackwardParams& params, const HiddenPlace& place,
+                             int row_chunk) {
+    const uint32_t lane = thread_of_warpgroup();
+    if (lane >= config::kHiddenRows) return;
     const int32_t token = row_chunk * config::kHiddenRows +
                           static_cast<int32_t>(lane / 8 * 8 + lane % 4 * 2 + (lane >> 2 & 1));
     if (token >= place.num_rows() || place.column() >= params.forward.sizes.intermediate) return;

@@ -37,8 +37,8 @@ FM_DEVICE void multiply(float* sums, const Stage* ring,
       const uint64_t b = tokens + step * kTokenDepthStep;
       const int accumulate = (k_block | step) != 0;
       ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(sums, a, b, accumulate);
-      ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(
-          sums + kSecondHalf, a + kHalfStep, b, accumulate);
+      ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(sums + kSecondHalf,
+                                                                   a + kHalfStep, b, accumulate);
     }
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<1>();
