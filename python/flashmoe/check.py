@@ -143,16 +143,14 @@ def missing_on_cuda(case, dtype, ranks, gradients):
         return "no CUDA device that torch can use (cuda)"
     if "built without CUDA" in _core.build_info():
         return "no CUDA engine in this build (cuda)"
-    if gradients:
-        return "no backward on CUDA yet"
+    if gradients and ranks > 1:
+        return "no backward of several ranks on CUDA yet"
     if ranks > torch.cuda.device_count():
         return f"needs {ranks} GPUs, a rank each"
     if ranks > 1 and case.refused:
         return "a refusal of one of several ranks on CUDA ends its group"
     if dtype not in CUDA_DTYPES:
         return f"the CUDA engine takes {' and '.join(CUDA_DTYPES)}"
-    if case.save_z and not case.refused:
-        return "no saved Z on CUDA yet"
     return ""
 
 

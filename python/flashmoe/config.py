@@ -220,6 +220,6 @@ def gate_layout(activation: Activation, has_w_gate: bool, interleaved: bool) -> 
 def z_rows(tokens: Any, top_k: int, num_local_experts: int) -> Any:
     """Rows of ``z`` on a group of one rank: ``fm_z_rows``, also for symbolic ``tokens``.
 
-    Every expert's rows start at a multiple of 8.
+    Every expert's rows start at a multiple of 16 at most.
     """
-    return (tokens * top_k + num_local_experts * 7 + 7) // 8 * 8
+    return (tokens * top_k + num_local_experts * 15 + 15) // 16 * 16

@@ -73,8 +73,9 @@ def _empty_outputs(tensors: Tensors, layer: str, group: str, save_z: bool) -> Te
             )
         rows = config.z_rows(x.shape[0], decoded.top_k, w_up.shape[0])
         width = w_up.shape[1] * (2 if decoded.gate_layout == "separate" else 1)
-        # Not all rows are used: an output must not show what was in the memory before.
-        outputs["z"] = x.new_zeros((rows, width))
+        # Not all rows are used: an output must not show what was in the memory before. On CUDA
+        # that would be a second kernel.
+        outputs["z"] = (x.new_empty if x.is_cuda else x.new_zeros)((rows, width))
     return outputs
 
 

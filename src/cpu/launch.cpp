@@ -362,11 +362,6 @@ int64_t panel_bytes(const Call& call, const TileConfig& tiles, int64_t element_b
   return std::max({up, down, weight, bias, chunk + router, logits, router_gradient}) + kRounding;
 }
 
-int64_t max_rows_alone(const plan::Problem& problem) {
-  return plan::max_rows(problem.slots(), problem.local_experts(),
-                        choose_tiles(problem).block.row_align);
-}
-
 void run_call(const Call& call, fabric::Group& group, Workspace& workspace, ThreadPool& pool,
               fm_stats& stats) {
   with_dtype(call.layer.dtype, [&](auto zero) {

@@ -152,9 +152,6 @@ void run_call(const Call& call, fabric::Group& group, Workspace& workspace, Thre
 // Takes part in the peers' launch as a rank that cannot: they fail with FM_MISMATCH and `reason`.
 void refuse_call(fabric::Group& group, const std::string& reason);
 
-// Bound of the rows of a rank alone, padding included (fm_z_rows).
-int64_t max_rows_alone(const plan::Problem& problem);
-
 #define FM_FOR_EACH_DTYPE(X) X(double) X(float) X(bf16) X(fp16)
 
 }  // namespace flashmoe::cpu

@@ -188,9 +188,11 @@ void on_cuda(fm_group_s& g, Body&& body) {
   }
 }
 
-void launch_on_cuda(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {
+// launch: of the CUDA engine.
+template <class Launch>
+void launch_on_cuda(fm_group_s& g, const Launch& launch) {
   g.group.waiter().check_abort();
-  on_cuda(g, [&] { g.cuda.forward(layer, args, cuda_options(g.group)); });
+  on_cuda(g, [&] { launch(cuda_options(g.group)); });
   g.last_on_cuda = true;
   g.stats = {};
   g.stats.epoch = g.group.world() == 1 ? g.group.begin_epoch() : g.cuda.launches();
@@ -214,11 +216,11 @@ void run_forward(fm_group_s& g, const fm_layer* layer, const fm_forward_args* ar
   const auto given = checked(g, [&] { return take_versioned(args, "fm_forward_args"); });
   g.is_on_cuda = checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); });
   if (g.is_on_cuda) {
-    launch_on_cuda(g, known, checked(g, [&] {
-                     return naming(known, [&] {
-                       return flashmoe::engine::make_cuda_forward(g.group, known, given);
-                     });
-                   }));
+    const auto call = checked(g, [&] {
+      return naming(known,
+                    [&] { return flashmoe::engine::make_cuda_forward(g.group, known, given); });
+    });
+    launch_on_cuda(g, [&](const auto& options) { g.cuda.forward(known, call, options); });
   } else {
     launch_on_cpu(g, checked(g, [&] {
                     return naming(known, [&] {
@@ -233,12 +235,19 @@ void run_backward(fm_group_s& g, const fm_layer* layer, const fm_backward_args* 
   const auto known = checked(g, [&] { return take_versioned(layer, "fm_layer"); });
   const auto given = checked(g, [&] { return take_versioned(args, "fm_backward_args"); });
   g.is_on_cuda = checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); });
-  if (g.is_on_cuda) flashmoe::engine::refuse_cuda_backward();  // on every rank: nobody waits
-  launch_on_cpu(g, checked(g, [&] {
-                  return naming(known, [&] {
-                    return flashmoe::engine::make_backward_call(g.group, known, given);
-                  });
-                }));
+  if (g.is_on_cuda) {
+    const auto call = checked(g, [&] {
+      return naming(known,
+                    [&] { return flashmoe::engine::make_cuda_backward(g.group, known, given); });
+    });
+    launch_on_cuda(g, [&](const auto& options) { g.cuda.backward(known, call, options); });
+  } else {
+    launch_on_cpu(g, checked(g, [&] {
+                    return naming(known, [&] {
+                      return flashmoe::engine::make_backward_call(g.group, known, given);
+                    });
+                  }));
+  }
 }
 
 std::string explain(fm_group_s& g, const fm_layer& layer, const fm_forward_args& args) {
@@ -462,7 +471,7 @@ fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64
     problem.intermediate = known.intermediate;
     problem.num_experts = known.num_experts;
     problem.top_k = known.top_k;
-    take_out(rows, "rows") = flashmoe::cpu::max_rows_alone(problem);
+    take_out(rows, "rows") = flashmoe::plan::max_z_rows(problem.slots(), problem.num_experts);
   });
 }
 

@@ -6,15 +6,30 @@
 namespace flashmoe::engine {
 namespace {
 
-void check_supported(const fm_layer& layer, const cpu::Operands& operands) {
+void check_supported(const fm_layer& layer) {
   if (layer.dtype != FM_BF16 && layer.dtype != FM_F16) {
     fail(FM_UNSUPPORTED, "x is ", layer.dtype == FM_F64 ? "float64" : "float32",
          " on a CUDA device, where bfloat16 and float16 are supported; the CPU takes all four");
   }
-  if (cpu::present(operands.z)) {
-    fail(FM_UNSUPPORTED,
-         "z (save_z) is not written on a CUDA device yet: leave it out (save_z=False)");
-  }
+}
+
+// The operands that both argument structs name alike, as they were checked.
+template <class Args>
+Args with_shared(Args args, const cpu::Operands& o) {
+  args.x = o.x;
+  args.w_router = o.w_router;
+  args.router_bias = o.router_bias;
+  args.selection_bias = o.selection_bias;
+  args.topk_ids = o.topk_ids;
+  args.topk_weights = o.topk_weights;
+  args.w_gate = o.w_gate;
+  args.w_up = o.w_up;
+  args.w_down = o.w_down;
+  args.b_up = o.b_up;
+  args.b_down = o.b_down;
+  args.logits = o.logits;
+  args.z = o.z;
+  return args;
 }
 
 }  // namespace
@@ -31,30 +46,36 @@ bool is_on_cuda(int32_t device_type) {
 fm_forward_args make_cuda_forward(const fabric::Group& group, const fm_layer& layer,
                                   const fm_forward_args& args) {
   const cpu::Operands o = make_forward_call(group, layer, args).operands;
-  check_supported(layer, o);
-  fm_forward_args checked = args;
-  checked.x = o.x;
-  checked.w_router = o.w_router;
-  checked.router_bias = o.router_bias;
-  checked.selection_bias = o.selection_bias;
-  checked.topk_ids = o.topk_ids;
-  checked.topk_weights = o.topk_weights;
-  checked.w_gate = o.w_gate;
-  checked.w_up = o.w_up;
-  checked.w_down = o.w_down;
-  checked.b_up = o.b_up;
-  checked.b_down = o.b_down;
+  check_supported(layer);
+  fm_forward_args checked = with_shared(args, o);
   checked.y = o.y;
-  checked.logits = o.logits;
   checked.tokens_per_expert = o.tokens_per_expert;
   checked.dropped = o.dropped;
   return checked;
 }
 
-void refuse_cuda_backward() {
-  fail(FM_UNSUPPORTED,
-       "the backward of CUDA tensors does not exist yet: run the layer under torch.no_grad(), or "
-       "train on the CPU");
+fm_backward_args make_cuda_backward(const fabric::Group& group, const fm_layer& layer,
+                                    const fm_backward_args& args) {
+  const cpu::Operands o = make_backward_call(group, layer, args).operands;
+  check_supported(layer);
+  if (group.world() > 1) {
+    fail(FM_UNSUPPORTED, "grad_y is on a CUDA device in a group of ", group.world(),
+         " ranks, whose backward does not exist yet: use one rank, or the CPU");
+  }
+  fm_backward_args checked = with_shared(args, o);
+  checked.grad_y = o.grad_y;
+  checked.grad_weights = o.grad_weights;
+  checked.grad_logits = o.grad_logits;
+  checked.grad_x = o.grad_x;
+  checked.grad_topk_weights = o.grad_topk_weights;
+  checked.grad_w_router = o.grad_w_router;
+  checked.grad_router_bias = o.grad_router_bias;
+  checked.grad_w_gate = o.grad_w_gate;
+  checked.grad_w_up = o.grad_w_up;
+  checked.grad_w_down = o.grad_w_down;
+  checked.grad_b_up = o.grad_b_up;
+  checked.grad_b_down = o.grad_b_down;
+  return checked;
 }
 
 }  // namespace flashmoe::engine

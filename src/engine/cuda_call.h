@@ -15,7 +15,7 @@ bool is_on_cuda(int32_t device_type);
 fm_forward_args make_cuda_forward(const fabric::Group& group, const fm_layer& layer,
                                   const fm_forward_args& args);
 
-// Throws FM_UNSUPPORTED: there is no backward on CUDA yet.
-[[noreturn]] void refuse_cuda_backward();
+fm_backward_args make_cuda_backward(const fabric::Group& group, const fm_layer& layer,
+                                    const fm_backward_args& args);
 
 }  // namespace flashmoe::engine

@@ -37,6 +37,13 @@ FM_HD constexpr int64_t max_rows(int64_t slots, int64_t local_experts, int64_t r
   return align_up(slots + local_experts * (row_align - 1), row_align);
 }
 
+// Rows of a z for `slots` slots, whichever engine writes it (fm_z_rows): an expert's first row is a
+// multiple of 8 on the CPU, of 16 on CUDA.
+FM_HD constexpr int64_t max_z_rows(int64_t slots, int64_t local_experts) {
+  constexpr int64_t kRowAlign = 16;
+  return max_rows(slots, local_experts, kRowAlign);
+}
+
 // Step of the source that the expert's row `row_idx` came from.
 FM_HD inline int32_t step_of_row(const Problem& problem, const int64_t* segment_begin,
                                  int64_t local_expert_idx, int64_t row_idx) {

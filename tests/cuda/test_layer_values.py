@@ -185,14 +185,6 @@ def test_module_and_leading_dimensions():
     assert torch.equal(y[1], module(x[1]).detach())
 
 
-def test_backward_says_that_there_is_none():
-    layer = make_layer()
-    layer.x.requires_grad_()
-    y, _ = layer()
-    with pytest.raises(UnsupportedError, match="backward of CUDA tensors does not exist yet"):
-        y.sum().backward()
-
-
 def test_operands_on_two_devices_are_named():
     layer = make_layer()
     layer.w_down = layer.w_down.cpu()

@@ -34,6 +34,8 @@ struct Forward {
   }
 };
 
+// Most rows of a block.
+inline constexpr int32_t kForwardBlockRows = Forward{}.up().max_tokens;
 inline constexpr int32_t kCommRegisters = 64;
 inline constexpr int32_t kForwardThreads = 4 * kWarpgroup;  // load, math, math, comm
 inline constexpr int32_t kForwardWarps = kForwardThreads / 32;

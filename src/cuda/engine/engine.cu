@@ -17,7 +17,8 @@ struct Engine::State {
   uint32_t launches = 0;
   bool breaks_group = false;
 
-  Workspace& of(const fm_forward_args& args) {
+  template <class Args>
+  Workspace& of(const Args& args) {
     const auto stream = static_cast<cudaStream_t>(args.stream);
     return workspaces.try_emplace(args.device, args.device, stream).first->second;
   }
@@ -51,6 +52,15 @@ void Engine::forward(const fm_layer& layer, const fm_forward_args& args,
     const RankView view{state_->rank, state_->ranks.get()};
     state_->last = &state_->of(args);
     state_->last->forward(layer, args, options, view);
+    ++state_->launches;
+  });
+}
+
+void Engine::backward(const fm_layer& layer, const fm_backward_args& args,
+                      const LaunchOptions& options) {
+  state_->contained([&] {
+    state_->last = &state_->of(args);
+    state_->last->backward(layer, args, options);
     ++state_->launches;
   });
 }

@@ -39,6 +39,8 @@ class Engine {
   // that has the kernels or with the reason why they do not take the layer, FM_OUT_OF_MEMORY, what
   // RankGroup::memory() throws.
   void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);
+  // The same for a backward; both kinds share scratch and order.
+  void backward(const fm_layer& layer, const fm_backward_args& args, const LaunchOptions& options);
 
   // Waits for the launches of forward() (not for replays), then throws the failure of one, once;
   // the engine can be used again afterwards, unless it was one that stopped the group.

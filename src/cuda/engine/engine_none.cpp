@@ -41,6 +41,8 @@ Engine::~Engine() = default;
 
 void Engine::forward(const fm_layer&, const fm_forward_args&, const LaunchOptions&) { refuse(); }
 
+void Engine::backward(const fm_layer&, const fm_backward_args&, const LaunchOptions&) { refuse(); }
+
 void Engine::finish() {}
 
 void Engine::time_last(fm_stats&) const {}

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/fabric/rank_memory.h"
+#include "cuda/launch/backward.h"
 #include "cuda/launch/check.h"
 #include "cuda/launch/device.h"
 #include "cuda/launch/device_guard.h"
@@ -131,10 +132,7 @@ void Workspace::launch(const fm_layer& layer, const fm_forward_args& args,
     ranks.regions = memory->regions();
     launch::check_supported(layer, args, ranks);
   }
-  reserve(launch::forward_scratch_bytes(layer, args, ranks), stream, capturing);
-  if (!capturing) follow_last(stream);
-  timeout_seconds_ = options.timeout_seconds;
-  launch_id_ = sync::next_holder(launch_id_);
+  begin_launch(launch::forward_scratch_bytes(layer, args, ranks), stream, options, capturing);
   launch::launch_forward({.layer = layer,
                           .operands = args,
                           .scratch = scratch_.memory,
@@ -144,12 +142,43 @@ void Workspace::launch(const fm_layer& layer, const fm_forward_args& args,
                           .ranks = ranks,
                           .launch_id = launch_id_,
                           .stream = stream});
+  if (capturing && memory != nullptr) memory->keep();
+  end_launch(stream, capturing);
+}
+
+void Workspace::backward(const fm_layer& layer, const fm_backward_args& args,
+                         const LaunchOptions& options) {
+  const DeviceGuard guard(device_);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  const bool capturing = is_capturing(stream);
+  if (has_report()) throw take_report({}, capturing);
+  launch::check_supported(layer, args);
+  begin_launch(launch::backward_scratch_bytes(layer, args), stream, options, capturing);
+  launch::launch_backward({.layer = layer,
+                           .operands = args,
+                           .scratch = scratch_.memory,
+                           .report = device_report_,
+                           .timeout_ns = nanoseconds(options.timeout_seconds),
+                           .max_sms = options.max_sms,
+                           .launch_id = launch_id_,
+                           .stream = stream});
+  end_launch(stream, capturing);
+}
+
+// Makes room and puts the launch behind those before it.
+void Workspace::begin_launch(int64_t scratch_bytes, cudaStream_t stream,
+                             const LaunchOptions& options, bool capturing) {
+  reserve(scratch_bytes, stream, capturing);
+  if (!capturing) follow_last(stream);
+  timeout_seconds_ = options.timeout_seconds;
+  launch_id_ = sync::next_holder(launch_id_);
+}
+void Workspace::end_launch(cudaStream_t stream, bool capturing) {
   if (capturing) {
     scratch_.captured = true;
-    if (memory != nullptr) memory->keep();
-    return;
+  } else {
+    record_last(stream);
   }
-  record_last(stream);
 }
 
 void Workspace::record_last(cudaStream_t stream) {

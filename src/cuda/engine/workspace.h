@@ -41,6 +41,8 @@ class Workspace {
   // make theirs too.
   void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options,
                const RankView& view);
+  // Of a rank alone.
+  void backward(const fm_layer& layer, const fm_backward_args& args, const LaunchOptions& options);
 
   // Waits for the last launch that was not captured, then throws what a launch has reported:
   // HarmlessError where is_harmless(). Makes scratch and report as new, so that the next launch
@@ -67,6 +69,9 @@ class Workspace {
   Error take_report(const RankView& view, bool capturing);
   void launch(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options,
               const RankView& view, bool capturing);
+  void begin_launch(int64_t scratch_bytes, cudaStream_t stream, const LaunchOptions& options,
+                    bool capturing);
+  void end_launch(cudaStream_t stream, bool capturing);
   void reserve(int64_t bytes, cudaStream_t stream, bool capturing);
   void follow_last(cudaStream_t stream) const;
   void record_last(cudaStream_t stream);

@@ -32,6 +32,7 @@
 #include "cuda/sync/grid_barrier.cuh"
 #include "cuda/sync/holder.h"
 #include "cuda/tile/expert_memory.cuh"
+#include "cuda/tile/pre_activation.cuh"
 #include "cuda/tile/shared_memory.cuh"
 
 namespace flashmoe::cuda::kernel {
@@ -132,10 +133,11 @@ struct ForwardJob {
     constexpr int32_t kLead = 4;
     return max(num_k_blocks / 2 - kLead, 0);
   }
-  FM_DEVICE static const CUtensorMap& token_map(const Params& params, const tile::Tile& tile) {
-    const auto& maps = tile.product == tile::kUpProduct ? params.row_tokens : params.hidden_tokens;
-    return maps[tile.num_steps() - 1];
+  FM_DEVICE static uint32_t stage_bytes(const tile::Tile& tile) {
+    constexpr config::GroupedProduct kOne = kShape;  // device code has no address of the member
+    return kOne.weight_bytes() + kOne.token_bytes(tile.num_steps());
   }
+  FM_DEVICE static void wait_for_weights(const Params&, const tile::Tile&, sync::Waiter&) {}
   FM_DEVICE static void wait_for_tokens(const Params& params, const tile::Tile& tile,
                                         sync::Waiter& waiter) {
     if (!tile.is_ready) {
@@ -144,23 +146,46 @@ struct ForwardJob {
     }
     ptx::fence_proxy_async(ptx::space_global);
   }
-  // Separate gate and up tensors are two copies of 64 rows.
-  FM_DEVICE static void load_weights(const Params& params, uint8_t* destination, uint64_t* full,
-                                     const tile::Tile& tile, int32_t weight_tile_idx,
-                                     int32_t depth) {
-    const int32_t e = tile.local_expert_idx;
-    if (tile.product == tile::kDownProduct) {
-      tile::load_weights<Down>(destination, full, params.down_weights, e, weight_tile_idx, depth);
-      return;
+  class WeightLoad {
+   public:
+    FM_DEVICE WeightLoad(const Params& params, const tile::Tile& tile, int32_t cta_rank)
+        : params_(params), tile_(tile), weight_tile_idx_(2 * tile.weight_pair_idx + cta_rank) {}
+    // Separate gate and up tensors are two copies of 64 rows.
+    FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
+      if (tile_.product == tile::kDownProduct) {
+        load_from<Down>(params_.down_weights, to, full, depth);
+        return;
+      }
+      load_from<Up>(params_.up_weights[0], to, full, depth);
+      if (kShape.epilogue != config::Epilogue::kGated || !params_.separate_gate) return;
+      constexpr int32_t kHalf = kShape.weight_bytes() / 2;
+      load_from<Up>(params_.up_weights[1], to + kHalf, full, depth);
     }
-    tile::load_weights<Up>(destination, full, params.up_weights[0], e, weight_tile_idx, depth);
-    if (kShape.epilogue != config::Epilogue::kGated || !params.separate_gate) return;
-    tile::load_weights<Up>(destination + kShape.weight_bytes() / 2, full, params.up_weights[1], e,
-                           weight_tile_idx, depth);
-  }
+
+   private:
+    template <class Product>
+    FM_DEVICE void load_from(const CUtensorMap& map, uint8_t* to, uint64_t* full,
+                             int32_t depth) const {
+      tile::load_weights<Product>(to, full, map, tile_.local_expert_idx, weight_tile_idx_, depth);
+    }
+
+    const Params& params_;
+    const tile::Tile& tile_;
+    int32_t weight_tile_idx_;
+  };
+  struct TokenLoad : tile::TokenLoad {
+    FM_DEVICE TokenLoad(const Params& params, const tile::Tile& tile, int32_t cta_rank)
+        : tile::TokenLoad(map_of(params, tile), tile, cta_rank) {}
+
+   private:
+    FM_DEVICE static const CUtensorMap& map_of(const Params& params, const tile::Tile& tile) {
+      const bool is_up = tile.product == tile::kUpProduct;
+      return (is_up ? params.row_tokens : params.hidden_tokens)[tile.num_steps() - 1];
+    }
+  };
   // Both mainloops are one where the weights' major orders are.
   template <class... Operands>
-  FM_DEVICE static void multiply(const tile::Tile& tile, Operands&&... operands) {
+  FM_DEVICE static void multiply(const Params&, const tile::Tile& tile, Operands&&... operands) {
     if constexpr (Config::value.up_major == Config::value.down_major) {
       tile::multiply_steps<Up>(tile.num_steps(), operands...);
     } else if (tile.product == tile::kUpProduct) {
@@ -169,27 +194,35 @@ struct ForwardJob {
       tile::multiply_steps<Down>(tile.num_steps(), operands...);
     }
   }
-  // Stores a tile's results and counts it where its readers wait.
-  FM_DEVICE static void finish(const Params& params, const float* sums, tile::Staging& staging,
-                               const tile::Tile& current) {
-    const tile::Tile tile = current;
-    const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
-    uint32_t* done;
-    if (tile.product == tile::kUpProduct) {
-      const tile::RowBias bias = tile::load_bias<Up>(params.up_bias, tile, weight_tile_idx);
-      tile::with_results<Up>(sums, params.activation, bias, [&](const auto& results) {
-        tile::store_tile<Up>(results, staging, params.hidden_out, tile, weight_tile_idx);
-      });
-      done = &params.memory.up_done[tile.row_begin / config::kRowGroup];
-    } else {
-      const tile::RowBias bias = tile::load_bias<Down>(params.down_bias, tile, weight_tile_idx);
-      tile::with_results<Down>(sums, params.activation, bias, [&](const auto& results) {
-        tile::store_tile<Down>(results, staging, params.row_out, tile, weight_tile_idx);
-      });
-      done = &params.memory.down_done[tile.weight_pair_idx / params.sizes.column_pairs];
+  struct Output : tile::StagedOutput {
+    FM_DEVICE Output(Shared& smem, int warpgroup_idx)
+        : tile::StagedOutput(smem.staging[warpgroup_idx], warpgroup_idx) {}
+    // Stores a tile's results and counts it where its readers wait.
+    FM_DEVICE void finish(const Params& params, const float* sums, const tile::Tile& current,
+                          sync::Waiter&) {
+      // By itself: no register holds a tile or a bias meanwhile.
+      if (params.keeps_z && current.product == tile::kUpProduct) {
+        tile::store_pre_activation<Up>(params, sums, this->staging, current);
+      }
+      const tile::Tile tile = current;
+      const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
+      uint32_t* done;
+      if (tile.product == tile::kUpProduct) {
+        const tile::RowBias bias = tile::load_bias<Up>(params.up_bias, tile.local_expert_idx, weight_tile_idx);
+        tile::with_results<Up>(sums, params.activation, bias, [&](const auto& results) {
+          tile::store_tile<Up>(results, this->staging, params.hidden_out, tile, weight_tile_idx);
+        });
+        done = &params.memory.up_done[tile.row_begin / config::kRowGroup];
+      } else {
+        const tile::RowBias bias = tile::load_bias<Down>(params.down_bias, tile.local_expert_idx, weight_tile_idx);
+        tile::with_results<Down>(sums, params.activation, bias, [&](const auto& results) {
+          tile::store_tile<Down>(results, this->staging, params.row_out, tile, weight_tile_idx);
+        });
+        done = &params.memory.down_done[tile.weight_pair_idx / params.sizes.column_pairs];
+      }
+      this->staging.publish(done);
     }
-    staging.publish(done);
-  }
+  };
 };
 
 // Logits of the fused router. False if a CTA did not come in time.
@@ -224,13 +257,25 @@ FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>
   }
   const int32_t num_blocks =
       stage::is_alone(params)
-          ? stage::place_rows(params, arena, experts_of(params, smem))
+          ? stage::place_rows<config::kForwardBlockRows>(params, arena, experts_of(params, smem))
           : stage::plan_ranks(params, arena, experts_of(params, smem), smem.extra.ranks);
   if (num_blocks < 0) return false;
   if (ptx::thread_idx() == 0) smem.extra.num_blocks = num_blocks;
   // The arena becomes operand stages, which the copy engine fills.
   ptx::fence_proxy_async(ptx::space_shared);
   return sizes.has_few_slots || sync::meet_all(barrier, params.waits);
+}
+
+// Combines until no unit is left; the last warp ends the launch. Whole warp.
+template <class Config, int kPieces, int kRows>
+FM_DEVICE void combine_outputs(const ForwardParams& params, ForwardShared<Config>& smem,
+                               sync::Waiter& waiter) {
+  if (!stage::combine<Config, kPieces, kRows>(params, smem.extra.ranks, smem.extra.num_blocks,
+                                              waiter)) {
+    return;
+  }
+  set_mark(params, Mark::kEnd);
+  stage::release_scratch(params);
 }
 
 // A warp of the communication warpgroup.
@@ -252,7 +297,7 @@ FM_DEVICE void forward_comm(const ForwardParams& params, ForwardShared<Config>& 
     stage::send_and_copy_rows<Config>(params, smem.extra.ranks, table_of(params, smem), worker_idx,
                                       num_workers, waiter);
   }
-  stage::combine<Config, 1, 4>(params, smem.extra.ranks, smem.extra.num_blocks, waiter);
+  combine_outputs<Config, 1, 4>(params, smem, waiter);
 }
 
 // The roles, after the plan.
@@ -284,13 +329,13 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
   } else {
     ptx::setmaxnreg_inc<Job::kShape.math_registers>();
     math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
-    stage::combine<Config, 2, 8>(params, smem.extra.ranks, smem.extra.num_blocks, waiter);
+    combine_outputs<Config, 2, 8>(params, smem, waiter);
   }
 }
 
 // Whether the scratch is this launch's; the same in all threads of all CTAs.
-template <class Config>
-FM_DEVICE bool take_scratch(const ForwardParams& params, ForwardShared<Config>& smem) {
+template <class Shared>
+FM_DEVICE bool take_scratch(const ForwardParams& params, Shared& smem) {
   uint32_t* holder = &params.memory.state->holder;
   if (!params.may_run_beside) {
     if (ptx::block_idx() == 0 && ptx::thread_idx() == 0)
@@ -323,7 +368,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     ptx::prefetch_tensormap(&params.up_weights[0]);
     ptx::prefetch_tensormap(&params.down_weights);
   }
-  if (!take_scratch<Config>(params, smem)) return;
+  if (!take_scratch(params, smem)) return;
   const bool all_here = route_and_plan<Config>(params, smem);
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();

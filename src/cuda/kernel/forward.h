@@ -19,10 +19,13 @@ enum class Mark : int32_t {
   kStart,
   kRouted,    // its tiles are routed
   kPlanned,   // all CTAs have the plan
-  kUp,        // its first up tile may start
-  kDown,      // its first down tile may start
+  kUp,        // its first up tile may start; backward: its first tile of hidden gradients
+  kDownGrad,  // backward: of the gradient of w_down
+  kDown,      // its first down tile may start; backward: of input gradients
+  kUpGrad,    // backward: of the gradient of w_up
   kLastTile,  // no tile is left
   kEnd,       // all tokens are combined
+  kDone,      // backward: gradients of the router are there
   kCount
 };
 
@@ -75,7 +78,7 @@ struct ForwardMemory {
   int32_t* totals;
   int32_t* experts;
   int32_t* row_token;
-  float* row_weight;
+  float* row_weight;  // null where no row's weight is needed
   int32_t* slot_row;
   int32_t* slot_owner;
   float* logit_parts;
@@ -106,6 +109,9 @@ struct ForwardParams {
   CUtensorMap hidden_tokens[config::kTokenMaps];  // likewise of hidden rows
   CUtensorMap hidden_out;
   CUtensorMap row_out;
+  CUtensorMap z_out;      // if keeps_z
+  bool keeps_z;           // up tiles store their pre-activations, too
+  bool z_is_interleaved;  // gate column i at 2 i, up column at 2 i + 1
   bool separate_gate;
   config::BiasView up_bias;
   config::BiasView down_bias;

@@ -47,30 +47,49 @@ struct ProductJob {
   FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile&) {
     return params.num_k_blocks;
   }
-  FM_DEVICE static const CUtensorMap& token_map(const Params& params, const tile::Tile& tile) {
-    return params.tokens[tile.num_steps() - 1];
+  FM_DEVICE static uint32_t stage_bytes(const tile::Tile& tile) {
+    constexpr config::GroupedProduct kOne = kShape;  // device code has no address of the member
+    return kOne.weight_bytes() + kOne.token_bytes(tile.num_steps());
   }
-  FM_DEVICE static void wait_for_tokens(const Params&, const tile::Tile&, sync::Waiter&) {}
   FM_DEVICE static int32_t pace_block(int32_t num_k_blocks) { return num_k_blocks / 2; }
-  FM_DEVICE static void load_weights(const Params& params, uint8_t* destination, uint64_t* full,
-                                     const tile::Tile& tile, int32_t weight_tile_idx,
-                                     int32_t depth) {
-    tile::load_weights<Config>(destination, full, params.weights, tile.local_expert_idx,
-                               weight_tile_idx, depth);
-  }
+  FM_DEVICE static void wait_for_weights(const Params&, const tile::Tile&, sync::Waiter&) {}
+  FM_DEVICE static void wait_for_tokens(const Params&, const tile::Tile&, sync::Waiter&) {}
+
+  class WeightLoad {
+   public:
+    FM_DEVICE WeightLoad(const Params& params, const tile::Tile& tile, int32_t cta_rank)
+        : params_(params), tile_(tile), weight_tile_idx_(2 * tile.weight_pair_idx + cta_rank) {}
+    FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
+      tile::load_weights<Config>(to, full, params_.weights, tile_.local_expert_idx,
+                                 weight_tile_idx_, depth);
+    }
+
+   private:
+    const Params& params_;
+    const tile::Tile& tile_;
+    int32_t weight_tile_idx_;
+  };
+  struct TokenLoad : tile::TokenLoad {
+    FM_DEVICE TokenLoad(const Params& params, const tile::Tile& tile, int32_t cta_rank)
+        : tile::TokenLoad(params.tokens[tile.num_steps() - 1], tile, cta_rank) {}
+  };
   template <class... Operands>
-  FM_DEVICE static void multiply(const tile::Tile& tile, Operands&&... operands) {
+  FM_DEVICE static void multiply(const Params&, const tile::Tile& tile, Operands&&... operands) {
     tile::multiply_steps<Config>(tile.num_steps(), operands...);
   }
-  FM_DEVICE static void finish(const Params& params, const float* sums, tile::Staging& staging,
-                               const tile::Tile& current) {
-    const tile::Tile tile = current;
-    const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
-    const tile::RowBias bias = tile::load_bias<Config>(params.bias, tile, weight_tile_idx);
-    tile::with_results<Config>(sums, params.activation, bias, [&](const auto& results) {
-      tile::store_tile<Config>(results, staging, params.out, tile, weight_tile_idx);
-    });
-  }
+  struct Output : tile::StagedOutput {
+    FM_DEVICE Output(Shared& smem, int warpgroup_idx)
+        : tile::StagedOutput(smem.staging[warpgroup_idx], warpgroup_idx) {}
+    FM_DEVICE void finish(const Params& params, const float* sums, const tile::Tile& current,
+                          sync::Waiter&) {
+      const tile::Tile tile = current;
+      const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
+      const tile::RowBias bias = tile::load_bias<Config>(params.bias, tile.local_expert_idx, weight_tile_idx);
+      tile::with_results<Config>(sums, params.activation, bias, [&](const auto& results) {
+        tile::store_tile<Config>(results, this->staging, params.out, tile, weight_tile_idx);
+      });
+    }
+  };
 };
 
 template <config::GroupedProductConfig Config>

@@ -9,17 +9,24 @@
 // A Job says what a kernel's tiles are and what becomes of them; the roles own rings, phases and
 // turns. It names Params, Shared, kShape (the geometry of the stages), and has static functions of
 // the launch's parameters:
-//   tickets(params)                                the counter
-//   num_k_blocks(params, tile)                     steps of 64 k
-//   pace_block(num_k_blocks)                       the step at whose load the next ticket is due
-//   token_map(params, tile)                        of the tile's rows
-//   wait_for_tokens(params, tile, waiter)          the copy engine may read the tile's rows
-//   load_weights(params, to, full, tile, idx, k)   this CTA's weights of one step
-//   multiply(tile, operands...)                    tile::multiply_steps of the tile's configuration
-//   finish(params, sums, staging, tile)            stores the results; whole warpgroup
-// and a Source, which the ticket warp makes of params and shared memory:
-//   tile_of(ticket)                                whole warp; tickets do not decrease. Says also
-//                                                  whether the tile's tokens are there already
+//   tickets(params)                         the counter
+//   num_k_blocks(params, tile)              steps of 64 k
+//   stage_bytes(tile)                       of one step's operands
+//   pace_block(num_k_blocks)                the step at whose load the next ticket is due
+//   wait_for_weights(params, tile, waiter)  the copy engine may read the tile's weights
+//   wait_for_tokens(params, tile, waiter)   and its tokens
+//   multiply(params, tile, operands...)     tile::multiply_steps of the tile's configuration
+// and classes, which a role makes for itself or for a tile:
+//   Source(params, smem)                    the ticket warp's
+//     tile_of(ticket)                       whole warp; tickets do not decrease. Says also whether
+//                                           the tile's tokens are there already
+//   WeightLoad(params, tile, cta_rank)      load(to, full, k): this CTA's weights of one step
+//   TokenLoad(params, tile, cta_rank)       likewise its half of the tokens, for both CTAs
+//   Output(smem, warpgroup_idx)             a math warpgroup's; all of it calls
+//     all(vote)                             whether the vote holds in all threads
+//     prepare(params, tile, waiter)         before the tile's products
+//     finish(params, sums, tile, waiter)    stores the results
+//     drain()                               all stores are in global memory
 #pragma once
 
 #include "cuda/kernel/roles.cuh"
@@ -63,20 +70,22 @@ FM_DEVICE void tickets_role(const typename Job::Params& params, typename Job::Sh
 template <class Job>
 FM_DEVICE void weights_role(const typename Job::Params& params, typename Job::Shared& smem,
                             sync::Waiter waiter, int32_t cta_rank) {
-  constexpr config::GroupedProduct kShape = Job::kShape;
   if (!ptx::elect_one()) return;
-  sync::StageWriter<kShape.num_stages> stages(smem.stage_barriers);
+  sync::StageWriter<Job::kShape.num_stages> stages(smem.stage_barriers);
   TileReader tiles(smem.tiles);
   while (true) {
     const tile::Tile tile = tiles.take_and_rearm(waiter);
     if (tile.is_end() || !waiter.alive()) break;
-    const uint32_t num_bytes = kShape.weight_bytes() + kShape.token_bytes(tile.num_steps());
+    Job::wait_for_weights(params, tile, waiter);
+    if (!waiter.alive()) break;
+    typename Job::WeightLoad weights(params, tile, cta_rank);
+    const uint32_t num_bytes = Job::stage_bytes(tile);
     const int32_t num_k_blocks = Job::num_k_blocks(params, tile);
     for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
       stages.acquire(waiter);
       stages.announce(num_bytes);
-      Job::load_weights(params, smem.stages[stages.slot()].weights, stages.full(), tile,
-                        2 * tile.weight_pair_idx + cta_rank, k_block * config::kDepthStep);
+      weights.load(smem.stages[stages.slot()].weights, stages.full(),
+                   k_block * config::kDepthStep);
       stages.advance();
     }
   }
@@ -87,23 +96,20 @@ FM_DEVICE void weights_role(const typename Job::Params& params, typename Job::Sh
 template <class Job>
 FM_DEVICE void tokens_role(const typename Job::Params& params, typename Job::Shared& smem,
                            sync::Waiter waiter, int32_t cta_rank) {
-  constexpr config::GroupedProduct kShape = Job::kShape;
   if (!ptx::elect_one()) return;
-  sync::StageWriter<kShape.num_stages> stages(smem.stage_barriers);
+  sync::StageWriter<Job::kShape.num_stages> stages(smem.stage_barriers);
   TileReader tiles(smem.tiles);
   while (true) {
     const tile::Tile tile = tiles.take_alone(waiter);
     if (tile.is_end() || !waiter.alive()) break;
     Job::wait_for_tokens(params, tile, waiter);
     if (!waiter.alive()) break;
-    const CUtensorMap& tokens = Job::token_map(params, tile);
-    const int32_t num_steps = tile.num_steps();
+    typename Job::TokenLoad tokens(params, tile, cta_rank);
     const int32_t num_k_blocks = Job::num_k_blocks(params, tile);
     const int32_t pace_block = Job::pace_block(num_k_blocks);
     for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
       stages.acquire(waiter);
-      tile::load_tokens_for_pair(smem.stages[stages.slot()].tokens, stages.full(), tokens,
-                                 tile.row_begin, num_steps, k_block * config::kDepthStep, cta_rank);
+      tokens.load(smem.stages[stages.slot()].tokens, stages.full(), k_block * config::kDepthStep);
       stages.advance();
       if (k_block == pace_block && cta_rank == 0) {
         ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
@@ -120,7 +126,7 @@ FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Share
   sync::StageReader<kShape.num_stages> stages(smem.stage_barriers);
   TileReader tiles(smem.tiles);
   sync::Turns turns(smem.turns, warpgroup_idx);
-  tile::Staging staging(smem.staging[warpgroup_idx], warpgroup_idx);
+  typename Job::Output output(smem, warpgroup_idx);
   float sums[kShape.max_tokens];
 
   tile::Tile tile = tiles.take(waiter);
@@ -138,15 +144,16 @@ FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Share
   // barriers.
   while (true) {
     if (threadIdx.x % config::kWarpgroup == 0) current = tile;
-    if (!staging.all(!tile.is_end() && waiter.alive())) break;
+    if (!output.all(!tile.is_end() && waiter.alive())) break;
     turns.wait(waiter);
-    Job::multiply(tile, sums, smem.stages, stages, Job::num_k_blocks(params, tile), waiter,
+    output.prepare(params, current, waiter);
+    Job::multiply(params, tile, sums, smem.stages, stages, Job::num_k_blocks(params, tile), waiter,
                   [&] { turns.pass(); });
-    Job::finish(params, sums, staging, current);
+    output.finish(params, sums, current, waiter);
     tile = tiles.take(waiter);
     pass_over();
   }
-  staging.drain();
+  output.drain();
 }
 
 }  // namespace flashmoe::cuda::kernel

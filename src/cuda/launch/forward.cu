@@ -173,7 +173,9 @@ kernel::ForwardMemory memory_of(const ForwardArguments& a, const config::Forward
           .totals = region<int32_t>(a, table, ForwardScratch::kTotals),
           .experts = region<int32_t>(a, table, ForwardScratch::kExperts),
           .row_token = region<int32_t>(a, table, ForwardScratch::kRowToken),
-          .row_weight = region<float>(a, table, ForwardScratch::kRowWeight),
+          .row_weight = a.layer.weight_on_input != 0
+                            ? region<float>(a, table, ForwardScratch::kRowWeight)
+                            : nullptr,
           .slot_row = region<int32_t>(a, table, ForwardScratch::kSlotRow),
           .slot_owner = region<int32_t>(a, table, ForwardScratch::kSlotOwner),
           .logit_parts = region<float>(a, table, ForwardScratch::kLogitParts),
@@ -270,6 +272,10 @@ void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
   };
   params.row_out = out(sorted, layer.hidden, "rows");
   params.hidden_out = out(hidden, layer.intermediate, "hidden rows");
+  const fm_tensor& z = arguments.operands.z;
+  params.keeps_z = present(z);
+  params.z_is_interleaved = gate_order_of(layer) == GateOrder::kInterleaved && layer.gated != 0;
+  if (present(z)) params.z_out = out(z.data, z.shape[1], "z");
 }
 
 int64_t bits_of(double value) { return std::bit_cast<int64_t>(value); }

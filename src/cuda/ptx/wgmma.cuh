@@ -32,11 +32,11 @@ FM_DEVICE void wgmma_settle(float (&sums)[kCount]) {
   for (float& sum : sums) asm volatile("" : "+f"(sum) : : "memory");
 }
 
-// wgmma<T, N, kTransA>: d[N / 2] (+)= A[64, 16] * B[N, 16]^T. T is __nv_bfloat16 or __half; A and B
-// are in shared memory, told by descriptors (tile/descriptor.cuh); B is K-major, A is M-major where
-// kTransA is 1. d is overwritten where `accumulate` is 0. An operand list has a fixed length, hence
-// one body a width.
-template <class T, int N, int kTransA>
+// wgmma<T, N, kTransA, kTransB>: d[N / 2] (+)= A[64, 16] * B[N, 16]^T. T is __nv_bfloat16 or
+// __half; A and B are in shared memory, told by descriptors (tile/descriptor.cuh); A is M-major
+// where kTransA is 1, B is N-major where kTransB is 1, else both are K-major. d is overwritten
+// where `accumulate` is 0. An operand list has a fixed length, hence one body a width.
+template <class T, int N, int kTransA, int kTransB>
 struct Wgmma;
 
 // clang-format off
@@ -67,40 +67,40 @@ struct Wgmma;
 #define FM_SUMS_160 FM_SUMS_144, FM_EIGHT_SUMS(72)
 #define FM_NAMES_176 FM_NAMES_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define FM_SUMS_176 FM_SUMS_160, FM_EIGHT_SUMS(80)
-// a, b, accumulate, trans_a: numbers of the operands that follow the sums.
-#define FM_WGMMA_TYPE(N, type, a, b, accumulate, trans_a)                                         \
+// a, b, accumulate, trans_a, trans_b: numbers of the operands that follow the sums.
+#define FM_WGMMA_TYPE(N, type, a, b, accumulate, trans_a, trans_b)                                \
   asm volatile(                                                                                   \
       "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" accumulate ", 0;\n\t"                              \
       "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FM_NAMES_##N "}, "     \
-      "%" a ", %" b ", p, 1, 1, %" trans_a ", 0;\n\t}"                                            \
+      "%" a ", %" b ", p, 1, 1, %" trans_a ", %" trans_b ";\n\t}"                                 \
       : FM_SUMS_##N                                                                               \
-      : "l"(a_descriptor), "l"(b_descriptor), "r"(sum), "n"(kTransA))
+      : "l"(a_descriptor), "l"(b_descriptor), "r"(sum), "n"(kTransA), "n"(kTransB))
 
-#define FM_WGMMA(N, a, b, accumulate, trans_a)                                                    \
-  template <class T, int kTransA>                                                                 \
-  struct Wgmma<T, N, kTransA> {                                                                   \
+#define FM_WGMMA(N, a, b, accumulate, trans_a, trans_b)                                           \
+  template <class T, int kTransA, int kTransB>                                                    \
+  struct Wgmma<T, N, kTransA, kTransB> {                                                          \
     FM_DEVICE static void multiply(float* d, uint64_t a_descriptor, uint64_t b_descriptor,        \
                                    int sum) {                                                     \
       if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                           \
-        FM_WGMMA_TYPE(N, "bf16", a, b, accumulate, trans_a);                                      \
+        FM_WGMMA_TYPE(N, "bf16", a, b, accumulate, trans_a, trans_b);                             \
       } else {                                                                                    \
         static_assert(std::is_same_v<T, __half>);                                                 \
-        FM_WGMMA_TYPE(N, "f16", a, b, accumulate, trans_a);                                       \
+        FM_WGMMA_TYPE(N, "f16", a, b, accumulate, trans_a, trans_b);                              \
       }                                                                                           \
     }                                                                                             \
   };
 
-FM_WGMMA(16, "8", "9", "10", "11")
-FM_WGMMA(32, "16", "17", "18", "19")
-FM_WGMMA(48, "24", "25", "26", "27")
-FM_WGMMA(64, "32", "33", "34", "35")
-FM_WGMMA(80, "40", "41", "42", "43")
-FM_WGMMA(96, "48", "49", "50", "51")
-FM_WGMMA(112, "56", "57", "58", "59")
-FM_WGMMA(128, "64", "65", "66", "67")
-FM_WGMMA(144, "72", "73", "74", "75")
-FM_WGMMA(160, "80", "81", "82", "83")
-FM_WGMMA(176, "88", "89", "90", "91")
+FM_WGMMA(16, "8", "9", "10", "11", "12")
+FM_WGMMA(32, "16", "17", "18", "19", "20")
+FM_WGMMA(48, "24", "25", "26", "27", "28")
+FM_WGMMA(64, "32", "33", "34", "35", "36")
+FM_WGMMA(80, "40", "41", "42", "43", "44")
+FM_WGMMA(96, "48", "49", "50", "51", "52")
+FM_WGMMA(112, "56", "57", "58", "59", "60")
+FM_WGMMA(128, "64", "65", "66", "67", "68")
+FM_WGMMA(144, "72", "73", "74", "75", "76")
+FM_WGMMA(160, "80", "81", "82", "83", "84")
+FM_WGMMA(176, "88", "89", "90", "91", "92")
 
 #undef FM_NAMES_16
 #undef FM_SUMS_16
@@ -129,9 +129,9 @@ FM_WGMMA(176, "88", "89", "90", "91")
 #undef FM_WGMMA
 // clang-format on
 
-template <class T, int N, int kTransA>
+template <class T, int N, int kTransA, int kTransB = 0>
 FM_DEVICE void wgmma(float* d, uint64_t a_descriptor, uint64_t b_descriptor, int accumulate) {
-  Wgmma<T, N, kTransA>::multiply(d, a_descriptor, b_descriptor, accumulate);
+  Wgmma<T, N, kTransA, kTransB>::multiply(d, a_descriptor, b_descriptor, accumulate);
 }
 
 }  // namespace flashmoe::cuda::ptx

@@ -2,7 +2,6 @@
 // products of the next one run.
 #pragma once
 
-#include "cuda/kernel/mark.cuh"
 #include "cuda/stage/combine_units.cuh"
 #include "cuda/tile/element.cuh"
 
@@ -96,9 +95,10 @@ inline constexpr int32_t kCombineWarps = config::kCommWarps + config::kMathWarps
 inline constexpr int32_t kFirstCombineWarp = config::kForwardWarps - kCombineWarps;
 
 // Combines unit after unit, of the first column block to the last, until none is left. num_blocks:
-// where the number of all experts' blocks is. Whole warp; kCombineWarps of every CTA come here.
+// where the number of all experts' blocks is. Whole warp; kCombineWarps of every CTA come here. True
+// in a lane of the last one.
 template <class Config, int kPieces, int kRows>
-FM_DEVICE void combine(const kernel::ForwardParams& params, RankState& ranks,
+FM_DEVICE bool combine(const kernel::ForwardParams& params, RankState& ranks,
                        const int32_t& num_blocks, sync::Waiter& waiter) {
   const CombineUnits units(params, ranks, num_blocks);
   const auto box = [] {
@@ -135,9 +135,8 @@ FM_DEVICE void combine(const kernel::ForwardParams& params, RankState& ranks,
     if (units.has_letter(unit)) ranks.post.send(box(), units.letter_of(unit));
   }
   if (!is_alone(params)) ranks.post.close(box());
-  if (ptx::lane_idx() == 0 && leave_scratch(params, gridDim.x * kCombineWarps)) {
-    kernel::set_mark(params, kernel::Mark::kEnd);
-  }
+  if (ptx::lane_idx() != 0) return false;
+  return kernel::finish_tickets(params.memory.state->combine, gridDim.x * kCombineWarps);
 }
 
 }  // namespace flashmoe::cuda::stage

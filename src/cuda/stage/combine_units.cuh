@@ -28,7 +28,7 @@ class CombineUnits {
  public:
   // num_blocks: where the number of all experts' blocks is.
   FM_DEVICE CombineUnits(const kernel::ForwardParams& params, const RankState& state,
-                         int32_t num_blocks)
+                         const int32_t& num_blocks)
       : params_(params), state_(state), num_blocks_(num_blocks) {}
 
   // The unit of a ticket.
@@ -143,7 +143,7 @@ class CombineUnits {
 
   const kernel::ForwardParams& params_;
   const RankState& state_;
-  const int32_t& num_blocks_;
+  const volatile int32_t& num_blocks_;  // read when it is needed: no register holds it
 };
 
 }  // namespace flashmoe::cuda::stage

@@ -75,7 +75,7 @@ FM_DEVICE int32_t block_begin_of(const tile::ExpertTable& experts, const tile::T
 template <class Config, int kBatch, class Find>
 FM_DEVICE void copy_unit(const kernel::ForwardParams& params, const tile::ExpertTable& experts,
                          int32_t row, const Find& find) {
-  constexpr int32_t kMaxRows = Config::value.up().max_tokens;
+  constexpr int32_t kMaxRows = config::kForwardBlockRows;
   const int32_t num_rows = rows_of_unit(experts, row);
   if (num_rows <= 0) return;
   // The tokens of all rows at once; scratch has words for those past the last.

@@ -22,15 +22,11 @@ struct RankState {
 
 FM_DEVICE bool is_alone(const kernel::ForwardParams& params) { return params.ranks.world == 1; }
 
-// Each of num_takers, which have all done with the counter of the sums, calls once; the last one
-// (true) gives the scratch free for the next launch.
-FM_DEVICE bool leave_scratch(const kernel::ForwardParams& params, int32_t num_takers) {
-  auto& state = *params.memory.state;
-  if (!kernel::finish_tickets(state.combine, num_takers)) return false;
+// Gives the scratch free for the next launch. One thread of the launch, the last that uses it.
+FM_DEVICE void release_scratch(const kernel::ForwardParams& params) {
   sync::release(params.launch_id, [&](uint32_t expected, uint32_t desired) {
-    return ptx::cas_acq_rel_gpu(&state.holder, expected, desired);
+    return ptx::cas_acq_rel_gpu(&params.memory.state->holder, expected, desired);
   });
-  return true;
 }
 
 // Addresses in the regions of the ranks. `at`: whose region.
@@ -200,7 +196,7 @@ FM_DEVICE void make_rank_table(const kernel::ForwardParams& params, uint32_t epo
     experts.rows[v] = rows_of_group(params, epoch, group, v - group * sizes.local_experts);
   }
   __syncthreads();
-  if (ptx::thread_idx() < 32) place_experts(sizes.table_experts(), experts);
+  if (ptx::thread_idx() < 32) place_experts<config::kForwardBlockRows>(sizes.table_experts(), experts);
   __syncthreads();
 }
 
@@ -264,7 +260,9 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   if (!meet_ranks(params, epoch)) return -1;
   if (!check_headers(params, epoch)) {
     // All CTAs come here, or none.
-    if (thread == 0) leave_scratch(params, gridDim.x);
+    if (thread == 0 && kernel::finish_tickets(params.memory.state->combine, gridDim.x)) {
+      release_scratch(params);
+    }
     return -1;
   }
   if (thread < ranks.world) {

@@ -87,10 +87,11 @@ struct ExpertPlaces {
       : begin(words), rows(words + num_experts + 1), blocks_before(rows + num_experts) {}
 };
 
-// Where every expert's rows and blocks begin, from their rows. Whole warp.
+// Where every expert's rows and blocks of at most kBlockRows begin, from their rows. Whole warp.
+template <int32_t kBlockRows>
 FM_DEVICE void place_experts(int32_t num_experts, const ExpertPlaces& experts) {
   const int32_t lane = ptx::lane_idx();
-  const tile::TileGrid grid{config::Forward{}.up().max_tokens, 1};
+  const tile::TileGrid grid{kBlockRows, 1};
   int32_t groups_before = 0;
   int32_t blocks_before = 0;
   for (int32_t first = 0; first < num_experts; first += 32) {
@@ -112,6 +113,7 @@ FM_DEVICE void place_experts(int32_t num_experts, const ExpertPlaces& experts) {
 }
 
 // The table of experts in `words`. All threads of the CTA.
+template <int32_t kBlockRows>
 FM_DEVICE void make_table(const kernel::ForwardParams& params, int32_t* words) {
   const auto& sizes = params.sizes;
   const ExpertPlaces experts(words, sizes.num_experts);
@@ -119,7 +121,7 @@ FM_DEVICE void make_table(const kernel::ForwardParams& params, int32_t* words) {
     experts.rows[e] = min(total_of(params, e), sizes.capacity);
   }
   __syncthreads();
-  if (ptx::thread_idx() < 32) place_experts(sizes.num_experts, experts);
+  if (ptx::thread_idx() < 32) place_experts<kBlockRows>(sizes.num_experts, experts);
   __syncthreads();
 }
 
@@ -157,7 +159,7 @@ FM_DEVICE void place_slots(const kernel::ForwardParams& params, const tile::Expe
     memory.slot_row[slot] = row;
     if (row < 0) continue;
     memory.row_token[row] = slot / sizes.top_k;
-    if (sizes.weight_on_input) memory.row_weight[row] = memory.weights[slot];
+    if (memory.row_weight != nullptr) memory.row_weight[row] = memory.weights[slot];
   }
 }
 
@@ -169,12 +171,13 @@ inline constexpr int32_t kPlanBytes =
 // kept: where its roles will read the table of experts. Every CTA makes that table; of few slots
 // every CTA gives all their rows, too, and reads what it wrote itself (all write the same), which
 // saves another meeting. Returns the number of all experts' blocks.
+template <int32_t kBlockRows>
 FM_DEVICE int32_t place_rows(const kernel::ForwardParams& params, uint8_t* arena, int32_t* kept) {
   const auto& sizes = params.sizes;
   const int32_t thread = ptx::thread_idx();
   const int32_t num_words = tile::ExpertTable::num_words(sizes.num_experts);
   auto* words = reinterpret_cast<int32_t*>(arena);
-  make_table(params, words);
+  make_table<kBlockRows>(params, words);
   const tile::ExpertTable experts{words, sizes.num_experts};
   for (int32_t i = thread; i < num_words; i += config::kForwardThreads) kept[i] = words[i];
   if (ptx::block_idx() == 0) publish_totals(params, words + num_words);

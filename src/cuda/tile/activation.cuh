@@ -71,14 +71,14 @@ struct RowBias {
 };
 
 template <class Config>
-FM_DEVICE RowBias load_bias(const config::BiasView& bias, const Tile& tile,
+FM_DEVICE RowBias load_bias(const config::BiasView& bias, int32_t local_expert_idx,
                             int32_t weight_tile_idx) {
   using Element = typename ElementOf<Config::value.element>::Type;
   const int32_t thread = ptx::thread_idx() % config::kWarpgroup;
   const int32_t column =
       weight_tile_idx * Config::value.weight_step() + thread / 32 * 16 + thread % 32 / 4;
   const auto* of_expert = static_cast<const Element*>(bias.data);
-  if (of_expert != nullptr) of_expert += tile.local_expert_idx * bias.expert_stride;
+  if (of_expert != nullptr) of_expert += local_expert_idx * bias.expert_stride;
   RowBias result;
   FM_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -100,7 +100,6 @@ struct Results {
   RowBias bias;
   config::Activation activation;
   Function function;
-  int lane;
 
   FM_DEVICE float biased(int half, int i) const {
     return sums[half * (Config::value.max_tokens / 2) + i] + bias.of(half, i);
@@ -122,6 +121,7 @@ struct Results {
   // Whole warp.
   FM_DEVICE float of_pair(int half, int i) const {
     constexpr uint32_t kAll = 0xFFFFFFFF;
+    const int lane = ptx::lane_idx();
     const int row = lane / 4;
     const bool is_odd = row % 2 != 0;
     const bool is_low = row < 4;
@@ -139,8 +139,7 @@ template <class Config, class Use>
 FM_DEVICE void with_results(const float* sums, const config::Activation& activation,
                             const RowBias& bias, const Use& use) {
   const auto use_function = [&](const auto& function) {
-    use(Results<Config, std::decay_t<decltype(function)>>{sums, bias, activation, function,
-                                                          ptx::lane_idx()});
+    use(Results<Config, std::decay_t<decltype(function)>>{sums, bias, activation, function});
   };
   if constexpr (Config::value.epilogue == config::Epilogue::kStore) {
     use_function(Identity{});

@@ -7,8 +7,8 @@
 namespace flashmoe::cuda::tile {
 
 // Groups of 8 rows of 128 bytes are 1024 bytes apart. K-major: a row is 64 k of one m or n.
-// M-major: a row is 64 m of one k; the leading offset (to the next 64 m) is never used, since one
-// product takes 64.
+// M- or N-major: a row is 64 m or n of one k; the leading offset leads to the next 64 n (one
+// product takes 64 m).
 FM_DEVICE uint64_t operand_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kGroupOffset = uint64_t{1024 >> 4} << 32;

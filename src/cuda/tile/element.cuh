@@ -24,6 +24,10 @@ struct ElementOf<config::Element::kBf16> {
   FM_DEVICE static float2 unpack(uint32_t packed) {
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&packed));
   }
+  // The same without 16-bit values, which the compiler makes long before and gives a register each.
+  FM_DEVICE static float2 widen(uint32_t packed) {
+    return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000u)};
+  }
 };
 
 template <>
@@ -36,6 +40,7 @@ struct ElementOf<config::Element::kFp16> {
   FM_DEVICE static float2 unpack(uint32_t packed) {
     return __half22float2(*reinterpret_cast<const __half2*>(&packed));
   }
+  FM_DEVICE static float2 widen(uint32_t packed) { return unpack(packed); }
 };
 
 }  // namespace flashmoe::cuda::tile

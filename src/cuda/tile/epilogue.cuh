@@ -7,6 +7,7 @@
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/matrix.cuh"
 #include "cuda/ptx/word.cuh"
+#include "cuda/sync/wait.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/schedule.h"
 #include "cuda/tile/window.h"
@@ -40,6 +41,20 @@ class Staging {
     buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
   }
 
+  // The same into rows of an expert's matrix; `out` has the experts as a fifth dimension.
+  FM_DEVICE void store(const CUtensorMap& out, int32_t column, int32_t row, int32_t num_rows,
+                       int32_t local_expert_idx) {
+    ptx::fence_proxy_async(ptx::space_shared);
+    sync();
+    if (is_storer()) {
+      const int32_t at[5] = {column, kWindow - num_rows, row + num_rows, kWindow, local_expert_idx};
+      ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at,
+                                buffers_[buffer_idx_]);
+      ptx::cp_async_bulk_commit_group();
+    }
+    buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
+  }
+
   // Counts the tile at `done` when all that was stored is in global memory.
   FM_DEVICE void publish(uint32_t* done) {
     if (!is_storer()) return;
@@ -58,14 +73,43 @@ class Staging {
     return ptx::barrier_sync_and(barrier_idx_, config::kWarpgroup, vote);
   }
 
- private:
-  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads
+  // The thread that starts copies, and waits for their ends.
   FM_DEVICE static bool is_storer() { return threadIdx.x % config::kWarpgroup == 0; }
   FM_DEVICE void sync() { ptx::barrier_sync(barrier_idx_, config::kWarpgroup); }
+
+ private:
+  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads
 
   uint8_t (&buffers_)[config::kStoreBuffers][config::kStoreBytes];
   int barrier_idx_;
   int buffer_idx_ = 0;
+};
+
+// The kCount sums of a thread from kCount * idx on, of kCases times as many: a switch, for loops
+// over a tile's sums that are not unrolled. Whole warps take the same.
+template <int kCases, int kIdx = 0, int kCount>
+FM_DEVICE void take_sums(const float* sums, int32_t idx, float (&taken)[kCount]) {
+  if constexpr (kIdx + 1 < kCases) {
+    if (idx != kIdx) {
+      take_sums<kCases, kIdx + 1>(sums, idx, taken);
+      return;
+    }
+  }
+  FM_UNROLL
+  for (int i = 0; i < kCount; ++i) taken[i] = sums[kIdx * kCount + i];
+}
+
+// What a job's output has that stages its results and nothing else.
+struct StagedOutput {
+  Staging staging;
+
+  FM_DEVICE StagedOutput(uint8_t (&buffers)[config::kStoreBuffers][config::kStoreBytes],
+                         int warpgroup_idx)
+      : staging(buffers, warpgroup_idx) {}
+  FM_DEVICE bool all(bool vote) { return staging.all(vote); }
+  template <class Params>
+  FM_DEVICE void prepare(const Params&, const Tile&, sync::Waiter&) {}
+  FM_DEVICE void drain() { staging.drain(); }
 };
 
 // 16 tokens by two of the chunk's 8 units of 8 columns. packed: eight results of a thread, tokens

@@ -5,6 +5,7 @@
 
 #include "cuda/config/grouped_product.h"
 #include "cuda/ptx/ptx.cuh"
+#include "cuda/tile/schedule.h"
 
 namespace flashmoe::cuda::tile {
 
@@ -21,16 +22,25 @@ FM_DEVICE void load_weights(uint8_t* destination, uint64_t* full, const CUtensor
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, destination, &map, at, full);
 }
 
-// This CTA's half of the pair's token rows, for both CTAs. map: of boxes of num_steps * 8 rows.
-FM_DEVICE void load_tokens_for_pair(uint8_t* destination, uint64_t* full, const CUtensorMap& map,
-                                    int32_t row_begin, int32_t num_steps, int32_t depth,
-                                    int32_t cta_rank) {
-  constexpr uint16_t kBoth = 0b11;
-  const int32_t first = cta_rank * num_steps * (kTokenStep / 2);
-  const int32_t at[2] = {depth, row_begin + first};
-  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
-                            destination + first * config::kDepthStep * config::kElementBytes, &map,
-                            at, full, kBoth);
-}
+// This CTA's half of the pair's token rows, for both CTAs. map: of boxes of half the tile's rows.
+class TokenLoad {
+ public:
+  FM_DEVICE TokenLoad(const CUtensorMap& map, const Tile& tile, int32_t cta_rank)
+      : map_(map), row_begin_(tile.row_begin), first_(cta_rank * tile.num_steps() * kStepOfCta) {}
+
+  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
+    constexpr uint16_t kBoth = 0b11;
+    const int32_t at[2] = {depth, row_begin_ + first_};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
+                              to + first_ * config::kDepthStep * config::kElementBytes, &map_, at,
+                              full, kBoth);
+  }
+
+ private:
+  static constexpr int32_t kStepOfCta = kTokenStep / config::kClusterSize;
+  const CUtensorMap& map_;
+  int32_t row_begin_;
+  int32_t first_;
+};
 
 }  // namespace flashmoe::cuda::tile

@@ -1,0 +1,157 @@
+// How the one-launch backward is cut for a GPU: its products, sizes and scratch, on host and
+// device.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+
+#include "cuda/config/forward.h"
+#include "cuda/tile/backward_walk.h"
+
+namespace flashmoe::cuda::config {
+
+// One kernel an element type: it holds the products of every layout, runtime values choose.
+struct Backward {
+  Element element = Element::kBf16;
+
+  // 144 tokens leave registers for the activation's derivative, and shared memory for the Z that it
+  // reads beside as many stages as the forward has.
+  FM_HD constexpr GroupedProduct product(Major major, Major token_major = Major::kDepth) const {
+    return {.element = element,
+            .major = major,
+            .epilogue = Epilogue::kStore,
+            .token_major = token_major,
+            .max_tokens = 144,
+            .num_stages = 5,
+            .load_registers = 32,
+            .math_registers = 208};
+  }
+};
+inline constexpr int32_t kBackwardCommRegisters = 64;
+
+// Most rows of a block.
+inline constexpr int32_t kBackwardBlockRows = Backward{}.product(Major::kDepth).max_tokens;
+
+inline constexpr int32_t kBoxColumns = 64;  // of a copy: 128 bytes
+inline constexpr int32_t kBoxBytes = kBoxColumns * kDepthStep * kElementBytes;
+inline constexpr int32_t kMaxColumnBoxes = tile::kGradColumns / kBoxColumns;
+// Of a math warpgroup: chunks of the hidden gradients, or the other tiles' staging.
+inline constexpr int32_t kHiddenRows = 16;  // of a chunk, by 64 columns
+inline constexpr int32_t kHiddenBytes = kHiddenRows * kHalfRows * kElementBytes;
+inline constexpr int32_t kHiddenSets = 4;
+inline constexpr int32_t kHiddenBuffers = 3;  // gate (or x), up, A
+inline constexpr int32_t kBackwardStagingBytes = kHiddenSets * kHiddenBuffers * kHiddenBytes;
+// Gradients of the router are sums over this many ranges of tokens, whoever makes them.
+inline constexpr int32_t kRouterSegments = 8;
+
+// Words of a range's sums: of the router's weight, then of its bias; a multiple of 16 bytes.
+FM_HD constexpr int64_t router_part_words(int64_t num_experts, int64_t hidden) {
+  return num_experts * hidden + plan::align_up(num_experts, 4);
+}
+
+constexpr bool is_valid(const Backward& config) {
+  const GroupedProduct product = config.product(Major::kDepth);
+  return is_valid(product) && kWarpgroup * (product.load_registers + 2 * product.math_registers +
+                                            kBackwardCommRegisters) <=
+                                  kRegisterFile;
+}
+
+template <class C>
+concept BackwardConfig = requires {
+  { C::value } -> std::convertible_to<const Backward&>;
+}
+&&is_valid(C::value);
+
+template <Element kElement>
+struct BackwardOf {
+  static constexpr Backward value{kElement};
+};
+
+// The products of a kernel, as the tile functions take them.
+template <BackwardConfig Config, Major kMajor, Major kTokenMajor = Major::kDepth>
+struct BackwardProductOf {
+  static constexpr GroupedProduct value = Config::value.product(kMajor, kTokenMajor);
+};
+
+// What a launch needs beside config::ForwardSizes, whose down product is the input gradient here.
+struct BackwardSizes {
+  int32_t up_columns;            // G * I
+  int32_t pre_activation_pairs;  // pairs of 128 of G * I, 0: kept by the forward
+  int32_t hidden_pairs;          // of I
+  int32_t hidden_tiles;          // of 128 of I: parts of a slot's weight gradient
+  int32_t max_rows;              // rows that scratch has
+  tile::WeightGrid weight_grads[3];
+  bool gated;
+  bool interleaved;      // gate column i of Z at 2 i, up column at 2 i + 1
+  bool separate;         // gate and up weights are two tensors
+  bool weight_on_input;  // ForwardSizes has the reverse: what its combine weighs
+};
+
+// Scratch of a launch. The head is that of config::ForwardScratch: launches of both kinds share it.
+enum class BackwardScratch : int {
+  kState,     // kernel::ForwardState
+  kCounters,  // u32, cleared by the launch: kernel::BackwardCounters
+  kIds,       // from here to kSlotRow as in ForwardScratch
+  kWeights,
+  kSlotRanks,
+  kHistograms,
+  kTotals,
+  kExperts,
+  kRowToken,
+  kRowWeight,
+  kSlotRow,
+  kParts,        // f32 [tiles of I][rows]: of <A, dA'>
+  kGradLogits,   // f32 [T][E], fused router
+  kRouterParts,  // f32 [kRouterSegments][router_part_words], fused router
+  kXRows,        // T [rows][H]: tokens in expert order
+  kRows,         // T [rows][H]: grad y in expert order; then the input gradients
+  kGradZ,        // T [rows][G * I]: Z, if it was not kept; then dZ
+  kHidden,       // T [rows][I]: w A
+  kCount
+};
+
+using BackwardTable = plan::RegionTable<BackwardScratch, static_cast<int>(BackwardScratch::kCount)>;
+
+struct BackwardTableShape {
+  int64_t tokens;
+  int64_t hidden;
+  int64_t intermediate;
+  int64_t up_columns;
+  int64_t num_experts;
+  int64_t top_k;
+  int64_t state_bytes;
+  int64_t num_counters;
+  bool has_router;
+};
+
+FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
+  BackwardTable table;
+  const int64_t slots = s.tokens * s.top_k;
+  const int64_t rows = forward_rows(slots, s.num_experts);
+  const int64_t tiles = plan::num_chunks(s.tokens);
+  const int64_t parts = plan::ceil_div(s.intermediate, kWeightRows);
+  const int64_t router_words =
+      s.has_router ? kRouterSegments * router_part_words(s.num_experts, s.hidden) : 0;
+  table.add(BackwardScratch::kState, "state", s.state_bytes);
+  table.add(BackwardScratch::kCounters, "counters", s.num_counters * 4);
+  table.add(BackwardScratch::kIds, "ids", slots * 4);
+  table.add(BackwardScratch::kWeights, "weights", slots * 4);
+  table.add(BackwardScratch::kSlotRanks, "slot ranks", slots * 4);
+  table.add(BackwardScratch::kHistograms, "histograms", tiles * s.num_experts * 4);
+  table.add(BackwardScratch::kTotals, "totals", s.num_experts * 4);
+  table.add(BackwardScratch::kExperts, "experts", (3 * s.num_experts + 2) * 4);
+  table.add(BackwardScratch::kRowToken, "row token", rows * 4);
+  table.add(BackwardScratch::kRowWeight, "row weight", rows * 4);
+  table.add(BackwardScratch::kSlotRow, "slot row", slots * 4);
+  table.add(BackwardScratch::kParts, "weight parts", rows * parts * 4);
+  table.add(BackwardScratch::kGradLogits, "grad logits",
+            s.has_router ? s.tokens * s.num_experts * 4 : 0);
+  table.add(BackwardScratch::kRouterParts, "router parts", router_words * 4);
+  table.add(BackwardScratch::kXRows, "x rows", rows * s.hidden * kElementBytes);
+  table.add(BackwardScratch::kRows, "rows", rows * s.hidden * kElementBytes);
+  table.add(BackwardScratch::kGradZ, "grad z", rows * s.up_columns * kElementBytes);
+  table.add(BackwardScratch::kHidden, "hidden rows", rows * s.intermediate * kElementBytes);
+  return table;
+}
+
+}  // namespace flashmoe::cuda::config

@@ -1,0 +1,118 @@
+// What host and device share of the one-launch backward: its parameters, and the kernels there are.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+
+#include "cuda/config/backward.h"
+#include "cuda/kernel/forward.h"
+
+namespace flashmoe::cuda::kernel {
+
+// Rows that communication warps copy into expert order.
+struct RowCopy {
+  const void* from;  // [T, H]
+  int64_t stride;
+  void* to;             // [rows, H]
+  uint32_t* of_block;   // at a block's first group: rows of it that are copied
+  uint32_t* of_expert;  // [E] rows of the expert that are copied; may be null
+  bool is_weighted;     // rows times the slot's weight
+};
+
+// Counters, cleared by every launch before its plan; published by release, read by acquire.
+struct BackwardCounters {
+  uint32_t* grad_y_ready;      // at a block's first group: rows of grad y that are copied
+  uint32_t* x_ready;           // likewise tokens
+  uint32_t* z_done;            // likewise CTAs' pre-activation tiles that are stored
+  uint32_t* hidden_done;       // likewise CTAs' hidden-gradient tiles
+  uint32_t* x_of_expert;       // [E] rows of tokens that are copied
+  uint32_t* hidden_of_expert;  // [E] CTAs' hidden-gradient tiles that are stored
+  uint32_t* down_of_expert;    // [E] CTAs' tiles of grad w_down that are stored
+  uint32_t* hidden_of_all;     // [1] CTAs' hidden-gradient tiles of all experts
+  uint32_t* combined;          // [1] warps that have left the combine
+  uint32_t* left;              // [1] CTAs that have done everything
+  uint32_t* first;             // all of them, one after the other, with ForwardMemory::down_done
+  int32_t count;
+};
+
+// Where a weight's gradient goes: [E][N][M], M contiguous where the copy engine stores it.
+struct WeightGradOut {
+  void* data;
+  int64_t expert_stride;
+  int64_t n_stride;
+  int64_t m_stride;
+  int32_t m_columns;  // M
+  int32_t m_offset;   // first column of the M operand's rows
+  int32_t n_offset;
+  bool is_wide;         // f32, else the layer's element type
+  bool is_accumulated;  // added to
+  bool is_direct;       // stored by the threads: wide, accumulated, or strides that no copy takes
+};
+
+// Gradients of routing and biases; data is null where one was not given or not asked for.
+struct RoutingGrads {
+  const void* w_router;  // [E, H] of the layer's element type or f32; null without a fused router
+  int64_t w_router_stride;
+  bool w_router_is_wide;
+  const float* logits;            // [T, E]
+  StridedView grad_weights;       // [T, k], arriving at the returned weights
+  StridedView grad_logits;        // [T, E]
+  StridedView grad_topk_weights;  // [T, k] out, without a fused router
+  StridedView grad_w_router;      // [E, H] out
+  StridedView grad_router_bias;   // [E] out
+  StridedView b_down;             // [E, H]
+  StridedView grad_b_up;          // [E, G * I] out
+  StridedView grad_b_down;        // [E, H] out
+
+  FM_HD bool any() const {
+    return w_router != nullptr || grad_topk_weights.data != nullptr || any_bias();
+  }
+  FM_HD bool any_bias() const { return grad_b_up.data != nullptr || grad_b_down.data != nullptr; }
+};
+
+struct BackwardParams {
+  // The forward's steps that the backward repeats: routing that is given, the plan, and the
+  // combine, whose rows are the input gradients and whose y is grad x. Of its maps row_tokens (the
+  // tokens in expert order) and row_out (the input gradients) are used.
+  ForwardParams forward;
+  CUtensorMap grad_y_tokens[config::kTokenMaps];
+  CUtensorMap grad_z_tokens[config::kTokenMaps];
+  CUtensorMap up_weights[2];  // boxes of 64 x 64; one, or (separate) gate and up
+  CUtensorMap down_weights;
+  CUtensorMap pre_activation_out;
+  CUtensorMap z_in;     // boxes of 64 columns by 16 rows
+  CUtensorMap z_ahead;  // by a block's rows
+  CUtensorMap grad_z_out;
+  CUtensorMap hidden_out;
+  CUtensorMap grad_m[2];  // operands of the weight gradients (down, up): M side, N side
+  CUtensorMap grad_n[2];
+  CUtensorMap weight_grads[3];
+  WeightGradOut weight_grad_out[3];
+  bool up_is_hidden_major;  // w_up rows run along H
+  bool down_is_hidden_major;
+  config::BackwardSizes sizes;
+  BackwardCounters counters;
+  RowCopy copies[2];
+  RoutingGrads routing;
+  const void* grad_y;  // [T, H]
+  int64_t grad_y_stride;
+  float* parts;         // [hidden_tiles][max_rows]
+  float* grad_logits;   // [T, E]
+  float* router_parts;  // [kRouterSegments][router_part_words]
+  void* grad_z;         // [max_rows, G * I]
+};
+
+static_assert(sizeof(BackwardParams) <= 32764);  // a launch's parameters
+
+struct BackwardEntry {
+  const void* function;
+  std::size_t shared_bytes;
+  config::Backward config;
+};
+
+// One source file an element type: they compile side by side.
+BackwardEntry backward_bf16();
+BackwardEntry backward_fp16();
+
+}  // namespace flashmoe::cuda::kernel

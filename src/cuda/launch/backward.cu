@@ -1,0 +1,449 @@
+#include "cuda/launch/backward.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "base/error.h"
+#include "cuda/kernel/backward.h"
+#include "cuda/launch/check.h"
+#include "cuda/launch/forward.h"
+#include "cuda/launch/pairs.h"
+#include "cuda/launch/tensor_map.h"
+#include "cuda/tile/window.h"
+#include "plan/routing.h"
+
+namespace flashmoe::cuda::launch {
+namespace {
+
+using config::BackwardScratch;
+using Operands = fm_backward_args;
+
+bool present(const fm_tensor& tensor) { return tensor.data != nullptr; }
+
+bool is_separate(const fm_layer& layer) {
+  return layer.gated != 0 && layer.gate_layout == FM_GATE_SEPARATE;
+}
+
+config::Element element_of(const fm_layer& layer) {
+  return layer.dtype == FM_BF16 ? config::Element::kBf16 : config::Element::kFp16;
+}
+
+int64_t up_columns_of(const fm_layer& layer) {
+  return (layer.gated != 0 ? 2 : 1) * layer.intermediate;
+}
+
+plan::Problem problem_of(const fm_layer& layer, const Operands& operands) {
+  plan::Problem problem;
+  problem.tokens = operands.x.shape[0];
+  problem.hidden = layer.hidden;
+  problem.intermediate = layer.intermediate;
+  problem.num_experts = layer.num_experts;
+  problem.top_k = layer.top_k;
+  problem.gates = layer.gated != 0 ? 2 : 1;
+  return problem;
+}
+
+int32_t pairs_of(int64_t columns) {
+  return static_cast<int32_t>(plan::ceil_div(columns, config::kWeightRows * config::kClusterSize));
+}
+
+// What a gradient of a weight [E, rows, columns] is made of: rows run along `rows_of`'s columns.
+bool has_contiguous_rows(const fm_tensor& tensor) { return tensor.stride[2] == 1; }
+
+// The forward's sizes, whose down product is the input gradient; weight_on_input says what the
+// combine weighs, which is the reverse here.
+config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operands) {
+  constexpr int64_t kUnits = 4096;
+  const plan::Problem problem = problem_of(layer, operands);
+  config::ForwardSizes sizes{};
+  sizes.tokens = static_cast<int32_t>(problem.tokens);
+  sizes.hidden = static_cast<int32_t>(problem.hidden);
+  sizes.intermediate = static_cast<int32_t>(problem.intermediate);
+  sizes.num_experts = static_cast<int32_t>(problem.num_experts);
+  sizes.top_k = static_cast<int32_t>(problem.top_k);
+  sizes.route_tiles = static_cast<int32_t>(plan::num_chunks(problem.tokens));
+  sizes.capacity = static_cast<int32_t>(plan::expert_capacity(layer.capacity_factor, problem));
+  sizes.down_pairs = pairs_of(problem.hidden);
+  // One column block: the gradients of w_up, behind it, hide the combination of all of it.
+  sizes.column_pairs = sizes.down_pairs;
+  sizes.column_blocks = 1;
+  sizes.column_width = sizes.column_pairs * config::kWeightRows * config::kClusterSize;
+  sizes.combine_tokens = static_cast<int32_t>(std::clamp<int64_t>(problem.tokens / kUnits, 1, 8));
+  sizes.row_groups = static_cast<int32_t>(
+      config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
+  sizes.local_experts = sizes.num_experts;
+  sizes.source_groups = 1;
+  sizes.has_few_tiles = sizes.route_tiles <= config::kFewTiles;
+  sizes.has_few_slots = sizes.has_few_tiles && problem.slots() <= config::kFewSlots;
+  sizes.weight_on_input = layer.weight_on_input == 0;
+  return sizes;
+}
+
+int64_t num_counters(const config::ForwardSizes& sizes) {
+  return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 3;
+}
+
+config::BackwardTable table_of(const fm_layer& layer, const Operands& operands) {
+  return config::backward_table({.tokens = operands.x.shape[0],
+                                 .hidden = layer.hidden,
+                                 .intermediate = layer.intermediate,
+                                 .up_columns = up_columns_of(layer),
+                                 .num_experts = layer.num_experts,
+                                 .top_k = layer.top_k,
+                                 .state_bytes = sizeof(kernel::ForwardState),
+                                 .num_counters = num_counters(forward_sizes(layer, operands)),
+                                 .has_router = present(operands.w_router)});
+}
+
+// A launch's parameters as they are filled in.
+class Builder {
+ public:
+  explicit Builder(const BackwardArguments& arguments)
+      : a_(arguments),
+        o_(arguments.operands),
+        layer_(arguments.layer),
+        element_(element_of(arguments.layer)),
+        table_(table_of(arguments.layer, arguments.operands)) {}
+
+  kernel::BackwardParams build() {
+    p_.forward.sizes = forward_sizes(layer_, o_);
+    set_sizes();
+    set_memory();
+    set_counters();
+    set_forward();
+    set_copies();
+    set_weights();
+    set_rows();
+    set_weight_grads();
+    set_routing();
+    return p_;
+  }
+
+ private:
+  template <class T>
+  T* region(BackwardScratch which) const {
+    return reinterpret_cast<T*>(static_cast<char*>(a_.scratch) + table_[which].offset);
+  }
+  static kernel::StridedView strided(const fm_tensor& tensor) {
+    return {tensor.data, tensor.stride[0], tensor.ndim > 1 ? tensor.stride[1] : 0, tensor.dtype};
+  }
+
+  void set_sizes() {
+    config::BackwardSizes& sizes = p_.sizes;
+    const int64_t up = up_columns_of(layer_);
+    sizes.up_columns = static_cast<int32_t>(up);
+    sizes.pre_activation_pairs = present(o_.z) ? 0 : pairs_of(up);
+    sizes.hidden_pairs = pairs_of(layer_.intermediate);
+    sizes.hidden_tiles =
+        static_cast<int32_t>(plan::ceil_div(layer_.intermediate, config::kWeightRows));
+    sizes.max_rows = p_.forward.sizes.row_groups * config::kRowGroup;
+    sizes.gated = layer_.gated != 0;
+    sizes.interleaved = sizes.gated && layer_.gate_layout == FM_GATE_INTERLEAVED;
+    sizes.separate = is_separate(layer_);
+    sizes.weight_on_input = layer_.weight_on_input != 0;
+  }
+
+  void set_memory() {
+    kernel::ForwardMemory& memory = p_.forward.memory;
+    memory.state = region<kernel::ForwardState>(BackwardScratch::kState);
+    memory.ids = region<int32_t>(BackwardScratch::kIds);
+    memory.weights = region<float>(BackwardScratch::kWeights);
+    memory.slot_ranks = region<int32_t>(BackwardScratch::kSlotRanks);
+    memory.histograms = region<int32_t>(BackwardScratch::kHistograms);
+    memory.totals = region<int32_t>(BackwardScratch::kTotals);
+    memory.experts = region<int32_t>(BackwardScratch::kExperts);
+    memory.row_token = region<int32_t>(BackwardScratch::kRowToken);
+    memory.row_weight = region<float>(BackwardScratch::kRowWeight);
+    memory.slot_row = region<int32_t>(BackwardScratch::kSlotRow);
+    memory.rows = region<void>(BackwardScratch::kRows);
+    p_.parts = region<float>(BackwardScratch::kParts);
+    p_.grad_logits = region<float>(BackwardScratch::kGradLogits);
+    p_.router_parts = region<float>(BackwardScratch::kRouterParts);
+    p_.grad_z = region<void>(BackwardScratch::kGradZ);
+  }
+
+  void set_counters() {
+    const config::ForwardSizes& sizes = p_.forward.sizes;
+    kernel::BackwardCounters& counters = p_.counters;
+    uint32_t* next = region<uint32_t>(BackwardScratch::kCounters);
+    counters.first = next;
+    counters.count = static_cast<int32_t>(num_counters(sizes));
+    const auto take = [&next](int64_t count) {
+      return std::exchange(next, next + count);
+    };
+    counters.grad_y_ready = take(sizes.row_groups);
+    counters.x_ready = take(sizes.row_groups);
+    counters.z_done = take(sizes.row_groups);
+    counters.hidden_done = take(sizes.row_groups);
+    counters.x_of_expert = take(sizes.num_experts);
+    counters.hidden_of_expert = take(sizes.num_experts);
+    counters.down_of_expert = take(sizes.num_experts);
+    p_.forward.memory.down_done = take(sizes.column_blocks);
+    counters.hidden_of_all = take(1);
+    counters.combined = take(1);
+    counters.left = take(1);
+  }
+
+  void set_forward() {
+    kernel::ForwardParams& forward = p_.forward;
+    config::Activation& activation = forward.activation;
+    activation.kind = static_cast<fm_activation>(layer_.activation);
+    activation.alpha = static_cast<float>(layer_.act_alpha);
+    if (layer_.act_limit > 0) activation.limit = static_cast<float>(layer_.act_limit);
+    activation.up_offset = static_cast<float>(layer_.up_offset);
+    kernel::RouterParams& router = forward.router;  // without a weight: routing that is given
+    router.score = layer_.score;
+    router.renormalize = layer_.renormalize != 0;
+    router.scale = static_cast<float>(layer_.scale);
+    router.num_groups = 1;
+    router.ids = strided(o_.topk_ids);
+    router.weights = strided(o_.topk_weights);
+    forward.up_bias = {.data = o_.b_up.data,
+                       .per_expert = up_columns_of(layer_),
+                       .expert_stride = o_.b_up.stride[0],
+                       .column_stride = 1,
+                       .half_offset = config::kHalfRows};
+    forward.x = o_.x.data;
+    forward.x_stride = o_.x.stride[0];
+    forward.y = o_.grad_x.data;
+    forward.y_stride = o_.grad_x.stride[0];
+    const uint32_t bound = sync::microseconds(a_.timeout_ns);
+    forward.waits = {.report = a_.report,
+                     .timeout_us = bound,
+                     .local_timeout_us = bound,
+                     .abort = nullptr,
+                     .own_mark = 0};
+    forward.ranks.world = 1;
+    forward.launch_id = a_.launch_id;
+    forward.may_run_beside = a_.max_sms > 0;
+    p_.grad_y = o_.grad_y.data;
+    p_.grad_y_stride = o_.grad_y.stride[0];
+  }
+
+  // Rows of tokens come first where pre-activations are made of them.
+  void set_copies() {
+    const int x_place = present(o_.z) ? 1 : 0;
+    p_.copies[x_place] = {.from = o_.x.data,
+                          .stride = o_.x.stride[0],
+                          .to = region<void>(BackwardScratch::kXRows),
+                          .of_block = p_.counters.x_ready,
+                          .of_expert = p_.counters.x_of_expert,
+                          .is_weighted = layer_.weight_on_input != 0};
+    p_.copies[1 - x_place] = {.from = o_.grad_y.data,
+                              .stride = o_.grad_y.stride[0],
+                              .to = region<void>(BackwardScratch::kRows),
+                              .of_block = p_.counters.grad_y_ready,
+                              .of_expert = nullptr,
+                              .is_weighted = false};
+  }
+
+  // Boxes of 64 by 64 at (contiguous dimension, other dimension, expert).
+  CUtensorMap weight_map(const fm_tensor& weight, const char* name) const {
+    const int along = weight.stride[2] == 1 ? 2 : 1;
+    const int across = 3 - along;
+    TensorView view{};
+    view.base = weight.data;
+    view.num_dims = 3;
+    const int dims[3] = {along, across, 0};
+    for (int i = 0; i < 3; ++i) {
+      view.sizes[i] = static_cast<uint64_t>(weight.shape[dims[i]]);
+      view.strides[i] = static_cast<uint64_t>(weight.stride[dims[i]]) * config::kElementBytes;
+      view.box[i] = i < 2 ? config::kBoxColumns : 1;
+    }
+    return encode(view, element_, name);
+  }
+
+  void set_weights() {
+    const bool separate = is_separate(layer_);
+    p_.up_weights[0] = weight_map(separate ? o_.w_gate : o_.w_up, "w_up");
+    if (separate) p_.up_weights[1] = weight_map(o_.w_up, "w_up");
+    p_.down_weights = weight_map(o_.w_down, "w_down");
+    p_.up_is_hidden_major = has_contiguous_rows(o_.w_up);
+    p_.down_is_hidden_major = !has_contiguous_rows(o_.w_down);
+  }
+
+  void set_rows() {
+    const int64_t rows = p_.sizes.max_rows;
+    const int64_t up = p_.sizes.up_columns;
+    const void* x_rows = region<void>(BackwardScratch::kXRows);
+    const void* grad_rows = region<void>(BackwardScratch::kRows);
+    const void* grad_z = region<void>(BackwardScratch::kGradZ);
+    for (int32_t steps = 1; steps <= config::kTokenMaps; ++steps) {
+      const uint32_t half = steps * tile::kTokenStep / config::kClusterSize;
+      const auto tokens = [&](const void* base, int64_t columns, const char* name) {
+        return encode(rows_view(base, rows, columns, config::kDepthStep, half), element_, name);
+      };
+      p_.forward.row_tokens[steps - 1] = tokens(x_rows, layer_.hidden, "x rows");
+      p_.grad_y_tokens[steps - 1] = tokens(grad_rows, layer_.hidden, "grad y rows");
+      p_.grad_z_tokens[steps - 1] = tokens(grad_z, up, "grad z");
+    }
+    p_.forward.row_out = window(grad_rows, layer_.hidden, config::kStoreTokens);
+    p_.pre_activation_out = window(grad_z, up, config::kStoreTokens);
+    p_.grad_z_out = window(grad_z, up, config::kHiddenRows);
+    p_.hidden_out =
+        window(region<void>(BackwardScratch::kHidden), layer_.intermediate, config::kHiddenRows);
+    TensorView z = rows_view(grad_z, rows, up, config::kHalfRows, config::kHiddenRows);
+    if (present(o_.z)) {
+      z.base = o_.z.data;
+      z.sizes[1] = static_cast<uint64_t>(std::max<int64_t>(o_.z.shape[0], 1));
+      z.strides[1] = static_cast<uint64_t>(o_.z.stride[0]) * config::kElementBytes;
+    }
+    p_.z_in = encode(z, element_, "z");
+    z.box[1] = config::Backward{}.product(config::Major::kDepth).max_tokens;
+    p_.z_ahead = encode(z, element_, "z");
+  }
+  CUtensorMap window(const void* base, int64_t columns, uint32_t box_rows) const {
+    return encode(window_view(base, p_.sizes.max_rows, columns, config::kBoxColumns, box_rows),
+                  element_, "rows");
+  }
+
+  // M runs along what is contiguous in the gradient, N along the other dimension.
+  void set_weight_grads() {
+    const bool separate = is_separate(layer_);
+    const int32_t up = static_cast<int32_t>(separate ? layer_.intermediate : up_columns_of(layer_));
+    const fm_tensor& first = separate ? o_.grad_w_gate : o_.grad_w_up;
+    const bool down_along_i = !present(o_.grad_w_down) || has_contiguous_rows(o_.grad_w_down);
+    set_operands(0, BackwardScratch::kRows, layer_.hidden, BackwardScratch::kHidden,
+                 layer_.intermediate, down_along_i);
+    add_gradient(0, o_.grad_w_down, down_along_i, 0, FM_ACCUMULATE_W_DOWN);
+    // Both tensors of a separate layer have the same operands: the second follows the first, by the
+    // threads where its strides differ.
+    const fm_tensor& chooser = present(first) ? first : o_.grad_w_up;
+    const bool up_along_h = !present(chooser) || has_contiguous_rows(chooser);
+    set_operands(1, BackwardScratch::kGradZ, p_.sizes.up_columns, BackwardScratch::kXRows,
+                 layer_.hidden, up_along_h);
+    add_gradient(1, first, up_along_h, 0, separate ? FM_ACCUMULATE_W_GATE : FM_ACCUMULATE_W_UP);
+    if (separate) add_gradient(2, o_.grad_w_up, up_along_h, up, FM_ACCUMULATE_W_UP);
+  }
+
+  // Rows of `rows` are the first dimension of the gradient, those of `columns` the second.
+  void set_operands(int which, BackwardScratch rows, int64_t num_rows, BackwardScratch columns,
+                    int64_t num_columns, bool m_is_second) {
+    const void* row_base = region<void>(rows);
+    const void* column_base = region<void>(columns);
+    constexpr uint32_t kDepth = config::kDepthStep;
+    p_.grad_m[which] =
+        m_is_second ? window(column_base, num_columns, kDepth) : window(row_base, num_rows, kDepth);
+    p_.grad_n[which] = m_is_second ? window(row_base, num_rows, kDepth / 2)
+                                   : window(column_base, num_columns, kDepth / 2);
+  }
+
+  // row_offset: of the gradient's first row in its operand.
+  void add_gradient(int which, const fm_tensor& gradient, bool m_is_second, int32_t row_offset,
+                    uint32_t flag) {
+    if (!present(gradient)) return;
+    const int m_dim = m_is_second ? 2 : 1;
+    const int n_dim = 3 - m_dim;
+    kernel::WeightGradOut& out = p_.weight_grad_out[which];
+    out.data = gradient.data;
+    out.expert_stride = gradient.stride[0];
+    out.n_stride = gradient.stride[n_dim];
+    out.m_stride = gradient.stride[m_dim];
+    out.m_columns = static_cast<int32_t>(gradient.shape[m_dim]);
+    out.m_offset = m_is_second ? 0 : row_offset;
+    out.n_offset = m_is_second ? row_offset : 0;
+    out.is_wide = gradient.dtype == FM_F32;
+    out.is_accumulated = (o_.flags & flag) != 0;
+    out.is_direct =
+        out.is_wide || out.is_accumulated || out.m_stride != 1 || !is_for_copies(gradient, out);
+    p_.sizes.weight_grads[which] = {.m_pairs = pairs_of(gradient.shape[m_dim]),
+                                    .n_columns = static_cast<int32_t>(gradient.shape[n_dim])};
+    if (!out.is_direct) p_.weight_grads[which] = gradient_map(gradient, out, n_dim);
+  }
+  static bool is_for_copies(const fm_tensor& gradient, const kernel::WeightGradOut& out) {
+    constexpr int64_t kUnit = 16 / config::kElementBytes;
+    constexpr int64_t kMostLine = int64_t{1} << 32;
+    constexpr int64_t kMostStride = int64_t{1} << 38;
+    return reinterpret_cast<uintptr_t>(gradient.data) % 16 == 0 && out.n_stride % kUnit == 0 &&
+           out.expert_stride % kUnit == 0 && out.n_stride < kMostLine &&
+           out.expert_stride < kMostStride;
+  }
+  CUtensorMap gradient_map(const fm_tensor& gradient, const kernel::WeightGradOut& out,
+                           int n_dim) const {
+    TensorView view = window_view(gradient.data, gradient.shape[n_dim], out.n_stride,
+                                  config::kBoxColumns, config::kStoreTokens);
+    view.sizes[0] = static_cast<uint64_t>(out.m_columns);
+    view.num_dims = 5;
+    view.sizes[4] = static_cast<uint64_t>(gradient.shape[0]);
+    view.strides[4] = static_cast<uint64_t>(out.expert_stride) * config::kElementBytes;
+    view.box[4] = 1;
+    return encode(view, element_, "weight gradient");
+  }
+
+  void set_routing() {
+    kernel::RoutingGrads& routing = p_.routing;
+    routing.w_router = o_.w_router.data;
+    routing.w_router_stride = o_.w_router.stride[0];
+    routing.w_router_is_wide = o_.w_router.dtype == FM_F32;
+    routing.logits = static_cast<const float*>(o_.logits.data);
+    routing.grad_weights = strided(o_.grad_weights);
+    routing.grad_logits = strided(o_.grad_logits);
+    routing.grad_topk_weights = strided(o_.grad_topk_weights);
+    routing.grad_w_router = strided(o_.grad_w_router);
+    routing.grad_router_bias = strided(o_.grad_router_bias);
+    routing.b_down = strided(o_.b_down);
+    routing.grad_b_up = strided(o_.grad_b_up);
+    routing.grad_b_down = strided(o_.grad_b_down);
+  }
+
+  const BackwardArguments& a_;
+  const Operands& o_;
+  const fm_layer& layer_;
+  config::Element element_;
+  config::BackwardTable table_;
+  kernel::BackwardParams p_{};
+};
+
+// What the forward's kernels ask of the operands that both have.
+fm_forward_args shared_operands(const Operands& operands) {
+  fm_forward_args shared{};
+  shared.x = operands.x;
+  shared.w_gate = operands.w_gate;
+  shared.w_up = operands.w_up;
+  shared.w_down = operands.w_down;
+  shared.w_router = operands.w_router;
+  shared.y = operands.grad_x;
+  return shared;
+}
+
+// Sixteen-byte accesses: base and strides of rows.
+std::string refuse_rows(const char* name, const fm_tensor& tensor) {
+  constexpr int64_t kUnit = 16 / config::kElementBytes;
+  if (!present(tensor) || tensor.shape[0] == 0) return {};
+  const bool is_aligned = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
+  if (is_aligned && (tensor.shape[0] == 1 || tensor.stride[0] % kUnit == 0)) return {};
+  return text_of(name, " starts at ", tensor.data, " and has rows ", tensor.stride[0],
+                 " elements apart; accepted on CUDA: multiples of 16 bytes for both");
+}
+
+}  // namespace
+
+void check_supported(const fm_layer& layer, const fm_backward_args& operands) {
+  check_supported(layer, shared_operands(operands));
+  std::string reason = refuse_rows("grad_y", operands.grad_y);
+  if (reason.empty()) reason = refuse_rows("z", operands.z);
+  const int64_t rows = config::forward_rows(operands.x.shape[0] * layer.top_k, layer.num_experts);
+  if (reason.empty() && present(operands.z) && operands.z.shape[0] < rows) {
+    reason = text_of("z has ", operands.z.shape[0], " rows, expected ", rows,
+                     " (fm_z_rows): it is not of a forward on CUDA");
+  }
+  if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
+}
+
+int64_t backward_scratch_bytes(const fm_layer& layer, const fm_backward_args& operands) {
+  return table_of(layer, operands).total;
+}
+
+void launch_backward(const BackwardArguments& arguments) {
+  check_supported(arguments.layer, arguments.operands);
+  const kernel::BackwardEntry entry = element_of(arguments.layer) == config::Element::kBf16
+                                          ? kernel::backward_bf16()
+                                          : kernel::backward_fp16();
+  kernel::BackwardParams params = Builder(arguments).build();
+  launch_pairs({entry.function, entry.shared_bytes, config::kForwardThreads,
+                std::string("backward (") + config::name_of(entry.config.element) + ")"},
+               &params, arguments.max_sms, true, arguments.stream);
+}
+
+}  // namespace flashmoe::cuda::launch

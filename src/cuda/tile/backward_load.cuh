@@ -1,0 +1,159 @@
+// Copies of the backward's operands into stages. Products of rows (Z, dA', dX) read weights in boxes
+// of 64 x 64, either dimension contiguous, and rows in the forward's boxes; sums over rows (the
+// weights' gradients) read 64 rows of either operand, in boxes of 64 columns.
+#pragma once
+
+#include "cuda/kernel/backward.h"
+#include "cuda/tile/load.cuh"
+#include "cuda/tile/window.h"
+
+namespace flashmoe::cuda::tile {
+
+FM_DEVICE ExpertTable table_of(const kernel::BackwardParams& params) {
+  return {params.forward.memory.experts, params.forward.sizes.num_experts};
+}
+
+// Which gradient a tile of a sum over rows is of: an index of kernel::BackwardParams::weight_grads.
+FM_DEVICE int32_t gradient_of(const Tile& tile) {
+  return tile.product - static_cast<int32_t>(BackwardProduct::kDownGrad);
+}
+FM_DEVICE int32_t column_boxes(const Tile& tile) {
+  return (tile.num_rows + config::kBoxColumns - 1) / config::kBoxColumns;
+}
+
+// A box of rows [row, end) of a map that clips, at most kRows of them; the others are zeros.
+template <int32_t kRows, class... Mask>
+FM_DEVICE void load_rows(uint8_t* to, uint64_t* full, const CUtensorMap& map, int32_t column,
+                         int32_t row, int32_t end, const Mask&... mask) {
+  const int32_t num_rows = max(min(end - row, kRows), 0);
+  const int32_t at[4] = {column, kWindow - num_rows, row + num_rows, kWindow};
+  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &map, at, full, mask...);
+}
+FM_DEVICE int32_t end_of_expert(const kernel::BackwardParams& params, int32_t e) {
+  const ExpertTable experts = table_of(params);
+  return experts.begin(e) + experts.rows(e);
+}
+
+// This CTA's 128 of M: two boxes a step.
+class BackwardWeightLoad {
+ public:
+  FM_DEVICE BackwardWeightLoad(const kernel::BackwardParams& params, const Tile& tile,
+                               int32_t cta_rank)
+      : params_(params),
+        tile_(tile),
+        m_((2 * tile.weight_pair_idx + cta_rank) * config::kWeightRows),
+        first_(tile.local_expert_idx) {
+    if (!is_weight_grad(tile)) return;
+    m_ += params.weight_grad_out[gradient_of(tile)].m_offset;
+    first_ = table_of(params).begin(tile.local_expert_idx);
+    end_ = end_of_expert(params, tile.local_expert_idx);
+  }
+
+  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
+    FM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int32_t m = m_ + half * config::kHalfRows;
+      uint8_t* box = to + half * config::kBoxBytes;
+      if (is_weight_grad(tile_)) {
+        load_rows<config::kDepthStep>(box, full, params_.grad_m[gradient_of(tile_) > 0], m,
+                                      first_ + depth, end_);
+      } else {
+        load_weights(box, full, m, depth);
+      }
+    }
+  }
+
+ private:
+  FM_DEVICE void load_weights(uint8_t* box, uint64_t* full, int32_t m, int32_t depth) const {
+    const bool is_down = product_of(tile_) == BackwardProduct::kHiddenGrad;
+    // Of the weight's two dimensions, M runs along H in dX alone.
+    const bool m_is_hidden = product_of(tile_) == BackwardProduct::kInputGrad;
+    const bool hidden_major = is_down ? params_.down_is_hidden_major : params_.up_is_hidden_major;
+    const bool depth_first = hidden_major != m_is_hidden;
+    const int32_t intermediate = params_.forward.sizes.intermediate;
+    const int32_t along_up = m_is_hidden ? depth : m;  // of the weight's G * I
+    const bool is_second = !is_down && params_.sizes.separate && along_up >= intermediate;
+    const int32_t less = is_second ? intermediate : 0;
+    const int32_t own_m = m_is_hidden ? m : m - less;
+    const int32_t own_k = m_is_hidden ? depth - less : depth;
+    const CUtensorMap* map = is_down ? &params_.down_weights : &params_.up_weights[is_second];
+    const int32_t at[3] = {depth_first ? own_k : own_m, depth_first ? own_m : own_k,
+                           first_};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, box, map, at, full);
+  }
+
+  const kernel::BackwardParams& params_;
+  const Tile& tile_;
+  int32_t m_;
+  int32_t first_;    // the expert; of a sum over rows, its first row
+  int32_t end_ = 0;  // of a sum over rows
+};
+
+// Half of the pair's N side, for both CTAs: half of the rows, or half the depth of every box.
+class BackwardTokenLoad {
+ public:
+  FM_DEVICE BackwardTokenLoad(const kernel::BackwardParams& params, const Tile& tile,
+                              int32_t cta_rank)
+      : tile_(tile), map_(map_of(params, tile)) {
+    if (is_weight_grad(tile)) {
+      const ExpertTable experts = table_of(params);
+      column_ = params.weight_grad_out[gradient_of(tile)].n_offset + tile.row_begin;
+      first_ = experts.begin(tile.local_expert_idx) + cta_rank * kHalfDepth;
+      end_ = end_of_expert(params, tile.local_expert_idx);
+      place_ = cta_rank * (config::kBoxBytes / 2);
+    } else {
+      const int32_t first = cta_rank * tile.num_steps() * (kTokenStep / config::kClusterSize);
+      first_ = tile.row_begin + first;
+      place_ = first * config::kDepthStep * config::kElementBytes;
+    }
+  }
+
+  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
+    constexpr uint16_t kBoth = 0b11;
+    if (!is_weight_grad(tile_)) {
+      const int32_t at[2] = {depth, first_};
+      ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to + place_, &map_, at, full,
+                                kBoth);
+      return;
+    }
+    FM_UNROLL
+    for (int box = 0; box < config::kMaxColumnBoxes; ++box) {
+      if (box >= column_boxes(tile_)) break;
+      load_rows<kHalfDepth>(to + place_ + box * config::kBoxBytes, full, map_,
+                            column_ + box * config::kBoxColumns, first_ + depth, end_, kBoth);
+    }
+  }
+
+ private:
+  static constexpr int32_t kHalfDepth = config::kDepthStep / config::kClusterSize;
+  FM_DEVICE static const CUtensorMap& map_of(const kernel::BackwardParams& params,
+                                             const Tile& tile) {
+    switch (product_of(tile)) {
+      case BackwardProduct::kPreActivation:
+        return params.forward.row_tokens[tile.num_steps() - 1];
+      case BackwardProduct::kHiddenGrad:
+        return params.grad_y_tokens[tile.num_steps() - 1];
+      case BackwardProduct::kInputGrad:
+        return params.grad_z_tokens[tile.num_steps() - 1];
+      default:
+        return params.grad_n[gradient_of(tile) > 0];
+    }
+  }
+
+  const Tile& tile_;
+  const CUtensorMap& map_;
+  int32_t first_;       // row
+  int32_t place_;       // in the stage
+  int32_t column_ = 0;  // of a sum over rows; and the expert's end
+  int32_t end_ = 0;
+};
+
+// Bytes of a stage.
+template <class Shape>
+FM_DEVICE uint32_t backward_stage_bytes(const Shape& shape, const Tile& tile) {
+  const int32_t tokens = is_weight_grad(tile) ? column_boxes(tile) * config::kBoxBytes
+                                              : shape.token_bytes(tile.num_steps());
+  return shape.weight_bytes() + tokens;
+}
+
+}  // namespace flashmoe::cuda::tile

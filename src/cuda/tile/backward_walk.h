@@ -1,0 +1,135 @@
+// Ticket -> task of the backward's math roles:
+//
+//   [pre-activation tiles] | hidden-gradient tiles | gradient of w_down | input-gradient tiles of
+//   column block 0 | of column block 1 | ... | gradients of w_gate and w_up
+//
+// Pre-activations are computed again where the forward did not keep them. The input gradients
+// replace the rows of grad y, which the gradient of w_down is the last to read; the gradients of
+// w_up hide the combination of the input gradients. Every task depends only on smaller tickets and
+// on copies that wait for no ticket, so the walk never deadlocks.
+#pragma once
+
+#include "cuda/tile/walk.h"
+
+namespace flashmoe::cuda::tile {
+
+// Tile::product of the backward. A tile of a weight gradient is (columns of its N side: row_begin,
+// num_rows), (pair of M tiles: weight_pair_idx); its depth is the expert's rows.
+enum class BackwardProduct : int8_t {
+  kPreActivation,  // Z = X W_up^T + b_up
+  kHiddenGrad,     // dA' = dY W_down, and from it w A, dZ and a part of the slot's weight gradient
+  kInputGrad,      // dX = dZ W_up
+  kDownGrad,       // dW_down = dY^T (w A)
+  kUpGrad,         // dW_up = dZ^T X, or the gate's where gate and up are two tensors
+  kUpGrad2,        // then the up tensor's
+};
+
+FM_HD constexpr BackwardProduct product_of(const Tile& tile) {
+  return static_cast<BackwardProduct>(tile.product);
+}
+FM_HD constexpr bool is_weight_grad(const Tile& tile) {
+  return product_of(tile) >= BackwardProduct::kDownGrad;
+}
+
+// Most columns of a weight gradient's N tile: two boxes of 64.
+inline constexpr int32_t kGradColumns = 128;
+
+// How an expert's weight gradient [n_columns, M] is cut. No tiles where it was not asked for.
+struct WeightGrid {
+  int32_t m_pairs;    // pairs of 128 columns of M
+  int32_t n_columns;  // a multiple of kTokenStep
+
+  FM_HD constexpr int32_t num_blocks() const { return plan::ceil_div(n_columns, kGradColumns); }
+  FM_HD constexpr int32_t num_tiles() const { return m_pairs * num_blocks(); }
+  // The side with fewer tiles runs fastest: its operand stays in the L2 cache.
+  FM_HD constexpr Tile tile_at(int32_t tile_idx, int32_t local_expert_idx,
+                               BackwardProduct product) const {
+    const int32_t blocks = num_blocks();
+    const int32_t units = n_columns / kTokenStep;
+    const bool pairs_inner = m_pairs <= blocks;
+    const int32_t outer = tile_idx / (pairs_inner ? m_pairs : blocks);
+    const int32_t inner = tile_idx - outer * (pairs_inner ? m_pairs : blocks);
+    const int32_t block = pairs_inner ? outer : inner;
+    const int32_t begin = block * units / blocks;
+    const int32_t end = (block + 1) * units / blocks;
+    return {.row_begin = begin * kTokenStep,
+            .num_rows = static_cast<int16_t>((end - begin) * kTokenStep),
+            .product = static_cast<int8_t>(product),
+            .is_ready = false,
+            .local_expert_idx = local_expert_idx,
+            .weight_pair_idx = pairs_inner ? inner : outer};
+  }
+};
+
+struct BackwardWalk {
+  ExpertTable experts;
+  int32_t max_rows;              // of a block
+  int32_t pre_activation_pairs;  // 0: they were kept
+  int32_t hidden_pairs;
+  int32_t input_pairs;
+  int32_t column_pairs;
+  WeightGrid weight_grads[3];  // down, up (or gate), up
+
+  FM_HD constexpr int32_t column_blocks() const {
+    return (input_pairs + column_pairs - 1) / column_pairs;
+  }
+
+  // The tile of any ticket; an end tile from the last ticket on.
+  FM_HD constexpr Tile tile_at(int32_t ticket) const {
+    const int32_t blocks = experts.num_blocks();
+    int32_t left = ticket;
+    if (left < blocks * pre_activation_pairs) {
+      return row_tile(left, pre_activation_pairs, false, BackwardProduct::kPreActivation);
+    }
+    left -= blocks * pre_activation_pairs;
+    if (left < blocks * hidden_pairs) {
+      return row_tile(left, hidden_pairs, false, BackwardProduct::kHiddenGrad);
+    }
+    left -= blocks * hidden_pairs;
+    if (left < tiles_of(0)) return weight_tile(left, 0);
+    left -= tiles_of(0);
+    if (left < blocks * input_pairs) return input_tile(left, blocks);
+    left -= blocks * input_pairs;
+    if (left < tiles_of(1)) return weight_tile(left, 1);
+    left -= tiles_of(1);
+    return left < tiles_of(2) ? weight_tile(left, 2) : Tile{};
+  }
+
+ private:
+  FM_HD constexpr int32_t tiles_of(int which) const {
+    return experts.num_experts * weight_grads[which].num_tiles();
+  }
+  FM_HD constexpr Tile weight_tile(int32_t tile_idx, int which) const {
+    const int32_t of_expert = weight_grads[which].num_tiles();
+    const int32_t e = tile_idx / of_expert;
+    const auto product =
+        static_cast<BackwardProduct>(static_cast<int>(BackwardProduct::kDownGrad) + which);
+    return weight_grads[which].tile_at(tile_idx - e * of_expert, e, product);
+  }
+  // Of `pairs` weight pairs of every block, forward or backward over the experts.
+  FM_HD constexpr Tile row_tile(int32_t tile_idx, int32_t pairs, bool is_reversed,
+                                BackwardProduct product) const {
+    const int32_t blocks = experts.num_blocks();
+    const int32_t place = tile_idx / pairs;
+    const int32_t e = experts.expert_of_block(is_reversed ? blocks - 1 - place : place);
+    const int32_t before =
+        is_reversed ? blocks - experts.blocks_before(e + 1) : experts.blocks_before(e);
+    Tile tile = TileGrid{max_rows, pairs}.tile_at(tile_idx - before * pairs, e, experts.begin(e),
+                                                  experts.rows(e));
+    tile.product = static_cast<int8_t>(product);
+    return tile;
+  }
+  FM_HD constexpr Tile input_tile(int32_t tile_idx, int32_t blocks) const {
+    const int32_t of_whole = blocks * column_pairs;  // tiles of a column block but the last
+    const int32_t column_block = tile_idx / of_whole;
+    const int32_t first_pair = column_block * column_pairs;
+    const int32_t pairs =
+        input_pairs - first_pair < column_pairs ? input_pairs - first_pair : column_pairs;
+    Tile tile = row_tile(tile_idx - column_block * of_whole, pairs, column_block % 2 == 1,
+                         BackwardProduct::kInputGrad);
+    tile.weight_pair_idx += first_pair;
+    return tile;
+  }
+};
+
+}  // namespace flashmoe::cuda::tile

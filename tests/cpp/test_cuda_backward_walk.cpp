@@ -1,0 +1,165 @@
+// The backward's walk from tickets to tiles and its scratch table: pure functions, tested without a
+// GPU.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <map>
+#include <random>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "cuda/config/backward.h"
+
+namespace flashmoe::cuda {
+namespace {
+
+using tile::BackwardProduct;
+using tile::Tile;
+
+constexpr int32_t kMaxRows = config::kBackwardBlockRows;
+constexpr int kProducts = 6;
+
+// The table as the plan writes it, from the rows of each expert.
+struct Table {
+  std::vector<int32_t> begin{0}, rows, blocks_before{0}, words;
+
+  explicit Table(std::vector<int32_t> rows_of_expert) : rows(std::move(rows_of_expert)) {
+    const tile::TileGrid grid{kMaxRows, 1};
+    for (const int32_t count : rows) {
+      const int32_t groups = (count + config::kRowGroup - 1) / config::kRowGroup;
+      begin.push_back(begin.back() + groups * config::kRowGroup);
+      blocks_before.push_back(blocks_before.back() + grid.num_blocks(count));
+    }
+    for (const auto* array : {&begin, &rows, &blocks_before}) {
+      words.insert(words.end(), array->begin(), array->end());
+    }
+  }
+  tile::ExpertTable view() const { return {words.data(), static_cast<int32_t>(rows.size())}; }
+};
+
+// What a walk's tiles have covered so far.
+class Coverage {
+ public:
+  Coverage(const Table& table, const tile::BackwardWalk& walk) : table_(table), walk_(walk) {}
+
+  void add(const Tile& tile) {
+    const auto product = tile::product_of(tile);
+    ASSERT_GT(tile.num_rows, 0);
+    ASSERT_LE(tile.num_rows, kMaxRows);
+    expect_dependencies(tile, product);
+    for (int32_t i = 0; i < tile.num_rows; ++i) {
+      const auto place =
+          std::tuple(tile.product, tile.local_expert_idx, tile.weight_pair_idx, tile.row_begin + i);
+      ASSERT_TRUE(covered_.insert(place).second) << "twice";
+    }
+    covered_of_[static_cast<size_t>(tile.product)] += tile.num_rows;
+    if (!tile::is_weight_grad(tile)) ++tiles_of_block_[{tile.product, tile.row_begin}];
+  }
+
+  void expect_all() const {
+    int64_t rows = 0;
+    for (const int32_t count : table_.rows) rows += count;
+    EXPECT_EQ(covered_of_[0], rows * walk_.pre_activation_pairs);
+    EXPECT_EQ(covered_of_[1], rows * walk_.hidden_pairs);
+    EXPECT_EQ(covered_of_[2], rows * walk_.input_pairs);
+    for (int which = 0; which < 3; ++which) {
+      EXPECT_EQ(covered_of_[static_cast<size_t>(3 + which)], of_weight(which));
+    }
+  }
+
+ private:
+  int64_t of_weight(int which) const {
+    const tile::WeightGrid& grid = walk_.weight_grads[which];
+    return int64_t{grid.m_pairs} * grid.n_columns * static_cast<int64_t>(table_.rows.size());
+  }
+  int32_t done(BackwardProduct product, int32_t row_begin) const {
+    const auto found = tiles_of_block_.find({static_cast<int>(product), row_begin});
+    return found == tiles_of_block_.end() ? 0 : found->second;
+  }
+  // What a tile waits for has smaller tickets.
+  void expect_dependencies(const Tile& tile, BackwardProduct product) const {
+    int64_t hidden = 0;
+    for (const int32_t count : table_.rows) hidden += count;
+    if (product == BackwardProduct::kHiddenGrad) {
+      ASSERT_EQ(done(BackwardProduct::kPreActivation, tile.row_begin), walk_.pre_activation_pairs);
+    } else if (product == BackwardProduct::kInputGrad) {
+      ASSERT_EQ(done(BackwardProduct::kHiddenGrad, tile.row_begin), walk_.hidden_pairs);
+      ASSERT_EQ(covered_of_[3], of_weight(0)) << "its rows replace grad y's";
+    } else if (tile::is_weight_grad(tile)) {
+      ASSERT_EQ(covered_of_[1], hidden * walk_.hidden_pairs);
+    }
+  }
+
+  const Table& table_;
+  const tile::BackwardWalk& walk_;
+  std::set<std::tuple<int32_t, int32_t, int32_t, int32_t>> covered_;
+  std::map<std::pair<int, int32_t>, int32_t> tiles_of_block_;
+  std::array<int64_t, kProducts> covered_of_{};
+};
+
+void expect_cover_and_order(const Table& table, const tile::BackwardWalk& walk) {
+  Coverage coverage(table, walk);
+  for (int32_t ticket = 0;; ++ticket) {
+    const Tile tile = walk.tile_at(ticket);
+    if (tile.is_end()) break;
+    coverage.add(tile);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+  coverage.expect_all();
+}
+
+TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
+  std::mt19937 random(11);
+  const auto from = [&random](int32_t least, int32_t most) {
+    return least + static_cast<int32_t>(random() % static_cast<uint32_t>(most - least + 1));
+  };
+  for (const int32_t num_experts : {1, 2, 7, 33}) {
+    for (int round = 0; round < 6; ++round) {
+      std::vector<int32_t> rows(static_cast<size_t>(num_experts));
+      for (int32_t& count : rows) count = from(0, 2) == 0 ? 0 : from(1, 500);
+      const Table table(rows);
+      const int32_t input_pairs = from(1, 5);
+      const tile::WeightGrid down{from(0, 3), 16 * from(1, 30)};
+      const tile::WeightGrid up{from(0, 3), 16 * from(1, 30)};
+      expect_cover_and_order(table, {table.view(),
+                                     kMaxRows,
+                                     from(0, 3),
+                                     from(1, 4),
+                                     input_pairs,
+                                     from(1, input_pairs),
+                                     {down, up, {round % 2, up.n_columns}}});
+    }
+  }
+}
+
+TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
+  const Table table(std::vector<int32_t>(5, 0));
+  const tile::BackwardWalk walk{table.view(), kMaxRows, 2, 2, 2, 2, {{1, 64}, {1, 32}, {0, 0}}};
+  expect_cover_and_order(table, walk);
+  EXPECT_EQ(tile::product_of(walk.tile_at(0)), BackwardProduct::kDownGrad);
+}
+
+TEST(CudaBackward, RegionsOfTheScratchDoNotOverlap) {
+  const auto table = config::backward_table({.tokens = 1000,
+                                             .hidden = 192,
+                                             .intermediate = 128,
+                                             .up_columns = 256,
+                                             .num_experts = 65,
+                                             .top_k = 3,
+                                             .state_bytes = 24,
+                                             .num_counters = 77,
+                                             .has_router = true});
+  int64_t end = 0;
+  for (const plan::Region& region : table.regions) {
+    EXPECT_GE(region.offset, end) << region.name;
+    EXPECT_EQ(region.offset % plan::kRegionAlign, 0) << region.name;
+    EXPECT_GT(region.bytes, 0) << region.name;
+    end = region.offset + region.bytes;
+  }
+  EXPECT_GE(table.total, end);
+  EXPECT_EQ(table[config::BackwardScratch::kState].offset, 0) << "launches of both kinds share it";
+}
+
+}  // namespace
+}  // namespace flashmoe::cuda

@@ -1,0 +1,183 @@
+"""The backward on CUDA tensors: every gradient of the case table and of more sizes against fp64,
+with plain PyTorch on the same GPU as the yardstick; gradients poisoned before they are written."""
+
+import math
+from dataclasses import replace
+
+import flashmoe
+import pytest
+import torch
+from cuda_products import count_graph_nodes
+from flashmoe import check, ops
+from flashmoe.cases import Case
+from flashmoe.config import Activation, Routing
+from layer_common import finish, make_layer, same_bits
+
+TABLE = [
+    (case.key(dtype, ranks), case, dtype)
+    for _, case, dtype, ranks in check.planned(gradients=True, device="cuda")
+    if not check.missing_for(case, dtype, ranks, "cpu") and not case.save_z
+    if case.probe == "compare" and not case.refused
+]
+TOKENS = (0, 1, 17, 64, 129, 1000, 4097)
+SIZES = [
+    Case("size/e1024_k32", experts=1024, top_k=32, hidden=64, intermediate=64, tokens=(65,)),
+    Case("size/smallest", experts=1, top_k=1, hidden=64, intermediate=64, tokens=(1,)),
+    Case("size/gpt_oss", experts=4, hidden=2880, intermediate=2880, tokens=(130,),
+         activation="gpt_oss", bias=True, router_bias=True, layout="interleaved_transposed"),
+    Case("size/wide", experts=4, hidden=7168, intermediate=64, tokens=(40,)),
+    Case("size/deep", experts=4, hidden=64, intermediate=4096, tokens=(200,)),
+    Case("size/uneven", experts=6, top_k=3, hidden=832, intermediate=448, tokens=(333,)),
+]  # fmt: skip
+MIXED = [
+    Case("mixed/0", routing=Routing(score="sigmoid", num_groups=4, top_groups=2, scale=2.5),
+         selection_bias=True, experts=16, top_k=4, layout="interleaved", bias=True),
+    Case("mixed/1", routing=Routing(score="topk_softmax"), router_bias=True, top_k=4,
+         activation=Activation(alpha=1.702, limit=0.5, up_offset=1.0), bias=True,
+         layout="interleaved_transposed", capacity_factor=0.7),
+    Case("mixed/2", routing=Routing(score="sigmoid", renormalize=False), top_k=1,
+         weight_on_input=True, layout="transposed", activation="geglu"),
+    Case("mixed/3", routing=Routing(score="sqrt_softplus", scale=1.5), selection_bias=True,
+         activation=Activation(limit=0.7), layout="separate", capacity_factor=1.0),
+    Case("mixed/4", ids="sentinels", top_k=3, activation="relu2", bias=True, layout="transposed",
+         capacity_factor=0.6),
+    Case("mixed/5", ids="duplicates", top_k=3, activation="geglu_tanh", layout="strided",
+         weight_on_input=True, bias=True),
+    Case("mixed/6", wide_router=True, router_bias=True, activation="reglu",
+         layout="separate_transposed", bias=True),
+    Case("mixed/7", routing=Routing(num_groups=2, top_groups=1, group_top=1), selection_bias=True,
+         activation="gelu", layout="transposed_view", bias=True, weight_on_input=True),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """One group, and so one scratch, for all cases: what one leaves behind, the next one finds."""
+    pool = check.GroupPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_gradients(monkeypatch):
+    """Gradients hold NaN before the engine writes them."""
+    allocate = ops.empty_gradients
+
+    def poisoned(*args):
+        gradients = allocate(*args)
+        for tensor in gradients.values():
+            tensor.fill_(math.nan)
+        return gradients
+
+    monkeypatch.setattr(ops, "empty_gradients", poisoned)
+
+
+def run_case(case, dtype, pool):
+    record = check.Record(case.name, dtype, 1, "gradients", device="cuda")
+    check.check_case(case, record, pool)
+    assert record.status == "passed", record.reason
+
+
+@pytest.mark.parametrize(("case", "dtype"), [row[1:] for row in TABLE], ids=[r[0] for r in TABLE])
+def test_case_table(case, dtype, pool):
+    run_case(case, dtype, pool)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_tokens(tokens, dtype, pool):
+    case = Case("tokens", tokens=(tokens,), hidden=128, intermediate=192, experts=16, top_k=4)
+    run_case(case, dtype, pool)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("case", SIZES + MIXED, ids=lambda case: case.name)
+def test_sizes_and_mixtures(case, dtype, pool):
+    run_case(replace(case, hidden=max(case.hidden, 64)), dtype, pool)
+
+
+def leaves_of(layer):
+    return [layer.x, layer.w_router, layer.w_up, layer.w_down]
+
+
+def gradients(layer, group, seed=1):
+    """Gradients of all leaves for an arriving gradient drawn from a seed."""
+    for leaf in leaves_of(layer):
+        leaf.requires_grad_()
+    y, _ = layer(group)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    arriving = torch.randn(*y.shape, device="cuda", generator=generator).to(y.dtype)
+    return torch.autograd.grad(y, leaves_of(layer), arriving)
+
+
+@pytest.fixture
+def group():
+    [one] = flashmoe.local_group(1)
+    with one:
+        yield one
+
+
+def test_hundred_runs_give_the_same_bits(group):
+    layer = make_layer(tokens=777, capacity_factor=0.9)
+    expected = gradients(layer, group)
+    for run in range(100):
+        group.set("max_sms", (0, 2, 26, 100)[run % 4])
+        assert same_bits(gradients(layer, group), expected)
+    finish(group)
+
+
+def test_backwards_in_any_order(group):
+    one, two = make_layer(tokens=500), make_layer(tokens=300, seed=5)
+    expected = [gradients(layer, group) for layer in (one, two)]
+    for order in ((0, 1), (1, 0)):
+        ends = [layer(group)[0] for layer in (one, two)]
+        made = [None, None]
+        for which in order:
+            generator = torch.Generator("cuda").manual_seed(1)
+            y = ends[which]
+            arriving = torch.randn(*y.shape, device="cuda", generator=generator).to(y.dtype)
+            made[which] = torch.autograd.grad(y, leaves_of((one, two)[which]), arriving)
+        assert all(same_bits(*pair) for pair in zip(made, expected, strict=True))
+    finish(group)
+
+
+def test_a_graph_of_forward_and_backward_is_two_kernels(group):
+    layer = make_layer(tokens=300)
+    expected = gradients(layer, group)
+    arriving = torch.randn(*layer.x.shape, device="cuda", dtype=layer.x.dtype)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    tensors = {"x": layer.x.detach(), "w_up": layer.w_up.detach(), "w_down": layer.w_down.detach()}
+    tensors["w_router"] = layer.w_router.detach()
+    _, routed = layer(group)
+    saved = tensors | {
+        "topk_ids": routed.topk_ids,
+        "topk_weights": routed.topk_weights.detach(),
+        "logits": routed.logits.detach(),
+        "grad_y": arriving,
+    }
+    made = {name: torch.empty_like(saved[name]) for name in ("x", "w_router", "w_up", "w_down")}
+    config = flashmoe.config.LayerConfig(top_k=4).encode()
+    ops.launch_backward(saved, made, config, flashmoe.group.resolve(group)[0])
+    with torch.cuda.graph(graph):
+        ops.launch_backward(saved, made, config, flashmoe.group.resolve(group)[0])
+    assert count_graph_nodes(graph) == ["kernel"]
+    finish(group)
+    assert len(expected) == len(made)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_main_grad(overwrite, group):
+    layer = make_layer(tokens=300)
+    plain = gradients(layer, group)
+    for weight in (layer.w_up, layer.w_down):
+        weight.main_grad = torch.full(weight.shape, 3.0, device="cuda")
+        weight.overwrite_main_grad = overwrite
+    y, _ = layer(group)
+    generator = torch.Generator("cuda").manual_seed(1)
+    y.backward(torch.randn(*y.shape, device="cuda", generator=generator).to(y.dtype))
+    for weight, expected in zip((layer.w_up, layer.w_down), plain[2:], strict=True):
+        sums = weight.main_grad - (0.0 if overwrite else 3.0)
+        error = (sums.double() - expected.double()).norm() / expected.double().norm()
+        assert error < 2**-8
+    finish(group)
