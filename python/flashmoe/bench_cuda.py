@@ -144,10 +144,12 @@ def bench_case(case, dtype, group, seconds, ceilings):
 
 
 def make_call(case: Case, dtype, group, device="cuda"):
-    """The operands of a case, drawn on the device: random tokens and router, so random logits."""
+    """The operands of a case on rank 0 of a group, drawn on the device: random tokens and router,
+    so random logits."""
     generator = torch.Generator(device).manual_seed(7)
     order, transposed, _ = LAYOUTS[case.layout]
     tokens, hidden, inner = case.tokens[0], case.hidden, case.intermediate
+    share = case.experts // group.world
 
     def normal(*shape, scale=1.0, wide=False):
         values = torch.empty(shape, device=device, dtype=torch.float32 if wide else dtype)
@@ -155,15 +157,15 @@ def make_call(case: Case, dtype, group, device="cuda"):
 
     def weight(rows, columns):
         shape = (columns, rows) if transposed else (rows, columns)
-        return normal(case.experts, *shape, scale=columns**-0.5)
+        return normal(share, *shape, scale=columns**-0.5)
 
     width = inner * (2 if case.activation_spec.gated and order != "separate" else 1)
     weights = {"w_up": weight(width, hidden), "w_down": weight(hidden, inner)}
     if order == "separate":
         weights["w_gate"] = weight(inner, hidden)
     if case.bias:
-        weights["b_up"] = normal(case.experts, width, scale=0.5)
-        weights["b_down"] = normal(case.experts, hidden, scale=0.5)
+        weights["b_up"] = normal(share, width, scale=0.5)
+        weights["b_down"] = normal(share, hidden, scale=0.5)
     routing = {"w_router": normal(case.experts, hidden, scale=hidden**-0.5)}
     if case.router_bias:
         routing["router_bias"] = normal(case.experts, scale=0.5)
@@ -174,7 +176,7 @@ def make_call(case: Case, dtype, group, device="cuda"):
 
 
 def explain(case, dtype, group, device="cuda"):
-    """How the layer of a case runs, as text."""
+    """How the layer of a case runs on one rank of a group, as text."""
     tensors, config = operator_call(case, make_call(case, DTYPES[dtype], group, device))
     return ops.explain(tensors, config.encode(), group.name)
 

@@ -139,6 +139,12 @@ def add_bench(commands):
         "--explain", action="store_true", help="say how the cases would run, and time nothing"
     )
     bench.add_argument(
+        "--ranks",
+        type=positive,
+        metavar="N",
+        help="with --explain: as one of so many ranks, the experts divided among them (default: 1)",
+    )
+    bench.add_argument(
         "--timeline", action="store_true", help="on cuda: also where each launch's time goes"
     )
     bench.add_argument("--write", action="store_true", help="append to benchmarks/results")
@@ -262,6 +268,8 @@ def command_bench(arguments):
 
     if arguments.explain:
         return explain_bench(arguments)
+    if arguments.ranks:
+        raise ValueError("--ranks is given without --explain; accepted: with it")
     if arguments.device == "cuda":
         return command_bench_cuda(arguments)
     if arguments.timeline:
@@ -329,12 +337,19 @@ def explain_bench(arguments):
         chosen = [(case, arguments.dtype or "bf16") for case in bench_cuda.planned(arguments.case)]
     else:
         chosen = [row[:2] for row in select(arguments.case, "speed", dtype=arguments.dtype)]
-    [group] = local_group(1)
-    with group:
+    ranks = arguments.ranks or 1
+    groups = local_group(ranks)
+    try:
         for case, dtype in chosen:
             print(f"{case.name} {dtype}")
-            text = bench_cuda.explain(case, dtype, group, arguments.device)
+            if case.experts % ranks:
+                text = f"{case.experts} experts cannot be divided among {ranks} ranks"
+            else:
+                text = bench_cuda.explain(case, dtype, groups[0], arguments.device)
             print("  " + text.replace("\n", "\n  "))
+    finally:
+        for group in groups:
+            group.close()
     return 0
 
 

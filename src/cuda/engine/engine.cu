@@ -59,8 +59,9 @@ void Engine::forward(const fm_layer& layer, const fm_forward_args& args,
   state_->contained([&] {
     const RankView view{state_->rank, state_->ranks.get()};
     state_->last = &state_->of(args);
-    state_->last->forward(layer, args, options, view);
-    state_->epoch = plan::next_epoch(state_->epoch);
+    const Workspace::Launched made = state_->last->forward(layer, args, options, view);
+    if (!made.captured) state_->epoch = plan::next_epoch(state_->epoch);
+    if (made.notice) throw HarmlessError(*made.notice);
   });
 }
 

@@ -43,12 +43,11 @@ class HeldMemory {
     if (memory_ != nullptr) memory_->stop(*stopped_by_);
     for (const auto& one : retired_) one->stop(*stopped_by_);
   }
-  // Throws FM_ABORTED once stop() has been called.
-  void check_stopped() const {
+  // The memory for a launch. Throws FM_ABORTED once stop() has been called.
+  std::shared_ptr<Memory> running() const {
     const std::lock_guard lock(mutex_);
-    if (!stopped_by_) return;
-    fail(FM_ABORTED, "the group was aborted by rank ", *stopped_by_,
-         " while the memory of its ranks was being made; make a new group to go on");
+    if (!stopped_by_) return memory_;
+    fail(FM_ABORTED, "the group was aborted by rank ", *stopped_by_, "; make a new group to go on");
   }
 
  private:

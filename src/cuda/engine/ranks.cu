@@ -107,29 +107,31 @@ class LocalRanks final : public HeldRanks {
     const std::lock_guard lock(mutex_);
     check_place(place);
     if (const auto owed = owed_.take(place.rank)) throw HarmlessError(*owed);
-    if (auto made = memory_.get()) {
+    if (memory_.get() != nullptr) {
       if (!is_within(needs, has_)) refuse_beyond(world(), needs, has_);
-      return made;
+      return memory_.running();
     }
     if (place.capturing) refuse_capture();
     if (const auto failure = attempt([&] { make(larger_of(needs, wanted_)); })) {
       owed_.add(place.rank, *failure);
       throw HarmlessError(*failure);
     }
-    memory_.check_stopped();
-    return memory_.get();
+    return memory_.running();
   }
 
   void reserve(int32_t, const RankNeeds& needs) override {
     const std::lock_guard lock(mutex_);
-    wanted_ = larger_of(wanted_, needs);
-    if (memory_.get() == nullptr || is_within(wanted_, has_)) return;
+    if (memory_.get() == nullptr) {
+      wanted_ = larger_of(wanted_, needs);
+      return;
+    }
+    if (is_within(needs, has_)) return;
     const auto failure = attempt([&] {
       for (const int32_t device : devices_) {
         const launch::DeviceGuard guard(device);
         check(cudaDeviceSynchronize(), "cudaDeviceSynchronize before the ranks' memory grows");
       }
-      make(larger_of(wanted_, has_));
+      make(larger_of(needs, has_));
     });
     if (failure) throw HarmlessError(*failure);
   }
@@ -203,7 +205,7 @@ class ProcessRanks final : public HeldRanks {
   int32_t world() const override { return peers_->world(); }
 
   std::shared_ptr<RankMemory> memory(const RankPlace& place, const RankNeeds& needs) override {
-    if (auto made = memory_.get()) {
+    if (memory_.get() != nullptr) {
       if (place.device != device_) {
         fail(FM_INVALID_VALUE, "the operands are on CUDA device ", place.device,
              ", but this rank of the group began on device ", device_,
@@ -211,18 +213,20 @@ class ProcessRanks final : public HeldRanks {
       }
       check_share(place, sharers_);
       if (!is_within(needs, has_)) refuse_beyond(world(), needs, has_);
-      return made;
+      return memory_.running();
     }
     if (place.capturing) refuse_capture();
     make(place.device, larger_of(needs, wanted_));
-    memory_.check_stopped();
     check_share(place, sharers_);
-    return memory_.get();
+    return memory_.running();
   }
 
   void reserve(int32_t, const RankNeeds& needs) override {
-    wanted_ = larger_of(wanted_, needs);
-    if (memory_.get() != nullptr) make(device_, larger_of(wanted_, has_));
+    if (memory_.get() == nullptr) {
+      wanted_ = larger_of(wanted_, needs);
+    } else {
+      make(device_, larger_of(needs, has_));
+    }
   }
 
   RankNeeds planned(const RankNeeds& needs) override { return planned_here(needs); }

@@ -47,10 +47,10 @@ class RankGroup {
   // communicate nor wait. Throws Error FM_INVALID_VALUE when more is needed than the memory was
   // made for (it says how to reserve that), when it would have to be made inside a graph capture
   // and when the device is not the rank's; FM_UNSUPPORTED when ranks that share a device would wait
-  // for its multiprocessors; FM_ABORTED when stop() came while the memory was being made. Memory
-  // that cannot be made is a HarmlessError of every rank's call: FM_UNSUPPORTED beyond the limits
-  // (config/rank_limits.h), which are looked at first, or where devices cannot reach each other;
-  // FM_OUT_OF_MEMORY.
+  // for its multiprocessors; FM_ABORTED after stop(), which may come while the memory is made.
+  // Memory that cannot be made is a HarmlessError of every rank's call: FM_UNSUPPORTED beyond the
+  // limits (config/rank_limits.h), which are looked at first, or where devices cannot reach each
+  // other; FM_OUT_OF_MEMORY.
   virtual std::shared_ptr<RankMemory> memory(const RankPlace& place, const RankNeeds& needs) = 0;
 
   // Grows what memory() gives to hold these needs too, 0 meaning whatever it is. Before there is

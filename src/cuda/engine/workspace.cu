@@ -101,24 +101,28 @@ void Workspace::release() noexcept {
   if (last_ != nullptr) cudaEventSynchronize(last_);
   pool_.give(scratch_.memory, own_stream_);
   for (const Scratch& one : retired_) pool_.give(one.memory, own_stream_);
-  if (own_stream_ != nullptr) cudaStreamDestroy(own_stream_);
+  if (own_stream_ != nullptr) {
+    cudaStreamSynchronize(own_stream_);  // then nothing of the pool is left
+    cudaStreamDestroy(own_stream_);
+  }
   if (last_ != nullptr) cudaEventDestroy(last_);
   cudaSetDevice(before);
   cudaGetLastError();
 }
 
-void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
-                        const LaunchOptions& options, const RankView& view) {
+Workspace::Launched Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
+                                       const LaunchOptions& options, const RankView& view) {
   const DeviceGuard guard(device_);
   const bool capturing = is_capturing(static_cast<cudaStream_t>(args.stream));
-  if (!is_time_to_raise(view, capturing)) {
-    launch(layer, args, options, view, capturing);
-    return;
+  std::optional<Error> notice;
+  if (is_time_to_raise(view, capturing)) {
+    const Verdict found = take_reports(view, capturing);
+    if (found.failed) throw found.error;
+    if (view.world() == 1) throw HarmlessError(found.error);
+    notice = found.error;
   }
-  const Verdict found = take_reports(view, capturing);
-  if (found.failed) throw found.error;
-  if (view.world() > 1) launch(layer, args, options, view, capturing);
-  throw HarmlessError(found.error);
+  launch(layer, args, options, view, capturing);
+  return {capturing, notice};
 }
 
 void Workspace::launch(const fm_layer& layer, const fm_forward_args& args,

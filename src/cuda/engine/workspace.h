@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,11 +33,17 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
+  // What came of a call that has launched.
+  struct Launched {
+    bool captured;
+    std::optional<Error> notice;  // what an earlier launch has reported, to be thrown now
+  };
+
   // Throws what an earlier launch has reported. Of several ranks a notice waits until the launches
-  // so far have ended, and is thrown after this launch, which the others make too: no call waits
-  // for a launch that may itself wait for a call of this thread.
-  void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options,
-               const RankView& view);
+  // so far have ended, and comes after this launch, which the others make too: no call waits for a
+  // launch that may itself wait for a call of this thread.
+  Launched forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options,
+                   const RankView& view);
 
   // Waits for the last launch that was not captured, then throws what a launch has reported:
   // HarmlessError where it is a notice alone. After a failure a rank alone can go on; of several
