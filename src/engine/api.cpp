@@ -298,8 +298,8 @@ void set_option(fm_group_s& g, const std::string& key, double value) {
     options.stop_in_phase = static_cast<int>(value);
   } else if (key == "epoch") {
     const auto epoch = static_cast<flashmoe::plan::Epoch>(value);
-    group.set_epoch(epoch);
     if (group.world() > 1) g.cuda.set_epoch(epoch);
+    group.set_epoch(epoch);
   } else {
     fail(FM_INVALID_VALUE, "option '", key,
          "' is unknown; known are timeout_s, num_threads, max_sms, device, epoch, jitter_us, "

@@ -58,7 +58,7 @@ TEST(Failure, EveryFieldHasAName) {
 
 TEST(Failure, TooManyRowsSayHowMany) {
   expect_failure(report_of(WaitTag::kTooManyRows, 0, 5000, {1, 9, 4096}), FM_OUT_OF_MEMORY,
-                 {"5000 rows came to rank 1", "4096"});
+                 {"5000 rows came to rank 1", "4096", "max_tokens * top_k is 2500"});
 }
 
 TEST(Failure, AnAbortNamesWhoStoppedTheGroup) {

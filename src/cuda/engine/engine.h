@@ -61,8 +61,8 @@ class Engine {
   // Several ranks only: set_device() and stop().
   RankGroup& ranks() const;
 
-  // Of several ranks: the epoch of the last launch that was not captured, counted as the kernels do
-  // where there are no replays.
+  // Of several ranks: the epoch of the last launch that was not captured. The kernels count replays
+  // too, and begin anew where the memory grows.
   plan::Epoch epoch() const;
   // What it holds on all devices.
   int64_t scratch_bytes() const;

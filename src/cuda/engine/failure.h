@@ -127,7 +127,9 @@ inline std::string describe_ranks(const sync::WaitReport& report, sync::WaitTag 
   } else if (tag == sync::WaitTag::kTooManyRows) {
     text << report.expected << " rows came to rank " << at.rank << " of " << at.world
          << ", its scratch holds " << report.peer.seen
-         << ", twice an even share: balance the routing, use fewer tokens a call, or more ranks";
+         << ", twice an even share: balance the routing, use fewer tokens a call or more ranks, or "
+            "make a group whose max_tokens * top_k is "
+         << (int64_t{report.expected} + 1) / 2 << " or more";
   } else {
     text << "the group was aborted by rank " << static_cast<int64_t>(report.expected) - 1
          << ", whose own error says why; make a new group to go on";

@@ -272,6 +272,7 @@ std::string Workspace::explain(const fm_layer& layer, const fm_forward_args& arg
   ranks.world = view.world();
   if (view.ranks != nullptr) {
     const RankNeeds planned = view.ranks->planned(needs_of(layer, args, ranks.world));
+    check_limits(ranks.world, planned);
     ranks.capacity = config::needed_capacity(sizes_of(ranks.world, planned));
   }
   return launch::describe_forward(layer, args, num_sms, ranks);
