@@ -133,7 +133,7 @@ def is_finding(line: str) -> bool:
 
 def bench(arguments: argparse.Namespace) -> None:
     """The benchmark by itself: records as they come, then the table and the PNG."""
-    from flashmoe import bench_cuda
+    from flashmoe import bench_cuda, plots
 
     records = []
     for record in bench_cuda.run_bench(arguments.cases or "*", seconds=arguments.seconds or 1.0):
@@ -142,7 +142,7 @@ def bench(arguments: argparse.Namespace) -> None:
         print(bench_cuda.table([record]).splitlines()[1], flush=True)
     if not records:
         raise SystemExit(f"no case matches '{arguments.cases}'")
-    bench_cuda.plot_roofline(records, arguments.out / "roofline.png")
+    plots.plot_roofline(records, arguments.out / "roofline.png")
     print("\n" + bench_cuda.table(records))
     print("\n" + bench_cuda.timeline(records))
 
