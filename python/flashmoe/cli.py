@@ -275,6 +275,8 @@ def command_bench(arguments):
     """`flashmoe bench`."""
     from . import bench, report
 
+    if arguments.explain and arguments.ranks:
+        raise ValueError("--explain is given with --ranks; accepted: one of the two")
     if arguments.explain:
         return explain_bench(arguments)
     if arguments.study and arguments.ranks is None:

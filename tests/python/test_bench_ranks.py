@@ -193,6 +193,7 @@ def test_the_items_of_rank_0_arrive():
         os.kill(made[0][2], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "text"),
     [("raise", "rank 1: ValueError: expert weights"), ("kill", "rank 1: its process ended")],
@@ -260,6 +261,7 @@ def test_the_table_has_a_line_a_record(records):
     assert bench_ranks.table([]).count("\n") == 0
 
 
+@pytest.mark.slow
 def test_the_cpu_engine_in_place_of_gpus(tmp_path):
     """Without links there is no exchange to time."""
     [record] = bench_ranks.run_bench([(4, [CASE])], seconds=0.02, device="cpu")
@@ -289,6 +291,7 @@ def wrong_peer(rank, on):
     seat.group.close()
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_wrong_on_one_rank_counts_on_none():
     [((names, absent), reason)] = on_ranks(2, wrong_peer, 1)
     assert names == [] and absent == [rank_peers.TORCH]
@@ -335,6 +338,7 @@ def test_the_study_is_drawn_with_the_records_there_are(faked, capsys, monkeypatc
     ("arguments", "text"),
     [
         (["--ranks", "2"], "--ranks is given with device cpu"),
+        (["--explain", "--ranks", "2"], "--explain is given with --ranks"),
         (["--study", "scaling"], "--study is given without --ranks"),
         (["--device", "cuda", "--ranks", "2", "--case", "nothing"], "no case of several ranks"),
     ],
