@@ -29,6 +29,9 @@ from .run import PHASES
 
 REFERENCE = "one-gpu"
 REPEATS = 5  # for the bits
+# Phases of a launch beside its tiles: from the plan until the last row of another rank has come and
+# is in its place, and from the first sum that is sent home to the end.
+BESIDE = ("push", "return")
 PHASE_RUNS = 5
 STUDY_WORLDS = (2, 4, 8)
 STUDY_TOKENS = (1024, 2048, 4096, 8192, 16384)
@@ -59,29 +62,31 @@ def rank_cases():
     return cases | {name: of_one[name] for name in ("seed", DECODE)}
 
 
-def study_cases(world):
-    """Name -> Case of the scaling study at one number of ranks; the seed itself is one of them."""
+def study_cases():
+    """Name -> Case of the scaling study; the seed itself is one of them."""
     seed = rank_cases()["seed"]
-    by_tokens = [(f"seed-t{tokens}", {"tokens": (tokens,)}) for tokens in STUDY_TOKENS]
-    by_experts = [(f"seed-e{experts}", {"experts": experts}) for experts in STUDY_EXPERTS]
-    usual = {f"seed-t{SEED_TOKENS}", f"seed-e{SEED_EXPERTS}"}
-    made = {name: replace(seed, name=name, **one) for name, one in by_tokens + by_experts}
-    fitting = {name: case for name, case in made.items() if case.experts % world == 0}
-    return {"seed": seed} | {name: case for name, case in fitting.items() if name not in usual}
+    by_tokens = {f"seed-t{tokens}": {"tokens": (tokens,)} for tokens in STUDY_TOKENS}
+    by_experts = {f"seed-e{experts}": {"experts": experts} for experts in STUDY_EXPERTS}
+    sizes = by_tokens | by_experts
+    for usual in (f"seed-t{SEED_TOKENS}", f"seed-e{SEED_EXPERTS}"):
+        del sizes[usual]
+    return {"seed": seed} | {name: replace(seed, name=name, **one) for name, one in sizes.items()}
 
 
 def planned(pattern, ranks, study=None):
-    """[(number of ranks, cases)]: what `pattern` (globs, separated by commas) names. The scaling
-    study has its sizes at `ranks`, and the seed at the fewer ranks of weak scaling before."""
+    """[(number of ranks, cases)]: what `pattern` (globs, separated by commas) names, of what the
+    ranks can divide. The scaling study has its sizes at `ranks`, and the seed at the fewer ranks of
+    weak scaling before."""
     patterns = pattern.split(",")
 
-    def chosen(cases):
-        return [c for name, c in cases.items() if any(fnmatchcase(name, p) for p in patterns)]
+    def chosen(cases, world):
+        named = [c for name, c in cases.items() if any(fnmatchcase(name, p) for p in patterns)]
+        return [case for case in named if case.experts % world == 0]
 
-    plan = [(ranks, chosen(study_cases(ranks) if study else rank_cases()))]
+    plan = [(ranks, chosen(study_cases() if study else rank_cases(), ranks))]
     if study:
-        fewer = [world for world in STUDY_WORLDS if world < ranks]
-        plan = [(world, chosen({"seed": rank_cases()["seed"]})) for world in fewer] + plan
+        seed = {"seed": rank_cases()["seed"]}
+        plan = [(world, chosen(seed, world)) for world in STUDY_WORLDS if world < ranks] + plan
     return [(world, cases) for world, cases in plan if cases]
 
 
@@ -285,8 +290,13 @@ def measure_timeline(call, seat):
     for _ in range(PHASE_RUNS):
         runs.append(bench_cuda.measure_phases(call, seat.group, seat.timer.prepare))
     launches = list(zip(*seat.everyone(runs), strict=True))
-    launches.sort(key=lambda ranks: max(sum(phases.values()) for phases in ranks))
+    launches.sort(key=lambda ranks: max(map(launch_us, ranks)))
     return list(launches[len(launches) // 2])
+
+
+def launch_us(phases):
+    """How long a launch took, from its phases."""
+    return sum(us for name, us in phases.items() if name not in BESIDE)
 
 
 def make_record(case, spec, by_graph, by_call, short, measured):
@@ -443,5 +453,5 @@ def timeline(records):
     for one in records:
         for rank, phases in enumerate(one["phases_us"]):
             parts = "".join(f"{phases.get(name, 0.0):10.1f}" for name in names)
-            lines.append(f"{one['case']:14}{rank:6}{sum(phases.values()):9.1f}{parts}")
+            lines.append(f"{one['case']:14}{rank:6}{launch_us(phases):9.1f}{parts}")
     return "\n".join([*lines, "phases: when the first cluster of one eager launch went on"])

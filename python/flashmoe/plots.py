@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from . import rank_peers
 from .bench import OURS
+from .bench_ranks import BESIDE, launch_us
 
-# Of a launch on its rank, in order; what the communication warps do beside a phase stands with it.
+# Phases of a launch, in order.
 SPAN_COLOURS = {
     "route": "tab:grey",
     "plan": "tab:olive",
@@ -19,10 +20,10 @@ SPAN_NAMES = {
     "route": "route",
     "plan": "counts and slots exchanged, plan",
     "push": "dispatch",
-    "up": "up tiles, with dispatch and copies beside them",
-    "down": "down tiles, with the return of the first column blocks beside them",
+    "up": "up tiles",
+    "down": "down tiles",
     "return": "return",
-    "combine": "return and sums after the last tile",
+    "combine": "sums after the last tile",
 }
 
 
@@ -148,37 +149,45 @@ def plot_series(axes, series, what):
     axes.set_ylabel("milliseconds")
 
 
-def spans_of(phases_us):
-    """[[(phase, begin, end), ...] of each rank] in microseconds from the phases of each rank's
-    launch. The ranks' clocks are not the same: the moment is, to a few microseconds, in which the
-    plan ends, because each rank's waits for the counts of all."""
+def lanes_of(phases_us):
+    """[(lane, [(phase, begin, end), ...]), ...] in microseconds from the phases of each rank's
+    launch: what its tiles do and, where the engine tells, what rows do beside them. The ranks'
+    clocks are not the same: the moment is, to a few microseconds, in which the plan ends, because
+    each rank's waits for the counts of all."""
     planned = [phases.get("route", 0.0) + phases.get("plan", 0.0) for phases in phases_us]
     lanes = []
-    for phases, end_of_plan in zip(phases_us, planned, strict=True):
-        at, spans = max(planned) - end_of_plan, []
+    for rank, (phases, end_of_plan) in enumerate(zip(phases_us, planned, strict=True)):
+        at, tiles = max(planned) - end_of_plan, []
         for name, us in phases.items():
-            spans.append((name, at, at + us))
-            at += us
-        lanes.append(spans)
+            if name not in BESIDE:
+                tiles.append((name, at, at + us))
+                at += us
+        dispatch, back = (phases.get(name, 0.0) for name in BESIDE)
+        rows = [("push", max(planned), max(planned) + dispatch), ("return", at - back, at)]
+        lanes.append((f"rank {rank}, tiles", tiles))
+        if any(name in phases for name in BESIDE):
+            lanes.append((f"rank {rank}, rows", [span for span in rows if span[0] in phases]))
     return lanes
 
 
 def plot_timeline(record, path):
     """A PNG of one launch: the phases of each rank, by the kernel's own clock."""
     pyplot = canvas()
-    lanes = spans_of(record["phases_us"])
+    lanes = lanes_of(record["phases_us"])
     figure, axes = pyplot.subplots(figsize=(11, 2 + 0.5 * len(lanes)), layout="constrained")
-    seen = dict.fromkeys(name for spans in lanes for name, _, _ in spans)
-    for rank, spans in enumerate(lanes):
+    for place, (_, spans) in enumerate(lanes):
         for name, begin, end in spans:
-            axes.barh(rank, end - begin, 0.6, left=begin, color=SPAN_COLOURS[name])
+            axes.barh(place, end - begin, 0.7, left=begin, color=SPAN_COLOURS[name])
+    seen = {name for _, spans in lanes for name, _, _ in spans}
     for name in SPAN_COLOURS:
         if name in seen:
             axes.barh(0, 0, color=SPAN_COLOURS[name], label=SPAN_NAMES[name])
-    axes.set_yticks(range(len(lanes)), [f"rank {rank}" for rank in range(len(lanes))])
+    axes.set_yticks(range(len(lanes)), [lane for lane, _ in lanes])
     axes.invert_yaxis()
     axes.set_xlabel("microseconds; ranks aligned where their plans end")
-    axes.set_title(f"{record['case']}, {source_line([record])}", fontsize=9)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    longest = max(map(launch_us, record["phases_us"]))
+    title = f"{record['case']}, eager launch of {longest:.0f} us; {source_line([record])}"
+    axes.set_title(title, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -104,6 +104,12 @@ def test_the_study_has_each_size_once():
     assert [world for world, _ in bench_ranks.planned("*", 2, "scaling")] == [2]
 
 
+def test_cases_that_the_ranks_cannot_divide_are_left_out():
+    [(_, cases)] = bench_ranks.planned("*", 16)
+    assert [case.name for case in cases] == ["qwen3-30b", "deepseek-v3", "seed", "qwen3-30b-t64"]
+    assert [len(cases) for _, cases in bench_ranks.planned("*", 16, "scaling")] == [1, 1, 1, 8]
+
+
 @pytest.mark.parametrize(
     ("name", "world", "us", "figure", "met"),
     [
@@ -394,11 +400,16 @@ def test_bounds_of_decode_are_drawn_as_multiples(tmp_path):
 
 
 def test_ranks_are_aligned_where_their_plans_end():
-    early, late = {"route": 50.0, "plan": 20.0, "up": 600.0}, {"route": 55.0, "plan": 25.0}
-    spans = plots.spans_of([early, late])
-    assert spans[0] == [("route", 10.0, 60.0), ("plan", 60.0, 80.0), ("up", 80.0, 680.0)]
-    assert spans[1][-1] == ("plan", 55.0, 80.0)
-    assert {"route", "plan", "up", "down", "combine"} <= set(plots.SPAN_COLOURS)
+    early = {"route": 50.0, "plan": 20.0, "up": 600.0, "combine": 90.0}
+    late = {"route": 55.0, "plan": 25.0, "push": 300.0, "up": 10.0, "return": 40.0}
+    lanes = dict(plots.lanes_of([early, late]))
+    assert lanes["rank 0, tiles"] == [
+        ("route", 10.0, 60.0), ("plan", 60.0, 80.0), ("up", 80.0, 680.0), ("combine", 680.0, 770.0),
+    ]  # fmt: skip
+    assert lanes["rank 1, tiles"][-1] == ("up", 80.0, 90.0)
+    assert lanes["rank 1, rows"] == [("push", 80.0, 380.0), ("return", 50.0, 90.0)]
+    assert "rank 0, rows" not in lanes
+    assert (bench_ranks.launch_us(early), bench_ranks.launch_us(late)) == (760.0, 90.0)
     assert set(plots.SPAN_COLOURS) == set(plots.SPAN_NAMES) < set(bench_ranks.PHASES)
 
 
