@@ -24,7 +24,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ VALUES = ("layer_values", "layer_routing", "layer_placement")
 RANKS_MORE = ("ranks_graph", "ranks_load")
 QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits or way"
 QUICK_BEHAVIOUR = "100_runs or one_kernel_node or replays or wait_that or streams_in_turn"
-RANK_SECONDS, STUDY_SECONDS = 0.5, 0.2  # with which ranks_bench stays within its limit
+RANK_SECONDS = 0.4  # of a measurement of ranks_bench, which stays within its limit with it
 QUICK_CASES = "qwen3-30b,mixtral,olmoe,gpt-oss-20b,qwen3-30b-t1,qwen3-30b-t64"
 
 
@@ -101,7 +100,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
             for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
         ],
         "bench": [Step("bench", bench, 300)],
-        "ranks_bench": [Step("ranks_bench", ranks_bench, 150)],
+        "ranks_bench": [Step("ranks_bench", ranks_bench, 150 if arguments.ranks < 4 else 240)],
     }
     unknown = set(arguments.steps) - set(steps)
     if unknown:
@@ -179,35 +178,36 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def ranks_bench(arguments: argparse.Namespace) -> None:
     """The benchmark of several ranks by itself: records as they come, then tables and PNGs."""
-    from flashmoe import bench_ranks, plots
+    from flashmoe import bench_cuda, bench_ranks, plots
 
     bench_ranks.check_gpus(arguments.ranks)
-    out, cases = arguments.out, arguments.cases or "*"
-    plan = bench_ranks.planned(cases, arguments.ranks)
-    records = kept_records(bench_ranks.run_bench(plan, seconds=arguments.seconds), out)
-    if not records:
-        raise SystemExit(f"no case matches '{cases}'")
-    print(f"\n{bench_ranks.table(records)}\n\n{bench_ranks.timeline(records)}", flush=True)
-    plots.plot_ranks(records, out / "ranks.png")
-    plots.plot_timeline(records[0], out / "ranks_timeline.png")
-    if arguments.quick:
-        return
-    plan = bench_ranks.planned("*", arguments.ranks, "scaling")
-    study = kept_records(bench_ranks.run_bench(plan, seconds=STUDY_SECONDS), out)
-    print(f"\n{bench_ranks.table(study)}")
-    plots.plot_scaling(study, out / "ranks_scaling.png")
-
-
-def kept_records(made: Iterator[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
-    """The records, each written and shown when it comes."""
-    from flashmoe import bench_cuda, bench_ranks
-
-    records = []
-    for record in made:
+    out, records = arguments.out, []
+    for record in bench_ranks.run_bench(ranks_plan(arguments), seconds=arguments.seconds):
         records.append(record)
         bench_cuda.write_records([record], out)
         print(bench_ranks.row(record), flush=True)
-    return records
+    if not records:
+        raise SystemExit(f"no case of {arguments.ranks} ranks matches '{arguments.cases}'")
+    print(f"\n{bench_ranks.table(records)}\n\n{bench_ranks.timeline(records)}", flush=True)
+    judged = [one for one in records if one["floor"] is not None] or records
+    plots.plot_ranks(judged, out / "ranks.png")
+    plots.plot_timeline(records[0], out / "ranks_timeline.png")
+    if not arguments.quick:
+        plots.plot_scaling(records, out / "ranks_scaling.png")
+
+
+def ranks_plan(arguments: argparse.Namespace) -> list[tuple[int, list[Any]]]:
+    """The cases and, without --quick, the scaling study: one start of processes for each number of
+    ranks, the number that was asked for first."""
+    from flashmoe import bench_ranks
+
+    plan = bench_ranks.planned(arguments.cases or "*", arguments.ranks)
+    if not arguments.quick:
+        plan += reversed(bench_ranks.planned("*", arguments.ranks, "scaling"))
+    merged: dict[int, dict[str, Any]] = {}
+    for world, cases in plan:
+        merged.setdefault(world, {}).update({case.name: case for case in cases})
+    return [(world, list(cases.values())) for world, cases in merged.items()]
 
 
 def main() -> int:

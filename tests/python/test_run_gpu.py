@@ -64,26 +64,29 @@ def test_a_step_over_its_limit_leaves_no_process(script, tmp_path):
     raise AssertionError("the child of the step lives on")
 
 
+def test_the_benchmark_of_ranks_starts_each_number_of_them_once(script):
+    plan = script.ranks_plan(arguments(ranks=8))
+    assert [world for world, _ in plan] == [8, 4, 2]
+    names = [[case.name for case in cases] for _, cases in plan]
+    assert len(set(names[0])) == len(names[0]) == 5 + 8 and names[1:] == [["seed"], ["seed"]]
+    quick = script.ranks_plan(arguments(ranks=8, quick=True, cases="mixtral"))
+    assert [(world, [case.name for case in cases]) for world, cases in quick] == [(8, ["mixtral"])]
+
+
 def test_the_benchmark_of_ranks_draws_what_it_measured(script, monkeypatch, tmp_path, capsys):
     from flashmoe import bench_ranks, plots
 
-    drawn, measured = [], []
-    record = {"case": "seed", "gpu": "NVIDIA H200", "part": "ranks"}
-
-    def run_bench(plan, seconds):
-        measured.append((plan, seconds))
-        return iter([record])
-
+    drawn = []
+    record = {"case": "seed", "gpu": "NVIDIA H200", "part": "ranks", "floor": None}
     monkeypatch.setattr(bench_ranks, "check_gpus", lambda ranks: None)
-    monkeypatch.setattr(bench_ranks, "run_bench", run_bench)
+    monkeypatch.setattr(bench_ranks, "run_bench", lambda plan, seconds: iter([record] * 2))
     for shown in ("row", "table", "timeline"):
         monkeypatch.setattr(bench_ranks, shown, lambda one, name=shown: name)
     for name in ("plot_ranks", "plot_timeline", "plot_scaling"):
         monkeypatch.setattr(plots, name, lambda one, path: drawn.append(path.name))
     script.ranks_bench(arguments(out=tmp_path, seconds=0.5))
     assert drawn == ["ranks.png", "ranks_timeline.png", "ranks_scaling.png"]
-    assert [seconds for _, seconds in measured] == [0.5, script.STUDY_SECONDS]
     assert len((tmp_path / "h200-ranks.jsonl").read_text().splitlines()) == 2
     assert "table" in capsys.readouterr().out
     script.ranks_bench(arguments(out=tmp_path, seconds=0.5, quick=True))
-    assert len(drawn) == 5 and len(measured) == 3
+    assert len(drawn) == 5
