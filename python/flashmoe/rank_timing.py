@@ -126,8 +126,8 @@ class Times:
 
 
 def sustained(contenders, seconds, timer, everyone):
-    """`Times` of the contenders in turn for about `seconds`. everyone(value): the values of all
-    ranks."""
+    """`Times` of the contenders in turn for about `seconds`, of which the first third is warm-up.
+    everyone(value): the values of all ranks."""
     start = time.perf_counter()
     run_rounds(contenders, WARM_UP_ROUNDS, timer)
     timer.synchronize()
@@ -137,7 +137,8 @@ def sustained(contenders, seconds, timer, everyone):
     runs = run_rounds(contenders, max(LEAST_ROUNDS, int(seconds / round_s)), timer)
     timer.synchronize()
     read = everyone(clocks.stop())
-    medians = {name: slowest(timer.microseconds(ones), everyone) for name, ones in runs.items()}
+    late = {name: ones[len(ones) // 3 :] for name, ones in runs.items()}
+    medians = {name: slowest(timer.microseconds(ones), everyone) for name, ones in late.items()}
     return Times(medians, *map(list, zip(*read, strict=True)), clocks.driver)
 
 

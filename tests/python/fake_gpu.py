@@ -99,8 +99,8 @@ def runtime():
     return module
 
 
-def install(set_attribute, set_module):
-    """Puts the fakes in place; set_attribute(object, name, value), set_module(name, module)."""
+def install():
+    """In a process of its own, for good."""
     fakes = {
         "Event": Event,
         "Stream": Stream,
@@ -111,7 +111,6 @@ def install(set_attribute, set_module):
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "current_device": lambda: 0,
-        "set_device": lambda device: None,
         "get_device_name": lambda: "NVIDIA H200",
         "get_device_properties": lambda: types.SimpleNamespace(L2_cache_size=1 << 16),
         "power_draw": lambda device: 500_000,
@@ -119,17 +118,11 @@ def install(set_attribute, set_module):
         "_sleep": lambda cycles: None,
     }
     for name, fake in fakes.items():
-        set_attribute(torch.cuda, name, fake)
-    set_attribute(torch, "Generator", Generator)
-    set_attribute(dist, "new_group", lambda backend: dist.group.WORLD)
+        setattr(torch.cuda, name, fake)
+    torch.Generator = Generator
+    dist.new_group = lambda backend: dist.group.WORLD
     bindings = types.ModuleType("cuda.bindings")
     bindings.runtime = runtime()
-    for module in (nvml(), bindings, bindings.runtime):
-        set_module(module.__name__, module)
-    set_module("cuda", types.ModuleType("cuda"))
-
-
-def install_for_good():
-    """In a process of its own."""
-    install(setattr, sys.modules.__setitem__)
+    for module in (nvml(), types.ModuleType("cuda"), bindings, bindings.runtime):
+        sys.modules[module.__name__] = module
     OnCpu().__enter__()

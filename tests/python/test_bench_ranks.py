@@ -86,7 +86,7 @@ def test_one_gpu_has_the_rows_and_experts_of_a_rank(name, world):
 def test_the_cases_are_those_that_have_a_floor():
     assert list(bench_ranks.rank_cases()) == list(bench_ranks.TARGETS)
     assert [c.name for c in bench_ranks.planned("seed,qwen*", 4)[0][1]] == [
-        "qwen3-30b", "seed", "qwen3-30b-t64",
+        "qwen3-30b", "qwen3-30b-t64", "seed",
     ]  # fmt: skip
     assert bench_ranks.planned("nothing", 2) == []
 
@@ -106,7 +106,7 @@ def test_the_study_has_each_size_once():
 
 def test_cases_that_the_ranks_cannot_divide_are_left_out():
     [(_, cases)] = bench_ranks.planned("*", 16)
-    assert [case.name for case in cases] == ["qwen3-30b", "deepseek-v3", "seed", "qwen3-30b-t64"]
+    assert [case.name for case in cases] == ["qwen3-30b", "qwen3-30b-t64", "seed", "deepseek-v3"]
     assert [len(cases) for _, cases in bench_ranks.planned("*", 16, "scaling")] == [1, 1, 1, 8]
 
 
@@ -162,6 +162,15 @@ def test_contenders_take_turns_in_an_order_that_all_ranks_have():
     assert orders[0] == orders[1]
 
 
+def test_the_first_third_of_the_rounds_is_warm_up():
+    assert (rank_timing.WARM_UP_ROUNDS, rank_timing.LEAST_ROUNDS) == (4, 5)
+    taken = iter([99.0] * 4 + [90.0, 6.0, 8.0, 50.0, 50.0])
+    timer = StepTimer()
+    timer.timed = lambda contender: (0.0, next(taken) * 1e-6)
+    times = rank_timing.sustained({"ours": None}, 0.0, timer, lambda own: [own])
+    assert times.us == pytest.approx({"ours": 29.0})
+
+
 def test_all_ranks_make_as_many_rounds():
     """As the slowest has time for; a rank alone in a round would wait for ever."""
     contenders = {"ours": lambda: 7.0, "one-gpu": lambda: 3.0}
@@ -214,7 +223,7 @@ def test_a_rank_that_fails_ends_all(how, text):
 
 def fake_gpu_rank(rank, spec):
     """`bench_ranks.bench_rank` for device cuda, on a GPU that is not there."""
-    fake_gpu.install_for_good()
+    fake_gpu.install()
     doctor.measured_link = lambda one, other: {
         "from": one, "to": other, "gb_per_s": 400.0, "flag_us": 1.5,
     }  # fmt: skip
