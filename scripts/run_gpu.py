@@ -10,7 +10,7 @@ Steps, in this order (--steps a,b,..): `values` (the case table and more sizes),
 (repeats, graphs, streams, failures), `products` (the grouped product alone), `sanitize`
 (compute-sanitizer's four tools on a small case; not by default), `bench` (records, a table and a
 roofline PNG). On a machine of several GPUs, and not by default: `ranks` (values, state and faults
-of two ranks), `ranks_more` (their graphs, torch.compile, other work beside them), `ranks_bench`
+of two ranks), `ranks_more` (graphs, torch.compile, other work beside them), `ranks_bench`
 (the benchmark of --ranks ranks: records, tables, PNGs of ratios, a timeline and the scaling study).
 --quick takes a part of each. The logs, the records and the PNGs go to --out.
 """
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "240")
 SANITIZE_CASE = "tokens/3"
 VALUES = ("layer_values", "layer_routing", "layer_placement")
-RANKS_MORE = ("ranks_graph", "ranks_load")
+RANKS_MORE = ("ranks_graph", "ranks_load", "ranks_bench")
 QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits or way"
 QUICK_BEHAVIOUR = "100_runs or one_kernel_node or replays or wait_that or streams_in_turn"
 RANK_SECONDS = 0.4  # of a measurement of ranks_bench, which stays within its limit with it

@@ -183,11 +183,13 @@ def make_seat(rank, spec):
 
 def measure_links(seat):
     """The links between neighbours and how many NVLinks a GPU has; rank 0 measures, others rest."""
-    links = {"nvlinks": 0, "pairs": []}
+    links = {"nvlinks": 0, "pairs": [], "absent": ""}
     if seat.device == "cuda" and seat.rank == 0:
         links["nvlinks"] = active_nvlinks()
-        pairs = doctor.neighbours(seat.world)
-        links["pairs"] = [doctor.measured_link(*pair) for pair in pairs]
+        try:
+            links["pairs"] = [doctor.measured_link(*pair) for pair in doctor.neighbours(seat.world)]
+        except RuntimeError as error:
+            links["absent"] = doctor.first_line(error)
     return seat.everyone(links)[0]
 
 
@@ -227,7 +229,7 @@ def bench_case(case, spec, seat, links):
         "quality": quality,
         "launches": launches,
         "traffic": traffic,
-        "communication_us": measure_communication(traffic, seat),
+        "communication": measure_communication(traffic, seat),
         "timeline": measure_timeline(call, seat),
         "links": links,
         "gpu": torch.cuda.get_device_name() if seat.device == "cuda" else None,
@@ -273,13 +275,16 @@ def measure_quality(case, call, seat):
 
 
 def measure_communication(traffic, seat):
-    """Microseconds of the exchange by itself, by plain copies; None where there are no links."""
+    """(microseconds of the exchange by itself, as plain copies; "" or why there are none)."""
     seat.timer.synchronize()
     dist.barrier()  # no GPU works on while rank 0 copies between them
-    copied = None
+    made = (None, "the CPU engine has no links")
     if seat.device == "cuda" and seat.rank == 0:
-        copied = rank_peers.copy_us(traffic.link_bytes())
-    return seat.everyone(copied)[0]
+        try:
+            made = (round(rank_peers.copy_us(traffic.link_bytes()), 1), "")
+        except RuntimeError as error:
+            made = (None, doctor.first_line(error))
+    return seat.everyone(made)[0]
 
 
 def measure_timeline(call, seat):
@@ -301,11 +306,10 @@ def launch_us(phases):
 def make_record(case, spec, by_graph, by_call, short, measured):
     """A record from times (`rank_timing.Times`) and what else was measured."""
     us, alone_us = by_graph.us[OURS], by_graph.us[REFERENCE]
-    communication_us, traffic = measured["communication_us"], measured["traffic"]
+    communication_us, communication_absent = measured["communication"]
     hidden = None
     if communication_us is not None:
         hidden = round(overlap(us, alone_us, communication_us), 4)
-        communication_us = round(communication_us, 1)
     local = one_gpu(case, spec.world)
     return {
         **bench.measurement(
@@ -332,8 +336,9 @@ def make_record(case, spec, by_graph, by_call, short, measured):
         "burst_reference_us": round(short[REFERENCE], 1),
         "burst_over_one_gpu": round(short[OURS] / short[REFERENCE], 4),
         "communication_us": communication_us,
+        "communication_absent": communication_absent,
         "overlap": hidden,
-        **sent_of(traffic),
+        **sent_of(measured["traffic"]),
         "tflops": round(bench_cuda.flops(case) / us / 1e6, 1),
         "phases_us": measured["timeline"],
         "links": measured["links"],
@@ -437,6 +442,8 @@ def footer(records):
     missing = {
         f"{name}: {reason}" for one in records for name, reason in one["peers_absent"].items()
     }
+    missing |= {f"copies: {one['communication_absent']}" for one in records} - {"copies: "}
+    missing |= {f"links: {links['absent']}"} - {"links: "}
     return [
         f"{first['gpu'] or 'CPU engine'}, {first['dtype']}{measured if rates else ''}. us: graph "
         "replays in turn, the slowest rank; figure: us over one-gpu, for decode us more; x: "

@@ -282,7 +282,37 @@ def test_the_cpu_engine_in_place_of_gpus(tmp_path):
     [record] = bench_ranks.run_bench([(4, [CASE])], seconds=0.02, device="cpu")
     assert record["ranks"] == 4 and record["gpu"] is None
     assert record["communication_us"] is None and record["overlap"] is None
-    assert "CPU engine, bf16. us" in bench_ranks.table([record])
+    shown = bench_ranks.table([record])
+    assert "CPU engine, bf16. us" in shown and "copies: the CPU engine has no links" in shown
+
+
+class LoneSeat:
+    """Of rank 0 of two on a GPU, whose peer says the same."""
+
+    device, rank, world = "cuda", 0, 2
+    timer = StepTimer()
+
+    def everyone(self, value):
+        return [value] * 2
+
+
+def test_what_cannot_be_measured_beside_the_times_is_said(monkeypatch, records):
+    def no_access(*pair):
+        raise RuntimeError("device 0 cannot reach device 1\nand more")
+
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(bench_ranks, "active_nvlinks", lambda: 0)
+    monkeypatch.setattr(bench_ranks.doctor, "measured_link", no_access)
+    monkeypatch.setattr(rank_peers, "copy_us", no_access)
+    traffic = traffic_of([torch.tensor([[0]])] * 2, 2, 8)
+    reason = "device 0 cannot reach device 1"
+    links = bench_ranks.measure_links(LoneSeat())
+    assert links == {"nvlinks": 0, "pairs": [], "absent": reason}
+    assert bench_ranks.measure_communication(traffic, LoneSeat()) == (None, reason)
+    record = records[0] | {"links": links, "communication_us": None, "overlap": None,
+                           "communication_absent": reason}  # fmt: skip
+    lines = bench_ranks.table([record]).splitlines()
+    assert lines[-2:] == [f"copies: {reason}", f"links: {reason}"]
 
 
 def wrong_peer(rank, on):
