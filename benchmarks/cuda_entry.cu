@@ -43,7 +43,7 @@ struct Call {
 // What a forward runs with besides the layer and its operands.
 struct Launch {
   void* scratch;
-  void* report;
+  void* reports;
   void* stream;
   int64_t timeout_ns;
   int32_t max_sms;
@@ -144,14 +144,15 @@ __attribute__((visibility("default"))) int32_t fm_cuda_forward(const fm_layer* l
                                                                const Launch* launch, char* text,
                                                                int64_t capacity) {
   try {
-    cuda::launch::launch_forward({.layer = *layer,
-                                  .operands = *operands,
-                                  .scratch = launch->scratch,
-                                  .report = static_cast<cuda::sync::WaitReport*>(launch->report),
-                                  .timeout_ns = static_cast<uint64_t>(launch->timeout_ns),
-                                  .max_sms = launch->max_sms,
-                                  .column_pairs = launch->column_pairs,
-                                  .stream = static_cast<cudaStream_t>(launch->stream)});
+    cuda::launch::launch_forward(
+        {.layer = *layer,
+         .operands = *operands,
+         .scratch = launch->scratch,
+         .reports = static_cast<cuda::sync::LaunchReports*>(launch->reports),
+         .timeout_ns = static_cast<uint64_t>(launch->timeout_ns),
+         .max_sms = launch->max_sms,
+         .column_pairs = launch->column_pairs,
+         .stream = static_cast<cudaStream_t>(launch->stream)});
     copy_text("", text, capacity);
     return FM_OK;
   } catch (const Error& error) {

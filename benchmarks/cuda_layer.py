@@ -20,7 +20,7 @@ TENSOR_DTYPES = {
     torch.int64: 5,
 }
 EMPTY = (ctypes.c_char * 64)()  # where a tensor without elements points
-REPORT_WORDS = 16  # as many as a wait report of any version has, and more
+REPORT_WORDS = 8  # of src/cuda/sync/report.h, struct WaitReport; the first is its tag
 
 
 class Layer(ctypes.Structure):
@@ -65,7 +65,7 @@ class Launch(ctypes.Structure):
 
     _fields_ = (
         ("scratch", ctypes.c_void_p),
-        ("report", ctypes.c_void_p),
+        ("reports", ctypes.c_void_p),
         ("stream", ctypes.c_void_p),
         ("timeout_ns", ctypes.c_int64),
         ("max_sms", ctypes.c_int32),
@@ -124,7 +124,7 @@ class Forward:
         for name, tensor in (self.tensors | self.outputs).items():
             setattr(self.operands, name, as_struct(tensor))
         self.timeout_ns = int(timeout_s * 1e9)
-        self.report = torch.zeros(REPORT_WORDS, dtype=torch.int32).pin_memory()
+        self.reports = torch.zeros(2, REPORT_WORDS, dtype=torch.int32).pin_memory()
         self.scratch = self._poisoned_scratch(self.tensors["x"].device)
 
     def _poisoned_scratch(self, device):
@@ -152,7 +152,7 @@ class Forward:
         stream = torch.cuda.current_stream().cuda_stream
         launch = Launch(
             scratch=self.scratch.data_ptr(),
-            report=self.report.data_ptr(),
+            reports=self.reports.data_ptr(),
             stream=stream,
             timeout_ns=self.timeout_ns,
             max_sms=max_sms,
@@ -167,9 +167,10 @@ class Forward:
     def check_waits(self):
         """Waits for the GPU; raises ProductError for what the launch has reported."""
         torch.cuda.synchronize()
-        if tag := int(self.report[0]):
-            name = self.library.fm_cuda_wait_name(ctypes.c_uint32(tag)).decode()
-            raise ProductError(f"the launch reported: {name}, {self.report.tolist()}")
+        for report in self.reports.tolist():
+            if tag := report[0]:
+                name = self.library.fm_cuda_wait_name(ctypes.c_uint32(tag)).decode()
+                raise ProductError(f"the launch reported: {name}, {report}")
 
     @property
     def holder(self):

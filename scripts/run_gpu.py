@@ -7,10 +7,12 @@ The second form runs what scripts/pack_gpu.py has built on another machine; the 
 has built here with nvcc.
 
 Steps, in this order (--steps a,b,..): `values` (the case table and more sizes), `behaviour`
-(repeats, graphs, streams, failures), `products` (the grouped product alone), `ranks` (several
-ranks, on a machine of two GPUs; not by default), `sanitize` (compute-sanitizer's four tools on a
-small case; not by default), `bench` (records, a table and a roofline PNG). --quick takes a part of
-each. The logs, the records and the PNG go to --out.
+(repeats, graphs, streams, failures), `products` (the grouped product alone), `sanitize`
+(compute-sanitizer's four tools on a small case; not by default), `bench` (records, a table and a
+roofline PNG). On a machine of several GPUs, and not by default: `ranks` (values, state and faults
+of two ranks), `ranks_more` (graphs, torch.compile, other work beside them), `ranks_bench`
+(the benchmark of --ranks ranks: records, tables, PNGs of ratios, a timeline and the scaling study).
+--quick takes a part of each. The logs, the records and the PNGs go to --out.
 """
 
 from __future__ import annotations
@@ -18,18 +20,23 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "240")
 SANITIZE_CASE = "tokens/3"
 VALUES = ("layer_values", "layer_routing", "layer_placement")
+RANKS_MORE = ("ranks_graph", "ranks_load", "ranks_bench")
 QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits or way"
 QUICK_BEHAVIOUR = "100_runs or one_kernel_node or replays or wait_that or streams_in_turn"
+RANK_SECONDS = 0.4  # of a measurement of ranks_bench, which stays within its limit with it
 QUICK_CASES = "qwen3-30b,mixtral,olmoe,gpt-oss-20b,qwen3-30b-t1,qwen3-30b-t64"
 
 
@@ -64,6 +71,9 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
     bench = [sys.executable, __file__, "--only-bench", "--out", str(out)]
     bench += ["--cases", arguments.cases or (QUICK_CASES if quick else "*")]
     bench += ["--seconds", str(arguments.seconds or (0.4 if quick else 1.0))]
+    ranks_bench = [sys.executable, __file__, "--only-ranks-bench", "--out", str(out)]
+    ranks_bench += ["--ranks", str(arguments.ranks), "--cases", arguments.cases or "*"]
+    ranks_bench += ["--seconds", str(arguments.seconds or RANK_SECONDS)] + ["--quick"] * quick
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
     checked = [sys.executable, "-m", "flashmoe", "check", "--device", "cuda"]
     checked += ["--case", SANITIZE_CASE, "--dtype", "bf16"]
@@ -78,11 +88,19 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
         "behaviour": [Step("behaviour", [*PYTEST, *behaviour, *keep_behaviour], 240)],
         "products": [Step("products", [*PYTEST, *workers(), *test_files("grouped_product")], 240)],
         "ranks": [Step("ranks", [*PYTEST, "--durations", "10", *test_files("ranks")], 240)],
+        "ranks_more": [
+            Step(
+                "ranks_more",
+                [*PYTEST, "--timeout", "90", "--durations", "10", *test_files(*RANKS_MORE)],
+                150,
+            )
+        ],
         "sanitize": [
             Step(tool, [*sanitizer, "--tool", tool, *checked], 240)
             for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
         ],
         "bench": [Step("bench", bench, 300)],
+        "ranks_bench": [Step("ranks_bench", ranks_bench, 150 if arguments.ranks < 4 else 240)],
     }
     unknown = set(arguments.steps) - set(steps)
     if unknown:
@@ -113,17 +131,28 @@ def run(step: Step, out: Path, env: dict[str, str]) -> tuple[bool, str, float]:
     start = time.monotonic()
     log = out / f"{step.name}.log"
     with log.open("w", encoding="utf-8") as file:
-        try:
-            code = subprocess.run(
-                step.command, cwd=ROOT, env=env, stdout=file, stderr=file, timeout=step.limit_s
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
+        code = run_bounded(step, env, file)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    shown = lines if step.name == "bench" else [line for line in lines if is_finding(line)]
+    shown = lines if "bench" in step.name else [line for line in lines if is_finding(line)]
     print(f"\n== {step.name}", *shown[-25:], sep="\n", flush=True)
     last = "over its time limit" if code == 124 else next(iter(reversed(lines)), "")
     return code == 0, last, time.monotonic() - start
+
+
+def run_bounded(step: Step, env: dict[str, str], file: IO[str]) -> int:
+    """Exit code of a step, 124 over its limit. The processes that it has started end with it: ranks
+    of a step that hangs would keep the GPUs from the next one."""
+    process = subprocess.Popen(
+        step.command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+    )
+    try:
+        return process.wait(step.limit_s)
+    except subprocess.TimeoutExpired:
+        return 124
+    finally:
+        with suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def is_finding(line: str) -> bool:
@@ -133,7 +162,7 @@ def is_finding(line: str) -> bool:
 
 def bench(arguments: argparse.Namespace) -> None:
     """The benchmark by itself: records as they come, then the table and the PNG."""
-    from flashmoe import bench_cuda
+    from flashmoe import bench_cuda, plots
 
     records = []
     for record in bench_cuda.run_bench(arguments.cases or "*", seconds=arguments.seconds or 1.0):
@@ -142,9 +171,43 @@ def bench(arguments: argparse.Namespace) -> None:
         print(bench_cuda.table([record]).splitlines()[1], flush=True)
     if not records:
         raise SystemExit(f"no case matches '{arguments.cases}'")
-    bench_cuda.plot_roofline(records, arguments.out / "roofline.png")
+    plots.plot_roofline(records, arguments.out / "roofline.png")
     print("\n" + bench_cuda.table(records))
     print("\n" + bench_cuda.timeline(records))
+
+
+def ranks_bench(arguments: argparse.Namespace) -> None:
+    """The benchmark of several ranks by itself: records as they come, then tables and PNGs."""
+    from flashmoe import bench_cuda, bench_ranks, plots
+
+    bench_ranks.check_gpus(arguments.ranks)
+    out, records = arguments.out, []
+    for record in bench_ranks.run_bench(ranks_plan(arguments), seconds=arguments.seconds):
+        records.append(record)
+        bench_cuda.write_records([record], out)
+        print(bench_ranks.row(record), flush=True)
+    if not records:
+        raise SystemExit(f"no case of {arguments.ranks} ranks matches '{arguments.cases}'")
+    print(f"\n{bench_ranks.table(records)}\n\n{bench_ranks.timeline(records)}", flush=True)
+    judged = [one for one in records if one["floor"] is not None] or records
+    plots.plot_ranks(judged, out / "ranks.png")
+    plots.plot_timeline(records[0], out / "ranks_timeline.png")
+    if not arguments.quick:
+        plots.plot_scaling(records, out / "ranks_scaling.png")
+
+
+def ranks_plan(arguments: argparse.Namespace) -> list[tuple[int, list[Any]]]:
+    """The cases and, without --quick, the scaling study: one start of processes for each number of
+    ranks, the number that was asked for first."""
+    from flashmoe import bench_ranks
+
+    plan = bench_ranks.planned(arguments.cases or "*", arguments.ranks)
+    if not arguments.quick:
+        plan += reversed(bench_ranks.planned("*", arguments.ranks, "scaling"))
+    merged: dict[int, dict[str, Any]] = {}
+    for world, cases in plan:
+        merged.setdefault(world, {}).update({case.name: case for case in cases})
+    return [(world, list(cases.values())) for world, cases in merged.items()]
 
 
 def main() -> int:
@@ -159,12 +222,17 @@ def main() -> int:
     )
     parser.add_argument("--cases", help="of the benchmark: names or globs, comma-separated")
     parser.add_argument("--seconds", type=float, help="of a sustained measurement, two a case")
+    parser.add_argument("--ranks", type=int, default=2, help="of ranks_bench (default: 2)")
     parser.add_argument("--only-bench", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only-ranks-bench", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only_bench:
         bench(arguments)
+        return 0
+    if arguments.only_ranks_bench:
+        ranks_bench(arguments)
         return 0
     if arguments.pack:
         install(arguments.pack)

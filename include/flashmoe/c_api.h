@@ -266,7 +266,7 @@ FM_API fm_status fm_group_reserve(fm_group group, const fm_capacity* capacity);
 FM_API fm_status fm_group_stats(fm_group group, fm_stats* out);
 
 /* On CUDA a launch that fails on the device (a wait that ran out, a router that gave NaN) is
- * reported by the next call on this group, by fm_group_stats or by fm_group_destroy, once. The last
+ * reported by a later call on this group, by fm_group_stats or by fm_group_destroy, once. The last
  * two wait for the launch. */
 FM_API fm_status fm_forward(fm_group group, const fm_layer* layer, const fm_forward_args* args);
 FM_API fm_status fm_backward(fm_group group, const fm_layer* layer, const fm_backward_args* args);

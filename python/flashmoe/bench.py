@@ -91,7 +91,7 @@ def bench_case(case, dtype, group, threads, budget_s):
         }
 
 
-def measurement(case, times, reference, *, direction, dtype, quality, launches, gpu=None):
+def measurement(case, times, reference, *, direction, dtype, quality, launches, gpu=None, ranks=1):
     """The fields that every record begins with; times: name -> microseconds of all contenders."""
     us, reference_us = times[OURS], times[reference]
     return {
@@ -103,7 +103,7 @@ def measurement(case, times, reference, *, direction, dtype, quality, launches, 
         "experts": case.experts,
         "top_k": case.top_k,
         "dtype": dtype,
-        "ranks": 1,
+        "ranks": ranks,
         "device": "cuda" if gpu else "cpu",
         "gpu": gpu,
         "us": round(us, 1),

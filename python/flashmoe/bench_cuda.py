@@ -25,6 +25,7 @@ from .run import PHASES
 
 REFERENCE = "torch.bmm"
 DECODE_TOKENS = (1, 8, 64, 256)
+CAPTURE = "thread_local"  # other threads, as NCCL's, go on asking CUDA about their events
 
 
 def gpu_cases():
@@ -143,11 +144,13 @@ def bench_case(case, dtype, group, seconds, ceilings):
 # ---- operands ---------------------------------------------------------------------------------
 
 
-def make_call(case: Case, dtype, group, device="cuda"):
-    """The operands of a case, drawn on the device: random tokens and router, so random logits."""
-    generator = torch.Generator(device).manual_seed(7)
+def make_call(case: Case, dtype, group, device="cuda", seed=7):
+    """The operands of a case on rank 0 of a group, drawn on the device: random tokens and router,
+    so random logits."""
+    generator = torch.Generator(device).manual_seed(seed)
     order, transposed, _ = LAYOUTS[case.layout]
     tokens, hidden, inner = case.tokens[0], case.hidden, case.intermediate
+    share = case.experts // group.world
 
     def normal(*shape, scale=1.0, wide=False):
         values = torch.empty(shape, device=device, dtype=torch.float32 if wide else dtype)
@@ -155,15 +158,15 @@ def make_call(case: Case, dtype, group, device="cuda"):
 
     def weight(rows, columns):
         shape = (columns, rows) if transposed else (rows, columns)
-        return normal(case.experts, *shape, scale=columns**-0.5)
+        return normal(share, *shape, scale=columns**-0.5)
 
     width = inner * (2 if case.activation_spec.gated and order != "separate" else 1)
     weights = {"w_up": weight(width, hidden), "w_down": weight(hidden, inner)}
     if order == "separate":
         weights["w_gate"] = weight(inner, hidden)
     if case.bias:
-        weights["b_up"] = normal(case.experts, width, scale=0.5)
-        weights["b_down"] = normal(case.experts, hidden, scale=0.5)
+        weights["b_up"] = normal(share, width, scale=0.5)
+        weights["b_down"] = normal(share, hidden, scale=0.5)
     routing = {"w_router": normal(case.experts, hidden, scale=hidden**-0.5)}
     if case.router_bias:
         routing["router_bias"] = normal(case.experts, scale=0.5)
@@ -174,7 +177,7 @@ def make_call(case: Case, dtype, group, device="cuda"):
 
 
 def explain(case, dtype, group, device="cuda"):
-    """How the layer of a case runs, as text."""
+    """How the layer of a case runs on one rank of a group, as text."""
     tensors, config = operator_call(case, make_call(case, DTYPES[dtype], group, device))
     return ops.explain(tensors, config.encode(), group.name)
 
@@ -205,7 +208,7 @@ def graphed(contender):
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode=CAPTURE):
             kept = contender()
     except RuntimeError:
         torch.cuda.synchronize()
@@ -224,7 +227,7 @@ def launches_of(contender):
 
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=CAPTURE):
         contender()
     _, _, count = runtime.cudaGraphGetNodes(runtime.cudaGraph_t(graph.raw_cuda_graph()), 0)
     return count
@@ -329,10 +332,15 @@ def floor_us(case, experts_hit, ceilings):
 # ---- what is shown and kept -------------------------------------------------------------------
 
 
+def path_of(record, folder=None):
+    """Where records of this GPU and part are kept. Raises ValueError outside a checkout."""
+    gpu = record["gpu"].lower().removeprefix("nvidia ")
+    return bench.results_path(gpu, record["part"], folder)
+
+
 def write_records(records, folder=None):
-    """Appends records to the results of their GPU; returns the path."""
-    gpu = records[0]["gpu"].lower().removeprefix("nvidia ")
-    return bench.write_records(records, bench.results_path(gpu, "layer", folder))
+    """Appends records of one part to the results of their GPU; returns the path."""
+    return bench.write_records(records, path_of(records[0], folder))
 
 
 def table(records):
@@ -394,34 +402,3 @@ def footer(records):
         *(f"{name} {text}" for name, text in versions.items()),
         *missing,
     ]
-
-
-def plot_roofline(records, path):
-    """A PNG: the rate of each case over its arithmetic intensity, under the measured ceilings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    peak, bandwidth = records[-1]["peak_tflops"], records[-1]["read_gb_per_s"]
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    intensities = [2.0**step for step in range(-1, 14)]
-    roof = [min(peak, intensity * bandwidth / 1e3) for intensity in intensities]
-    label = f"measured: {peak:.0f} TFLOP/s, {bandwidth / 1e3:.2f} TB/s"
-    axes.plot(intensities, roof, color="black", label=label)
-    for record in records:
-        intensity = record["tflops"] * record["us"] / record["gbytes"] / 1e3
-        axes.plot(intensity, record["tflops"], "o", color="tab:blue")
-        rate = record["tflops"] * record["us"] / record["reference_us"]
-        axes.plot(intensity, rate, "_", color="tab:orange", markersize=14)
-        axes.annotate(record["case"], (intensity, record["tflops"]), fontsize=7, rotation=20)
-    axes.plot([], [], "o", color="tab:blue", label="flashmoe, whole layer")
-    axes.plot([], [], "_", color="tab:orange", label=f"{REFERENCE}, products alone")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("operations per byte that must move")
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"{records[-1]['gpu']}, forward, {records[-1]['dtype']}", fontsize=10)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

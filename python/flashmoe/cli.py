@@ -139,7 +139,23 @@ def add_bench(commands):
         "--explain", action="store_true", help="say how the cases would run, and time nothing"
     )
     bench.add_argument(
-        "--timeline", action="store_true", help="on cuda: also where each launch's time goes"
+        "--ranks",
+        type=positive,
+        metavar="W",
+        help="on cuda: the layer of W ranks, a process and a GPU each, against that of one GPU; "
+        "with --explain: how one of them would run",
+    )
+    bench.add_argument(
+        "--study",
+        choices=("scaling",),
+        help="with --ranks: over ranks, tokens and experts, instead of the cases",
+    )
+    bench.add_argument(
+        "--timeline",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="on cuda: also where each launch's time goes; with --ranks FILE is a PNG of it",
     )
     bench.add_argument("--write", action="store_true", help="append to benchmarks/results")
     bench.add_argument("--plot", metavar="FILE", help="write a PNG")
@@ -262,10 +278,14 @@ def command_bench(arguments):
 
     if arguments.explain:
         return explain_bench(arguments)
+    if arguments.study and arguments.ranks is None:
+        raise ValueError("--study is given without --ranks; accepted: the number of GPUs with it")
     if arguments.device == "cuda":
-        return command_bench_cuda(arguments)
-    if arguments.timeline:
-        raise ValueError("--timeline is given with device cpu; accepted: --device cuda")
+        one = arguments.ranks is None
+        return command_bench_cuda(arguments) if one else command_bench_ranks(arguments)
+    for option in ("timeline", "ranks"):
+        if getattr(arguments, option):
+            raise ValueError(f"--{option} is given with device cpu; accepted: --device cuda")
     count = bench.planned(arguments.case, arguments.dtype)
     if not count:
         raise ValueError(f"no speed case matches {arguments.case!r}")
@@ -294,29 +314,70 @@ def command_bench(arguments):
 
 def command_bench_cuda(arguments):
     """`flashmoe bench --device cuda`."""
-    from . import bench_cuda, report
+    from . import bench_cuda, plots
 
     bench_cuda.check_device()
     chosen = bench_cuda.planned(arguments.case)
     if not chosen:
         raise ValueError(f"no GPU case matches {arguments.case!r}")
+    if arguments.timeline not in (None, True):
+        raise ValueError(f"--timeline is {arguments.timeline!r}; accepted: a file with --ranks")
     options = {"dtype": arguments.dtype or "bf16", "seconds": arguments.seconds or 1.0}
-    records = []
-    with progress(arguments.json, len(chosen), "cases") as advance:
-        for record in bench_cuda.run_bench(arguments.case, **options):
+    made = bench_cuda.run_bench(arguments.case, **options)
+    records = collected(arguments, made, len(chosen))
+    show_gpu_bench(arguments, bench_cuda, records)
+    if arguments.plot:
+        plots.plot_roofline(records, arguments.plot)
+    return 0
+
+
+def command_bench_ranks(arguments):
+    """`flashmoe bench --device cuda --ranks W`."""
+    from . import bench_ranks, plots
+
+    bench_ranks.check_gpus(arguments.ranks)
+    plan = bench_ranks.planned(arguments.case, arguments.ranks, arguments.study)
+    if not plan:
+        raise ValueError(f"no case of several ranks matches {arguments.case!r}")
+    options = {"dtype": arguments.dtype or "bf16", "seconds": arguments.seconds or 1.0}
+    made = bench_ranks.run_bench(plan, **options)
+    records = collected(arguments, made, sum(len(cases) for _, cases in plan))
+    show_gpu_bench(arguments, bench_ranks, records)
+    if arguments.timeline not in (None, True):
+        plots.plot_timeline(records[0], arguments.timeline)
+    if arguments.plot and arguments.study:
+        plots.plot_scaling(bench_ranks.with_written(records), arguments.plot)
+    elif arguments.plot:
+        plots.plot_ranks(records, arguments.plot)
+    return 0
+
+
+def collected(arguments, made, count):
+    """The records of a GPU bench as they come, with a progress bar; with --json, shown one by one,
+    and with --write kept."""
+    from . import bench_cuda, report
+
+    records, path = [], None
+    with progress(arguments.json, count, "cases") as advance:
+        for record in made:
             records.append(record)
-            advance(record["case"])
+            advance(f"{record['case']}, {record['ranks']} ranks")
             if arguments.json:
                 report.print_json(record)
-    if not arguments.json:
-        print(bench_cuda.table(records))
-    if arguments.timeline and not arguments.json:
-        print(f"\n{bench_cuda.timeline(records)}")
-    if arguments.write:
-        print(f"appended to {bench_cuda.write_records(records)}", file=sys.stderr)
-    if arguments.plot:
-        bench_cuda.plot_roofline(records, arguments.plot)
-    return 0
+            if arguments.write:
+                path = bench_cuda.write_records([record])
+    if path:
+        print(f"appended to {path}", file=sys.stderr)
+    return records
+
+
+def show_gpu_bench(arguments, bench, records):
+    """The table of a GPU bench, and where the time goes."""
+    if arguments.json:
+        return
+    print(bench.table(records))
+    if arguments.timeline:
+        print(f"\n{bench.timeline(records)}")
 
 
 def explain_bench(arguments):
@@ -329,12 +390,19 @@ def explain_bench(arguments):
         chosen = [(case, arguments.dtype or "bf16") for case in bench_cuda.planned(arguments.case)]
     else:
         chosen = [row[:2] for row in select(arguments.case, "speed", dtype=arguments.dtype)]
-    [group] = local_group(1)
-    with group:
+    ranks = arguments.ranks or 1
+    groups = local_group(ranks)
+    try:
         for case, dtype in chosen:
             print(f"{case.name} {dtype}")
-            text = bench_cuda.explain(case, dtype, group, arguments.device)
+            if case.experts % ranks:
+                text = f"{case.experts} experts cannot be divided among {ranks} ranks"
+            else:
+                text = bench_cuda.explain(case, dtype, groups[0], arguments.device)
             print("  " + text.replace("\n", "\n  "))
+    finally:
+        for group in groups:
+            group.close()
     return 0
 
 

@@ -499,19 +499,32 @@ def peer_access(name: str, driver: Driver, count: int) -> Check:
     return Check(name, ABSENT, f"not from {', '.join(apart)}", advice)
 
 
-def links(name: str, count: int) -> Check:
-    """Every pair of neighbours, with the memory that ranks use."""
+def neighbours(count: int) -> list[tuple[int, int]]:
+    """The pairs of GPUs whose links are measured: each and the next one."""
+    return [(one, (one + 1) % count) for one in range(count)]
+
+
+def measured_link(one: int, other: int) -> dict[str, float]:
+    """The link from one GPU to another: GB/s of a kernel's stores, microseconds of a flag. Raises
+    RuntimeError where there is none."""
     from . import _core
 
+    speed, seconds = _core.engine().measure_link(one, other)
+    rate, flag = round(speed / 1e9, 1), round(seconds * 1e6, 2)
+    return {"from": one, "to": other, "gb_per_s": rate, "flag_us": flag}
+
+
+def links(name: str, count: int) -> Check:
+    """Every pair of neighbours, with the memory that ranks use."""
     found, failed = [], []
-    for one in range(count):
-        other = (one + 1) % count
+    for one, other in neighbours(count):
         try:
-            speed, seconds = _core.engine().measure_link(one, other)
+            link = measured_link(one, other)
         except RuntimeError as error:
             failed.append(f"{one} to {other}: {first_line(error)}")
             continue
-        found.append(f"{one} to {other}: {speed / 1e9:.0f} GB/s, a flag {seconds * 1e6:.1f} us")
+        rate, flag = link["gb_per_s"], link["flag_us"]
+        found.append(f"{one} to {other}: {rate:.0f} GB/s, a flag {flag:.1f} us")
     if not failed:
         return Check(name, OK, "; ".join(found))
     advice = "several ranks on CUDA need these links; one rank works without"

@@ -72,11 +72,13 @@ class Group:
         top_k, num_experts: the largest of any layer; 0: as it is, or as the first call has it.
 
         All ranks call it, between the same two calls. Before the first call it only notes the
-        numbers. After that it makes new memory, once no launch of the group is on its way; graphs
-        that were captured before keep the old one. It does nothing for a rank alone or on the CPU.
+        numbers. After that it makes new memory, once no launch of the group is on its way, and
+        waits for all that the ranks' GPUs do; graphs that were captured before keep the old one.
+        It does nothing for a rank alone or on the CPU.
 
-        Raises TypeError or ValueError for a number that is none, OutOfMemoryError, and what a wait
-        for the other processes raises.
+        Raises TypeError or ValueError for a number that is none, and what a wait for the other
+        processes raises. OutOfMemoryError, and UnsupportedError for a size beyond the limits, are
+        those of every rank, and the memory is then as it was.
         """
         numbers = {"max_tokens": max_tokens, "hidden": hidden, "top_k": top_k}
         numbers["num_experts"] = num_experts

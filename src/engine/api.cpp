@@ -170,6 +170,17 @@ flashmoe::cuda::LaunchOptions cuda_options(flashmoe::fabric::Group& group) {
   return {.timeout_seconds = group.options().timeout_seconds, .max_sms = group.options().max_sms};
 }
 
+// Whoever stopped the group may have left a better reason than the launch knows, which may have
+// more to say itself.
+void raise_reason(fm_group_s& g, const Error& of_launch) {
+  try {
+    g.group.waiter().check_abort();
+  } catch (const Error& reason) {
+    if (std::strcmp(reason.what(), of_launch.what()) == 0) throw;
+    fail(reason.status(), reason.what(), "; on this rank: ", of_launch.what());
+  }
+}
+
 // Runs `body`, which may raise what launches of this rank have left. An error that leaves peers'
 // launches without this rank stops the group.
 template <class Body>
@@ -179,7 +190,7 @@ void on_cuda(fm_group_s& g, Body&& body) {
   } catch (const Error& error) {
     if (g.group.world() == 1 || !g.cuda.breaks_group()) throw;
     if (error.status() == FM_ABORTED) {
-      g.group.waiter().check_abort();  // whoever stopped the group may have left a better reason
+      raise_reason(g, error);
       flashmoe::fabric::stop_owner(g.group.own_control(), error.status(), error.what());
     } else {
       g.group.abort(error.status(), "rank " + std::to_string(g.group.rank()) + ": " + error.what());
@@ -195,7 +206,7 @@ void launch_on_cuda(fm_group_s& g, const Launch& launch) {
   on_cuda(g, [&] { launch(cuda_options(g.group)); });
   g.last_on_cuda = true;
   g.stats = {};
-  g.stats.epoch = g.group.world() == 1 ? g.group.begin_epoch() : g.cuda.launches();
+  g.stats.epoch = g.group.world() == 1 ? g.group.begin_epoch() : g.cuda.epoch();
   g.stats.scratch_bytes = g.stats.allocated_bytes = g.cuda.scratch_bytes();
   g.stats.symmetric_bytes = g.cuda.symmetric_bytes();
 }
@@ -295,7 +306,9 @@ void set_option(fm_group_s& g, const std::string& key, double value) {
   } else if (key == "stop_in_phase") {
     options.stop_in_phase = static_cast<int>(value);
   } else if (key == "epoch") {
-    group.set_epoch(static_cast<flashmoe::plan::Epoch>(value));
+    const auto epoch = static_cast<flashmoe::plan::Epoch>(value);
+    if (group.world() > 1) g.cuda.set_epoch(epoch);
+    group.set_epoch(epoch);
   } else {
     fail(FM_INVALID_VALUE, "option '", key,
          "' is unknown; known are timeout_s, num_threads, max_sms, device, epoch, jitter_us, "
@@ -315,16 +328,12 @@ void reserve(fm_group_s& g, const fm_capacity& wanted) {
   const int32_t world = g.group.world();
   if (world == 1) return;  // a rank alone has no symmetric memory
   g.group.waiter().check_abort();
-  try {
-    g.cuda.ranks().reserve(g.group.rank(),
-                           {.tokens = wanted.max_tokens,
-                            .hidden = wanted.hidden,
-                            .top_k = wanted.top_k,
-                            .local_experts = flashmoe::plan::ceil_div(wanted.num_experts, world)});
-  } catch (const Error& error) {
-    if (error.status() != FM_ABORTED) g.group.abort(error.status(), error.what());
-    throw;
-  }
+  on_cuda(g, [&] {
+    g.cuda.reserve({.tokens = wanted.max_tokens,
+                    .hidden = wanted.hidden,
+                    .top_k = wanted.top_k,
+                    .local_experts = flashmoe::plan::ceil_div(wanted.num_experts, world)});
+  });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ namespace flashmoe::test {
 namespace {
 
 using cuda::ReportPlace;
+using cuda::sync::LaunchReports;
 using cuda::sync::PeerReport;
 using cuda::sync::WaitReport;
 using cuda::sync::WaitTag;
@@ -23,8 +24,8 @@ WaitReport report_of(WaitTag tag, uint32_t block, uint32_t expected, PeerReport 
 
 void expect_failure(const WaitReport& report, fm_status status,
                     std::initializer_list<const char*> words) {
-  const auto tag = static_cast<WaitTag>(report.tag);
-  expect_error({cuda::status_of(tag), cuda::describe(report, kPlace)}, status, words);
+  const Error error = cuda::error_of({.failure = report, .notice = {}}, kPlace);
+  expect_error({error.status(), error.what()}, status, words);
 }
 
 TEST(Failure, AWaitForAPeerNamesBothRanksPhaseEpochExpectedAndSeen) {
@@ -57,7 +58,7 @@ TEST(Failure, EveryFieldHasAName) {
 
 TEST(Failure, TooManyRowsSayHowMany) {
   expect_failure(report_of(WaitTag::kTooManyRows, 0, 5000, {1, 9, 4096}), FM_OUT_OF_MEMORY,
-                 {"5000 rows came to rank 1", "4096"});
+                 {"5000 rows came to rank 1", "4096", "max_tokens * top_k is 2500"});
 }
 
 TEST(Failure, AnAbortNamesWhoStoppedTheGroup) {
@@ -73,14 +74,17 @@ TEST(Failure, RoutingIsTheTokensMatter) {
   expect_failure(report_of(WaitTag::kUndefinedBias, 11, 0), FM_ROUTING, {"expert 11"});
 }
 
-// After these, all ranks have made the same launches.
-TEST(Failure, OnlyRoutingAndMismatchLeaveTheRanksInStep) {
-  for (int tag = 1; tag <= static_cast<int>(WaitTag::kTooManyRows); ++tag) {
-    const auto status = cuda::status_of(static_cast<WaitTag>(tag));
-    EXPECT_EQ(cuda::is_harmless(static_cast<WaitTag>(tag)),
-              status == FM_ROUTING || status == FM_MISMATCH)
-        << tag;
-  }
+// A token without a routing is told beside what ended the launch, and does not hide it.
+TEST(Failure, BothAreToldAndTheFailureWins) {
+  LaunchReports reports{.failure = report_of(WaitTag::kAborted, 0, 4),
+                        .notice = report_of(WaitTag::kUndefinedLogits, 37, 0)};
+  const Error both = cuda::error_of(reports, kPlace);
+  expect_error({both.status(), both.what()}, FM_ABORTED,
+               {"device 3", "aborted by rank 3", "and before that", "token 37"});
+  reports.failure = {};
+  const Error notice = cuda::error_of(reports, kPlace);
+  expect_error({notice.status(), notice.what()}, FM_ROUTING, {"device 3", "token 37"});
+  EXPECT_EQ(std::string(notice.what()).find("before that"), std::string::npos);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ def needs_gpu(request):
     name = request.module.__name__
     if name.startswith("test_layer"):
         from layer_common import what_is_missing
-    elif name == "test_ranks":
+    elif name.startswith("test_ranks"):
         from gpu_ranks import missing_for_two as what_is_missing
     else:
         from cuda_products import what_is_missing

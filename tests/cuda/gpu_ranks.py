@@ -6,18 +6,17 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import flashmoe
+import rank_process
 import torch
 from flashmoe import _core, passes
 from flashmoe.group import Group
 from flashmoe.inputs import make_operands, on_device
 from layer_common import make_layer, what_is_missing
 
-ANSWER_S = 60.0  # a process that has not answered by then hangs
 TIMEOUT_S = 1.5  # of waits that a test lets run out
 
 _context = multiprocessing.get_context("spawn")  # CUDA survives no fork
@@ -35,7 +34,7 @@ def missing_for_two() -> str | None:
     return None
 
 
-def shards(world=2, tokens=(300, 200), experts=16, seed=0, **options):
+def shards(world=2, tokens=(300, 200), experts=16, seed=0, devices=(0, 1), **options):
     """The `layer_common.Layer` of each rank on its GPU: one router, experts cut over the ranks."""
     whole = make_layer(tokens=1, experts=experts, seed=seed, **options)
     share = experts // world
@@ -45,7 +44,7 @@ def shards(world=2, tokens=(300, 200), experts=16, seed=0, **options):
         x = whole.with_x(tokens[rank], seed=1000 * seed + rank).x
         weights = {"w_up": whole.w_up[mine].clone(), "w_down": whole.w_down[mine].clone()}
         tensors = weights | {"x": x, "w_router": whole.w_router}
-        device = f"cuda:{rank}"
+        device = f"cuda:{devices[rank]}"
         made.append(replace(whole, **{name: one.to(device) for name, one in tensors.items()}))
     synchronize()
     return made
@@ -78,16 +77,6 @@ def synchronize():
 
 
 # ---- ranks as processes --------------------------------------------------------------------------
-
-
-@dataclass
-class Answer:
-    """What a rank's method returned or raised, and how long it took."""
-
-    value: object
-    error: str | None  # name of the exception's class
-    text: str
-    seconds: float
 
 
 class Rank:
@@ -128,8 +117,8 @@ class Rank:
         tensors = [outputs["y"], *(routed or ())]
         return [tensor.cpu().view(torch.uint8).numpy() for tensor in tensors]
 
-    def reserve(self, tokens):
-        self.group.reserve(tokens)
+    def reserve(self, tokens, **sizes):
+        self.group.reserve(tokens, **sizes)
         return self.group.stats()["symmetric_bytes"]
 
     def is_well(self):
@@ -139,93 +128,23 @@ class Rank:
         return bool((a @ a == a).all() and y.isfinite().all())
 
 
-def serve(connection, index):
-    """The life of a rank process."""
-    rank = Rank(index)
-    while True:
-        try:
-            method, arguments = connection.recv()
-        except EOFError:
-            return
-        start = time.monotonic()
-        value = error = None
-        text = ""
-        try:
-            value = getattr(rank, method)(**arguments)
-        except Exception as raised:  # the test judges it
-            error, text = type(raised).__name__, str(raised)
-        connection.send(Answer(value, error, text, time.monotonic() - start))
-
-
-class RankProcess:
-    """A process on the GPU of this index."""
-
-    def __init__(self, index):
-        self.connection, theirs = _context.Pipe()
-        self.process = _context.Process(target=serve, args=(theirs, index), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def start(self, method, **arguments):
-        self.connection.send((method, arguments))
-
-    def answer(self):
-        assert self.connection.poll(ANSWER_S), "a rank hangs"
-        return self.connection.recv()
-
-    def value(self):
-        answer = self.answer()
-        assert answer.error is None, f"{answer.error}: {answer.text}"
-        return answer.value
-
-    def signal(self, number):
-        os.kill(self.process.pid, number)
-
-    def close(self):
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-class Processes:
+class Processes(rank_process.RankProcesses):
     """Two rank processes, each on its GPU; one that is gone is replaced."""
 
     def __init__(self):
-        self.ranks = [RankProcess(0), RankProcess(1)]
+        super().__init__(self._made(index) for index in range(2))
+
+    @staticmethod
+    def _made(index):
+        return rank_process.RankProcess(_context, Rank, index)
 
     def join(self, **options):
         """Makes them the ranks of one new group."""
-        for rank, process in enumerate(self.ranks):
+        for index, process in enumerate(self):
             if not process.process.is_alive():
                 process.close()
-                self.ranks[rank] = RankProcess(rank)
-        token = next(_tokens)
-        for rank, process in enumerate(self.ranks):
-            process.start("join", token=token, rank=rank, world=2, **options)
-        for process in self.ranks:
-            process.value()
-        return self.ranks
-
-    def all(self, method, **arguments):
-        """The answers of both; `arguments` that are lists hold one value a rank."""
-        for rank, process in enumerate(self.ranks):
-            own = {k: v[rank] if isinstance(v, list) else v for k, v in arguments.items()}
-            process.start(method, **own)
-        return [process.answer() for process in self.ranks]
-
-    def values(self, method, **arguments):
-        answers = self.all(method, **arguments)
-        for answer in answers:
-            assert answer.error is None, f"{answer.error}: {answer.text}"
-        return [answer.value for answer in answers]
-
-    def kill(self, rank):
-        self.ranks[rank].signal(signal.SIGKILL)
-        self.ranks[rank].process.join()
-
-    def close(self):
-        for process in self.ranks:
-            process.close()
+                self[index] = self._made(index)
+        super().join(next(_tokens), **options)
 
 
 def in_one_process(case, tokens):

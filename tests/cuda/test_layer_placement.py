@@ -138,7 +138,7 @@ def test_scratch_that_another_launch_has_is_left_alone():
     assert torch.equal(forward.scratch, scratch)
     for name, tensor in forward.outputs.items():
         assert torch.equal(tensor.nan_to_num(nan=7.0), before[name].nan_to_num(nan=7.0)), name
-    forward.report.zero_()
+    forward.reports.zero_()
     forward.holder.zero_()
     for max_sms in (8, 0):
         forward(max_sms=max_sms)

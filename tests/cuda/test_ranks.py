@@ -14,6 +14,7 @@ from flashmoe.check import same_bits as same_tensors
 from flashmoe.config import Routing
 from flashmoe.errors import (
     GroupAbortedError,
+    OutOfMemoryError,
     RankMismatchError,
     RoutingError,
     UnsupportedError,
@@ -35,6 +36,8 @@ from layer_common import make_layer, same_bits
 
 RANKS = 2
 REPLAYS = 200
+WRAP = 2**32  # after the last epoch before it comes 2
+TOO_MUCH = {"hidden": 65536}  # of a million tokens: more than any GPU has
 WAITED = r"rank 0 waited .* s in phase (plan|push|combine) .*rank 1: epoch \d+, expected \d+, seen"
 TABLE = [
     (mode, case, dtype)
@@ -462,6 +465,210 @@ def test_undefined_logits_of_one_rank_are_its_own_matter(groups):
     finished(call_all(layers, groups), groups)
 
 
+# ---- reports and the ranks that they must not wait for -----------------------------------------
+
+
+def spoil(layer, token=37):
+    """Gives a token router logits that are not numbers."""
+    layer.x[token, 5] = float("nan")
+    synchronize()
+
+
+def call_ahead(layer, group, calls=3):
+    """Calls of one rank before any of the others; how often one raised RoutingError."""
+    raised = 0
+    for _ in range(calls):
+        try:
+            layer(group)
+        except RoutingError:
+            raised += 1
+        time.sleep(0.1)  # the launch has reported by now, and waits for the other rank
+    return raised
+
+
+def assert_told_once(layers, groups):
+    """One thread drives both ranks, the first one three calls ahead."""
+    spoil(layers[0])
+    start = time.monotonic()
+    assert call_ahead(layers[0], groups[0]) == 0
+    assert time.monotonic() - start < 20
+    for _ in range(3):
+        layers[1](groups[1])
+    synchronize()
+    with pytest.raises(RoutingError, match="token 37"):
+        groups[0].stats()
+    for group in groups:
+        group.stats()
+
+
+def test_a_report_waits_for_no_rank_that_has_still_to_be_called(groups):
+    layers = shards()
+    finished(call_all(layers, groups), groups)
+    assert_told_once(layers, groups)
+
+
+def test_scratch_grows_without_waiting_for_a_rank(groups):
+    """Larger and larger calls of one rank ahead of the other's."""
+    sizes = [(16, 5), (300, 200), (1500, 700), (4000, 3000)]
+    layers = [shards(tokens=tokens) for tokens in sizes]
+    made = [[], []]
+    start = time.monotonic()
+    for rank in range(RANKS):
+        for pair in layers:
+            y, routed = pair[rank](groups[rank])
+            made[rank].append((y, *routed))
+    assert time.monotonic() - start < 20
+    finish_all(groups)
+    for idx, pair in enumerate(layers):
+        again = finished(call_all(pair, groups), groups)
+        for rank in range(RANKS):
+            assert same_bits([tensor.cpu() for tensor in made[rank][idx]], again[rank])
+
+
+class OnStream:
+    """A layer of one of the ranks that share a GPU, on a stream of its own."""
+
+    def __init__(self, layer):
+        self.layer, self.x, self.stream = layer, layer.x, torch.cuda.Stream(layer.x.device)
+
+    def __call__(self, group):
+        with torch.cuda.stream(self.stream):
+            return self.layer(group)
+
+
+def test_a_report_of_ranks_that_share_a_gpu():
+    make_layer()()  # loads the kernel, which waits for the launches of the GPU
+    made = flashmoe.local_group(RANKS, device="cuda", devices=[0, 0], max_tokens=1024)
+    for group in made:
+        group.set("max_sms", 32)
+    layers = [OnStream(layer) for layer in shards(devices=(0, 0))]
+    outputs = finished(call_all(layers, made), made)
+    assert all(one[0].isfinite().all() for one in outputs)
+    assert_told_once(layers, made)
+    for group in made:
+        group.close()
+
+
+def test_an_abort_does_not_hide_what_the_launch_found(groups):
+    layers = shards()
+    finished(call_all(layers, groups), groups)
+    spoil(layers[0])
+    layers[0](groups[0])
+    time.sleep(0.1)
+    groups[1].abort("the user pressed stop")
+    synchronize()
+    with pytest.raises(GroupAbortedError, match=r"the user pressed stop.*token 37"):
+        groups[0].stats()
+    assert_new_group_works()
+
+
+def test_a_wait_that_ran_out_is_not_hidden_by_a_token(groups):
+    layers = shards()
+    finished(call_all(layers, groups), groups)
+    for group in groups:
+        group.set("timeout_s", TIMEOUT_S)
+    spoil(layers[0])
+    layers[0](groups[0])
+    synchronize()
+    with pytest.raises(WaitTimeoutError, match=WAITED + ".*and before that.*token 37"):
+        groups[0].stats()
+    assert_new_group_works()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.001, 0.01, 0.1])
+def test_an_abort_while_the_memory_is_made_ends_the_call(delay):
+    made = flashmoe.local_group(RANKS, device="cuda", max_tokens=65536)
+    layers = shards(hidden=2048)
+    timer = threading.Timer(delay, lambda: made[1].abort("the user pressed stop"))
+    start = time.monotonic()
+    timer.start()
+    with pytest.raises(GroupAbortedError, match="the user pressed stop"):
+        layers[0](made[0])
+        timer.join()
+        made[0].stats()
+    assert time.monotonic() - start < 5
+    timer.join()
+    with pytest.raises(GroupAbortedError, match="the user pressed stop"):
+        layers[1](made[1])
+    for group in made:
+        group.close()
+    assert_new_group_works()
+
+
+def test_a_size_beyond_the_limits_is_named_on_every_rank_before_memory_is_made():
+    made = flashmoe.local_group(RANKS, device="cuda", max_tokens=2**21)
+    for layer, group in zip(shards(), made, strict=True):
+        with pytest.raises(UnsupportedError, match=r"tokens \* top_k of a rank is 2097152 \* 4"):
+            layer(group)
+        assert group.stats()["symmetric_bytes"] == 0
+    for group in made:
+        group.close()
+
+
+def test_memory_that_is_not_there_fails_every_rank_by_name():
+    made = flashmoe.local_group(RANKS, device="cuda")
+    made[0].reserve(2**20, **TOO_MUCH)
+    layers = shards()
+    for _ in range(2):
+        for layer, group in zip(layers, made, strict=True):
+            with pytest.raises(OutOfMemoryError, match=r"device \d gives no \d+ bytes"):
+                layer(group)
+    for group in made:
+        group.close()
+    assert_new_group_works()
+
+
+def test_several_ranks_are_explained(groups):
+    from flashmoe import bench_cuda
+
+    case = Case("ranks/explained", tokens=(300,), hidden=256, experts=16, top_k=4)
+    before = bench_cuda.explain(case, "bf16", groups[0])
+    for word in ("ranks   2, of up to 4096 tokens", "region  ", "8 here x 1 group of all sources"):
+        assert word in before, before
+    finished(call_all(shards(), groups), groups)
+    stated = int(before.split("region  ")[1].split()[0])
+    assert stated <= groups[0].stats()["symmetric_bytes"] < stated + (4 << 20)
+    assert bench_cuda.explain(case, "bf16", groups[0]) == before
+
+
+# ---- the wrap of the epoch ---------------------------------------------------------------------
+
+
+def test_the_epoch_is_set_before_the_first_call(groups):
+    finished(call_all(shards(), groups), groups)
+    for group in groups:
+        with pytest.raises(ValueError, match="epoch: can only be set before"):
+            group.set("epoch", 7.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_thousand_calls_across_the_wrap():
+    calls = 20_000
+    sizes = [(1, 33), (33, 1), (0, 17), (64, 0), (0, 0), (65, 5), (3, 3), (20, 48)]
+    layers = [shards(tokens=tokens, seed=seed) for seed, tokens in enumerate(sizes)]
+    fresh = flashmoe.local_group(RANKS, device="cuda", max_tokens=128)
+    expected = [finished(call_all(pair, fresh), fresh) for pair in layers]
+    kept = [
+        [[tensor.to(f"cuda:{rank}") for tensor in one] for rank, one in enumerate(pair)]
+        for pair in expected
+    ]
+    made = flashmoe.local_group(RANKS, device="cuda", max_tokens=128)
+    for group in made:
+        group.set("epoch", float(WRAP - calls // 2))
+    order = torch.randint(len(sizes), (calls,), generator=torch.Generator().manual_seed(3))
+    differs = [torch.zeros(1, dtype=torch.int64, device=f"cuda:{rank}") for rank in range(RANKS)]
+    for idx in order.tolist():
+        for rank, outputs in enumerate(call_all(layers[idx], made)):
+            for one, other in zip(outputs, kept[idx][rank], strict=True):
+                differs[rank] += (one.view(torch.uint8) != other.view(torch.uint8)).any()
+    finish_all(made)
+    assert [int(one) for one in differs] == [0, 0]
+    assert [group.stats()["epoch"] for group in made] == [calls // 2 + 2] * RANKS
+    for group in [*fresh, *made]:
+        group.close()
+
+
 # ---- processes -------------------------------------------------------------------------------
 
 
@@ -494,6 +701,24 @@ def test_processes_agree_on_the_largest_call(processes):
     processes.values("run", case=PROCESS_CASE, tokens=(5000, 4999))
 
 
+def test_processes_across_the_wrap_of_the_epoch(processes):
+    processes.join(epoch=float(WRAP - 100))
+    expected = in_one_process(PROCESS_CASE, PROCESS_TOKENS)
+    for count in (50, 100, 50):
+        assert_same_arrays(run_both(processes, count=count), expected)
+
+
+def test_memory_that_one_process_needs_and_none_has(processes):
+    processes.join()
+    processes.values("reserve", tokens=[1, 2**20], **TOO_MUCH)
+    for _ in range(2):  # the group goes on
+        for answer in processes.all("run", case=PROCESS_CASE, tokens=PROCESS_TOKENS):
+            assert answer.error == "OutOfMemoryError", f"{answer.error}: {answer.text}"
+            assert "rank 0: device" in answer.text and "gives no" in answer.text
+            assert answer.seconds < 30
+    assert_survivor_is_well(processes)
+
+
 def test_a_late_process_is_no_fault(processes):
     processes.join()
     first = run_both(processes)
@@ -502,12 +727,12 @@ def test_a_late_process_is_no_fault(processes):
 
 def failing_call(processes):
     """Lets rank 0 call alone."""
-    processes.ranks[0].start("run", case=PROCESS_CASE, tokens=PROCESS_TOKENS)
+    processes[0].start("run", case=PROCESS_CASE, tokens=PROCESS_TOKENS)
 
 
 def assert_survivor_is_well(processes):
-    processes.ranks[0].start("is_well")
-    assert processes.ranks[0].value()
+    processes[0].start("is_well")
+    assert processes[0].value()
     processes.join()
     assert_same_arrays(run_both(processes), in_one_process(PROCESS_CASE, PROCESS_TOKENS))
 
@@ -524,20 +749,20 @@ def test_a_killed_process_is_named(processes):
     run_both(processes)
     failing_call(processes)
     time.sleep(0.2)
-    processes.kill(1)
-    assert_timed_out(processes.ranks[0].answer())
+    processes[1].kill()
+    assert_timed_out(processes[0].answer())
     assert_survivor_is_well(processes)
 
 
 def test_a_stopped_process_is_named_and_learns_of_it(processes):
     processes.join(timeout_s=TIMEOUT_S)
     run_both(processes)
-    processes.ranks[1].signal(signal.SIGSTOP)
+    processes[1].signal(signal.SIGSTOP)
     failing_call(processes)
-    assert_timed_out(processes.ranks[0].answer())
-    processes.ranks[1].signal(signal.SIGCONT)
-    processes.ranks[1].start("run", case=PROCESS_CASE, tokens=PROCESS_TOKENS)
-    answer = processes.ranks[1].answer()
+    assert_timed_out(processes[0].answer())
+    processes[1].signal(signal.SIGCONT)
+    processes[1].start("run", case=PROCESS_CASE, tokens=PROCESS_TOKENS)
+    answer = processes[1].answer()
     assert answer.error == "GroupAbortedError" and "rank 0 waited" in answer.text
     assert_survivor_is_well(processes)
 

@@ -7,7 +7,6 @@ what it returned or raised.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import os
@@ -16,11 +15,11 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import flashmoe
 import numpy as np
+import rank_process
 import torch
 from flashmoe import _core, passes
 from flashmoe.group import Group
@@ -30,7 +29,6 @@ from ranks_common import SMALL, narrow, open_groups, run_step
 SHARED_MEMORY = Path("/dev/shm")
 CASE = SMALL
 PHASES = ("route", "plan", "push", "up", "down", "weight", "return", "combine")  # fm_phase
-ANSWER_S = 60.0  # a rank that has not answered by then hangs
 
 _context = multiprocessing.get_context("forkserver")
 # With what the first call would import, two seconds a process.
@@ -63,21 +61,6 @@ def expected_outputs(world):
 
 def arrays(outputs):
     return {name: value.numpy() for name, value in outputs.items()}
-
-
-@dataclass
-class Answer:
-    """What a rank's method returned or raised, and when (time.monotonic, the same on all ranks)."""
-
-    value: object
-    error: str | None  # name of the exception's class
-    text: str
-    started: float
-    ended: float
-
-    @property
-    def seconds(self):
-        return self.ended - self.started
 
 
 class Rank:
@@ -324,93 +307,17 @@ def soak(group, launches, seed):
 # ---- the processes ----------------------------------------------------------------------------
 
 
-def serve(connection, log):
-    """The rank process: everything that it prints goes to `log`."""
-    with open(log, "ab", buffering=0) as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-    rank = Rank()
-    with contextlib.suppress(EOFError):
-        while True:
-            method, arguments = connection.recv()
-            started = time.monotonic()
-            try:
-                value, error, text = getattr(rank, method)(**arguments), None, ""
-            except Exception as failure:
-                value, error, text = None, type(failure).__name__, str(failure)
-            connection.send(Answer(value, error, text, started, time.monotonic()))
-
-
-class RankProcess:
+class RankProcess(rank_process.RankProcess):
     def __init__(self, log):
-        self.log = Path(log)
-        self.connection, theirs = _context.Pipe()
-        self.process = _context.Process(target=serve, args=(theirs, str(log)), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def start(self, method, **arguments):
-        """Asks the rank to run a method of `Rank`."""
-        self.connection.send((method, arguments))
-
-    def answer(self):
-        """What the method gave."""
-        assert self.connection.poll(ANSWER_S), "a rank hangs"
-        return self.connection.recv()
-
-    def value(self):
-        """As `answer`; fails if the method raised."""
-        answer = self.answer()
-        assert answer.error is None, f"{answer.error}: {answer.text}"
-        return answer.value
-
-    def signal(self, number):
-        """Sends a signal and gives the time."""
-        os.kill(self.process.pid, number)
-        return time.monotonic()
-
-    def kill(self):
-        when = self.signal(signal.SIGKILL)
-        self.process.join()
-        return when
-
-    def wait_until_stopped(self):
-        """Returns when a signal has stopped the process."""
-        deadline = time.monotonic() + ANSWER_S
-        while self.state() != "T":
-            assert time.monotonic() < deadline, f"the rank is not stopped but {self.state()}"
-            time.sleep(0.002)
-
-    def state(self):
-        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        return stat.rsplit(")", 1)[1].split()[0]
-
-    def close(self):
-        self.process.kill()  # unlike os.kill, content with a process that ends meanwhile
-        self.process.join()
-        self.connection.close()
+        super().__init__(_context, Rank, log=log)
 
 
-class Ranks(list):
+class Ranks(rank_process.RankProcesses):
     """The rank processes of a test, in the order of their ranks."""
 
     def join(self, **options):
         """Makes them the ranks of one new group."""
-        token = new_token()
-        for rank, process in enumerate(self):
-            process.start("join", token=token, rank=rank, world=len(self), **options)
-        for process in self:
-            process.value()
-
-    def all(self, method, **arguments):
-        """The method on every rank; `arguments` that are lists hold one value a rank."""
-        for rank, process in enumerate(self):
-            own = {
-                name: value[rank] if isinstance(value, list) else value
-                for name, value in arguments.items()
-            }
-            process.start(method, **own)
-        return [process.answer() for process in self]
+        super().join(new_token(), **options)
 
     def assert_all_right(self, count):
         """`count` steps on every rank with the right bits."""
@@ -437,6 +344,5 @@ def rank_processes(count, directory, **options):
         ranks.join(**options)
         yield ranks
     finally:
-        for process in ranks:
-            process.close()
+        ranks.close()
     assert not segments()

@@ -259,6 +259,20 @@ def test_source_hash_follows_the_sources():
     assert len(bench.source_hash()) == 12
 
 
+def test_bench_explains_a_case_on_several_ranks(capsys, monkeypatch):
+    from flashmoe import cases
+
+    chosen = (
+        cases.Case("ranks/two", tokens=(50,), experts=8, modes=("speed",), dtypes=("fp32",)),
+        cases.Case("ranks/odd", tokens=(50,), experts=9, modes=("speed",), dtypes=("fp32",)),
+    )
+    monkeypatch.setattr(cases, "CASES", chosen)
+    code, out, _ = run(capsys, "bench", "--explain", "--ranks", "2", "--case", "ranks/*")
+    assert code == 0
+    assert "ranks/two fp32\n  block: at most" in out
+    assert "9 experts cannot be divided among 2 ranks" in out
+
+
 # ---- errors and start ---------------------------------------------------------------------------
 
 
@@ -274,6 +288,7 @@ def test_source_hash_follows_the_sources():
         (["check", "--case", "nothing/like-it"], "no case matches 'nothing/like-it'"),
         (["bench", "--case", "nothing/like-it"], "no speed case matches"),
         (["bench", "--device", "cuda"], "torch sees no CUDA device"),
+        (["bench", "--ranks", "2"], "--ranks is given without --explain"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_code_2(capsys, arguments, mentions):

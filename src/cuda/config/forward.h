@@ -74,7 +74,8 @@ struct DownOf {
 
 // Most that a kernel's tables and registers hold.
 inline constexpr int64_t kMaxExperts = 1024;
-inline constexpr int64_t kMaxTopK = 32;  // a slot a lane
+inline constexpr int64_t kMaxWidth = int64_t{1} << 20;  // hidden and intermediate size
+inline constexpr int64_t kMaxTopK = 32;                 // a slot a lane
 
 // Rows of an expert start on multiples of this: blocks, copies and counters share no group.
 inline constexpr int32_t kRowGroup = tile::kTokenStep;

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <map>
+#include <new>
 
 #include "base/error.h"
 #include "cuda/engine/workspace.h"
@@ -14,7 +15,7 @@ struct Engine::State {
   std::shared_ptr<RankGroup> ranks;         // null: alone
   std::map<int32_t, Workspace> workspaces;  // by device
   Workspace* last = nullptr;                // of the last launch
-  uint32_t launches = 0;
+  plan::Epoch epoch = 0;
   bool breaks_group = false;
 
   template <class Args>
@@ -30,12 +31,20 @@ struct Engine::State {
     try {
       return body();
     } catch (const HarmlessError&) {
-      throw;
-    } catch (const Error&) {
-      breaks_group = ranks != nullptr;
       cudaGetLastError();
       throw;
+    } catch (const Error&) {
+      note_failure();
+      throw;
+    } catch (const std::bad_alloc&) {
+      note_failure();
+      fail(FM_OUT_OF_MEMORY, "no host memory for what a launch on CUDA needs");
     }
+  }
+
+  void note_failure() {
+    breaks_group = ranks != nullptr;
+    cudaGetLastError();
   }
 };
 
@@ -51,8 +60,9 @@ void Engine::forward(const fm_layer& layer, const fm_forward_args& args,
   state_->contained([&] {
     const RankView view{state_->rank, state_->ranks.get()};
     state_->last = &state_->of(args);
-    state_->last->forward(layer, args, options, view);
-    ++state_->launches;
+    const Workspace::Launched made = state_->last->forward(layer, args, options, view);
+    if (!made.captured) state_->epoch = plan::next_epoch(state_->epoch);
+    if (made.notice) throw HarmlessError(*made.notice);
   });
 }
 
@@ -81,12 +91,24 @@ bool Engine::breaks_group() const { return state_->breaks_group; }
 
 std::string Engine::explain(const fm_layer& layer, const fm_forward_args& args,
                             const LaunchOptions& options) {
-  return state_->contained([&] { return state_->of(args).explain(layer, args, options); });
+  return state_->contained([&] {
+    const RankView view{state_->rank, state_->ranks.get()};
+    return state_->of(args).explain(layer, args, options, view);
+  });
+}
+
+void Engine::reserve(const RankNeeds& needs) {
+  state_->contained([&] { state_->ranks->reserve(state_->rank, needs); });
+}
+
+void Engine::set_epoch(plan::Epoch epoch) {
+  state_->ranks->set_epoch(state_->rank, epoch);
+  state_->epoch = epoch;
 }
 
 RankGroup& Engine::ranks() const { return *state_->ranks; }
 
-uint32_t Engine::launches() const { return state_->launches; }
+plan::Epoch Engine::epoch() const { return state_->epoch; }
 
 int64_t Engine::scratch_bytes() const {
   int64_t bytes = 0;

@@ -8,6 +8,7 @@
 
 #include "cuda/engine/ranks.h"
 #include "flashmoe/c_api.h"
+#include "plan/flags.h"
 
 namespace flashmoe::cuda {
 
@@ -45,7 +46,7 @@ class Engine {
   // Waits for the launches of forward() (not for replays), then throws the failure of one, once;
   // the engine can be used again afterwards, unless it was one that stopped the group.
   void finish();
-  // After an Error of forward() or finish(): whether this rank has left a launch, or not
+  // After an Error of forward(), finish() or reserve(): whether this rank has left a launch, or not
   // made one, that the others still wait for. An error that left all ranks in step does not.
   bool breaks_group() const;
 
@@ -56,11 +57,15 @@ class Engine {
   std::string explain(const fm_layer& layer, const fm_forward_args& args,
                       const LaunchOptions& options);
 
-  // Several ranks only: RankGroup::reserve(), set_device(), stop(), has_memory().
+  // Several ranks only: RankGroup::reserve() and set_epoch() of this rank.
+  void reserve(const RankNeeds& needs);
+  void set_epoch(plan::Epoch epoch);
+  // Several ranks only: set_device() and stop().
   RankGroup& ranks() const;
 
-  // Launches so far that were not captured.
-  uint32_t launches() const;
+  // Of several ranks: the epoch of the last launch that was not captured. The kernels count replays
+  // too, and begin anew where the memory grows.
+  plan::Epoch epoch() const;
   // What it holds on all devices.
   int64_t scratch_bytes() const;
   // Memory that peers write, 0 for a rank alone.

@@ -18,9 +18,10 @@ class NoRanks final : public RankGroup {
   std::shared_ptr<RankMemory> memory(const RankPlace&, const RankNeeds&) override { refuse(); }
   // Noted, as with CUDA, until a call comes.
   void reserve(int32_t, const RankNeeds&) override {}
+  RankNeeds planned(const RankNeeds& needs) override { return needs; }
   void set_device(int32_t, int32_t) override {}
+  void set_epoch(int32_t, uint32_t) override {}
   void stop(int32_t) noexcept override {}
-  bool has_memory() override { return false; }
   int64_t bytes() override { return 0; }
 
  private:
@@ -53,9 +54,13 @@ std::string Engine::explain(const fm_layer&, const fm_forward_args&, const Launc
   refuse();
 }
 
+void Engine::reserve(const RankNeeds&) {}
+
+void Engine::set_epoch(plan::Epoch) {}
+
 RankGroup& Engine::ranks() const { return *state_->ranks; }
 
-uint32_t Engine::launches() const { return 0; }
+plan::Epoch Engine::epoch() const { return 0; }
 
 int64_t Engine::scratch_bytes() const { return 0; }
 

@@ -5,6 +5,7 @@
 #include <sstream>
 #include <string>
 
+#include "base/error.h"
 #include "cuda/config/ranks.h"
 #include "cuda/sync/report.h"
 #include "flashmoe/c_api.h"
@@ -36,13 +37,6 @@ inline fm_status status_of(sync::WaitTag tag) {
     default:
       return FM_TIMEOUT;
   }
-}
-
-// Whether the launch came to its end all the same: ranks are still in step after it, and the next
-// launch finds its scratch clean.
-inline bool is_harmless(sync::WaitTag tag) {
-  const fm_status status = status_of(tag);
-  return status == FM_ROUTING || status == FM_MISMATCH;
 }
 
 inline const char* name_of(config::RankField field) {
@@ -133,7 +127,9 @@ inline std::string describe_ranks(const sync::WaitReport& report, sync::WaitTag 
   } else if (tag == sync::WaitTag::kTooManyRows) {
     text << report.expected << " rows came to rank " << at.rank << " of " << at.world
          << ", its scratch holds " << report.peer.seen
-         << ", twice an even share: balance the routing, use fewer tokens a call, or more ranks";
+         << ", twice an even share: balance the routing, use fewer tokens a call or more ranks, or "
+            "make a group whose max_tokens * top_k is "
+         << (int64_t{report.expected} + 1) / 2 << " or more";
   } else {
     text << "the group was aborted by rank " << static_cast<int64_t>(report.expected) - 1
          << ", whose own error says why; make a new group to go on";
@@ -141,12 +137,9 @@ inline std::string describe_ranks(const sync::WaitReport& report, sync::WaitTag 
   return text.str();
 }
 
-// For people.
 inline std::string describe(const sync::WaitReport& report, const ReportPlace& at) {
   const auto tag = static_cast<sync::WaitTag>(report.tag);
   std::ostringstream text;
-  text << "an earlier launch on CUDA device " << at.device
-       << " failed, its outputs are not valid: ";
   switch (status_of(tag)) {
     case FM_ROUTING:
       text << describe_routing(report, tag);
@@ -163,6 +156,20 @@ inline std::string describe(const sync::WaitReport& report, const ReportPlace& a
       text << describe_ranks(report, tag, at);
   }
   return text.str();
+}
+
+// What the reports come to, one of which holds something: the failure's status, if there is one,
+// and a text with both.
+inline Error error_of(const sync::LaunchReports& reports, const ReportPlace& at) {
+  const bool failed = reports.failure.tag != 0;
+  const sync::WaitReport& first = failed ? reports.failure : reports.notice;
+  std::ostringstream text;
+  text << "an earlier launch on CUDA device " << at.device
+       << " failed, its outputs are not valid: " << describe(first, at);
+  if (failed && reports.notice.tag != 0) {
+    text << "; and before that: " << describe(reports.notice, at);
+  }
+  return Error(status_of(static_cast<sync::WaitTag>(first.tag)), text.str());
 }
 
 }  // namespace flashmoe::cuda

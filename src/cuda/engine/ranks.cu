@@ -1,11 +1,13 @@
 #include "cuda/engine/ranks.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <mutex>
-#include <optional>
-#include <sstream>
+#include <vector>
 
+#include "cuda/engine/agreement.h"
+#include "cuda/engine/held_memory.h"
 #include "cuda/fabric/rank_memory.h"
 #include "cuda/launch/check.h"
 #include "cuda/launch/device.h"
@@ -15,31 +17,6 @@ namespace flashmoe::cuda {
 namespace {
 
 using launch::check;
-
-// Tokens are reserved in units of this: the first call is seldom the largest.
-constexpr int64_t kTokenUnit = 1024;
-
-RankNeeds larger_of(const RankNeeds& a, const RankNeeds& b) {
-  return {.tokens = std::max(a.tokens, b.tokens),
-          .hidden = std::max(a.hidden, b.hidden),
-          .top_k = std::max(a.top_k, b.top_k),
-          .local_experts = std::max(a.local_experts, b.local_experts)};
-}
-
-bool is_within(const RankNeeds& needs, const RankNeeds& has) {
-  return needs.tokens <= has.tokens && needs.hidden <= has.hidden && needs.top_k <= has.top_k &&
-         needs.local_experts <= has.local_experts;
-}
-
-RankNeeds rounded(RankNeeds needs) {
-  needs.tokens = std::max(plan::align_up(needs.tokens, kTokenUnit), kTokenUnit);
-  return needs;
-}
-
-config::SymmetricCapacity capacity_of(int32_t world, const RankNeeds& needs) {
-  return config::needed_capacity(world, needs.tokens, needs.hidden, needs.top_k,
-                                 needs.local_experts);
-}
 
 [[noreturn]] void refuse_beyond(int32_t world, const RankNeeds& needs, const RankNeeds& has) {
   const RankNeeds wanted = larger_of(needs, has);
@@ -82,34 +59,45 @@ void check_reach(int32_t from, int32_t to) {
       "switch off PCIe ACS and the IOMMU where they block it)");
 }
 
-// What both kinds of groups hold. The small lock guards the pointer alone, so that stop() never
-// waits for a call that makes memory.
-class SharedMemory {
+// What both kinds of groups have.
+class HeldRanks : public RankGroup {
  public:
-  std::shared_ptr<RankMemory> get() {
-    const std::lock_guard lock(mutex_);
-    return memory_;
+  void stop(int32_t rank) noexcept override { memory_.stop(rank); }
+  int64_t bytes() override { return memory_.bytes(); }
+
+ protected:
+  RankNeeds planned_here(const RankNeeds& needs) const {
+    return memory_.get() != nullptr ? has_ : rounded(world(), larger_of(needs, wanted_));
   }
-  void replace(std::shared_ptr<RankMemory> made) {
-    const std::lock_guard lock(mutex_);
-    if (memory_ != nullptr && memory_->is_kept()) retired_.push_back(memory_);
-    memory_ = std::move(made);
+  // Of an option that the memory is made with.
+  void check_early(const char* option) const {
+    if (memory_.get() == nullptr) return;
+    fail(FM_INVALID_VALUE, option, ": can only be set before the group's first CUDA call");
   }
-  void stop(int32_t rank) noexcept {
-    const std::lock_guard lock(mutex_);
-    if (memory_ != nullptr) memory_->stop(rank);
-    for (const auto& one : retired_) one->stop(rank);
+  int64_t bytes_for(const RankNeeds& needs) const {
+    return config::symmetric_table(world(), capacity_for(needs)).total;
+  }
+  config::SymmetricCapacity capacity_for(const RankNeeds& needs) const {
+    return config::needed_capacity(sizes_of(world(), needs));
   }
 
- private:
-  std::mutex mutex_;
-  std::shared_ptr<RankMemory> memory_;
-  std::vector<std::shared_ptr<RankMemory>> retired_;  // graphs hold their addresses
+  RankNeeds wanted_;  // noted by reserve()
+  RankNeeds has_;     // what the memory was made for
+  HeldMemory<RankMemory> memory_;
 };
 
-class LocalRanks final : public RankGroup {
+// New memory of a rank, whose first launch follows this epoch.
+DeviceRegion make_region(int32_t device, int64_t bytes, bool exportable,
+                         const std::vector<int32_t>& users, plan::Epoch epoch) {
+  DeviceRegion made = DeviceRegion::create(device, bytes, exportable, users);
+  if (epoch != 0) made.write(offsetof(config::RankControl, epoch), &epoch, sizeof(epoch));
+  return made;
+}
+
+class LocalRanks final : public HeldRanks {
  public:
-  explicit LocalRanks(int32_t world) : devices_(static_cast<size_t>(world)) {
+  explicit LocalRanks(int32_t world)
+      : devices_(static_cast<size_t>(world)), epochs_(static_cast<size_t>(world)), owed_(world) {
     for (int32_t rank = 0; rank < world; ++rank) devices_[static_cast<size_t>(rank)] = rank;
   }
 
@@ -118,39 +106,50 @@ class LocalRanks final : public RankGroup {
   std::shared_ptr<RankMemory> memory(const RankPlace& place, const RankNeeds& needs) override {
     const std::lock_guard lock(mutex_);
     check_place(place);
-    if (auto made = memory_.get()) {
+    if (const auto owed = owed_.take(place.rank)) throw HarmlessError(*owed);
+    if (memory_.get() != nullptr) {
       if (!is_within(needs, has_)) refuse_beyond(world(), needs, has_);
-      return made;
+      return memory_.running();
     }
     if (place.capturing) refuse_capture();
-    make(larger_of(needs, wanted_));
-    return memory_.get();
+    if (const auto failure = attempt([&] { make(larger_of(needs, wanted_)); })) {
+      owed_.add(place.rank, *failure);
+      throw HarmlessError(*failure);
+    }
+    return memory_.running();
   }
 
   void reserve(int32_t, const RankNeeds& needs) override {
     const std::lock_guard lock(mutex_);
-    wanted_ = larger_of(wanted_, needs);
-    if (memory_.get() == nullptr || is_within(wanted_, has_)) return;
-    for (const int32_t device : devices_) {
-      const launch::DeviceGuard guard(device);
-      check(cudaDeviceSynchronize(), "cudaDeviceSynchronize before the ranks' memory grows");
+    if (memory_.get() == nullptr) {
+      wanted_ = larger_of(wanted_, needs);
+      return;
     }
-    make(larger_of(wanted_, has_));
+    if (is_within(needs, has_)) return;
+    const auto failure = attempt([&] {
+      for (const int32_t device : devices_) {
+        const launch::DeviceGuard guard(device);
+        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize before the ranks' memory grows");
+      }
+      make(larger_of(needs, has_));
+    });
+    if (failure) throw HarmlessError(*failure);
+  }
+
+  RankNeeds planned(const RankNeeds& needs) override {
+    const std::lock_guard lock(mutex_);
+    return planned_here(needs);
   }
 
   void set_device(int32_t rank, int32_t device) override {
     const std::lock_guard lock(mutex_);
-    if (memory_.get() != nullptr) {
-      fail(FM_INVALID_VALUE, "device: can only be set before the group's first CUDA call");
-    }
+    check_early("device");
     devices_[static_cast<size_t>(rank)] = device;
   }
-
-  void stop(int32_t rank) noexcept override { memory_.stop(rank); }
-  bool has_memory() override { return memory_.get() != nullptr; }
-  int64_t bytes() override {
-    const auto made = memory_.get();
-    return made == nullptr ? 0 : made->bytes();
+  void set_epoch(int32_t rank, uint32_t epoch) override {
+    const std::lock_guard lock(mutex_);
+    check_early("epoch");
+    epochs_[static_cast<size_t>(rank)] = epoch;
   }
 
  private:
@@ -165,9 +164,8 @@ class LocalRanks final : public RankGroup {
   }
 
   void make(const RankNeeds& needs) {
-    const RankNeeds has = rounded(needs);
-    const config::SymmetricCapacity capacity = capacity_of(world(), has);
-    const int64_t bytes = config::symmetric_table(world(), capacity).total;
+    check_limits(world(), needs);
+    const RankNeeds has = rounded(world(), needs);
     for (const int32_t device : devices_) launch::check_device(device);
     for (const int32_t from : devices_) {
       for (const int32_t to : devices_) check_reach(from, to);
@@ -180,17 +178,18 @@ class LocalRanks final : public RankGroup {
       check(cudaFree(nullptr), "the context of CUDA device ", device);
     }
     std::vector<DeviceRegion> regions;
-    for (const int32_t device : devices_) {
-      regions.push_back(DeviceRegion::create(device, bytes, false, users));
+    for (size_t rank = 0; rank < devices_.size(); ++rank) {
+      regions.push_back(make_region(devices_[rank], bytes_for(has), false, users, epochs_[rank]));
     }
-    memory_.replace(std::make_shared<RankMemory>(capacity, std::move(regions), devices_.front()));
+    memory_.replace(
+        std::make_shared<RankMemory>(capacity_for(has), std::move(regions), devices_.front()));
     has_ = has;
   }
 
   std::mutex mutex_;  // held while memory is made
   std::vector<int32_t> devices_;
-  RankNeeds wanted_, has_;
-  SharedMemory memory_;
+  std::vector<plan::Epoch> epochs_;
+  OwedErrors owed_;
 };
 
 // What a rank says of itself before the memory is made.
@@ -199,14 +198,14 @@ struct Introduction {
   cudaUUID_t device;
 };
 
-class ProcessRanks final : public RankGroup {
+class ProcessRanks final : public HeldRanks {
  public:
   explicit ProcessRanks(std::unique_ptr<Peers> peers) : peers_(std::move(peers)) {}
 
   int32_t world() const override { return peers_->world(); }
 
   std::shared_ptr<RankMemory> memory(const RankPlace& place, const RankNeeds& needs) override {
-    if (auto made = memory_.get()) {
+    if (memory_.get() != nullptr) {
       if (place.device != device_) {
         fail(FM_INVALID_VALUE, "the operands are on CUDA device ", place.device,
              ", but this rank of the group began on device ", device_,
@@ -214,77 +213,95 @@ class ProcessRanks final : public RankGroup {
       }
       check_share(place, sharers_);
       if (!is_within(needs, has_)) refuse_beyond(world(), needs, has_);
-      return made;
+      return memory_.running();
     }
     if (place.capturing) refuse_capture();
     make(place.device, larger_of(needs, wanted_));
     check_share(place, sharers_);
-    return memory_.get();
+    return memory_.running();
   }
 
   void reserve(int32_t, const RankNeeds& needs) override {
-    wanted_ = larger_of(wanted_, needs);
-    if (memory_.get() != nullptr) make(device_, larger_of(wanted_, has_));
+    if (memory_.get() == nullptr) {
+      wanted_ = larger_of(wanted_, needs);
+    } else {
+      make(device_, larger_of(needs, has_));
+    }
   }
+
+  RankNeeds planned(const RankNeeds& needs) override { return planned_here(needs); }
 
   void set_device(int32_t, int32_t) override {
     fail(FM_INVALID_VALUE,
          "device: a rank that is a process has the device of the operands of its first call");
   }
-
-  void stop(int32_t rank) noexcept override { memory_.stop(rank); }
-  bool has_memory() override { return memory_.get() != nullptr; }
-  int64_t bytes() override {
-    const auto made = memory_.get();
-    return made == nullptr ? 0 : made->bytes();
+  void set_epoch(int32_t, uint32_t epoch) override {
+    check_early("epoch");
+    epoch_ = epoch;
   }
 
  private:
-  // Collective: memory for what all ranks need; nothing where there is enough of it.
+  // Collective: memory for what all ranks need; nothing where there is enough of it. What one rank
+  // cannot do ends it on all of them.
   void make(int32_t device, const RankNeeds& needs) {
     launch::check_device(device);
     const launch::DeviceGuard guard(device);
     check(cudaFree(nullptr), "the context of CUDA device ", device);
-    const RankNeeds has = rounded(agree(device, needs));
-    if (memory_.get() != nullptr) {
-      if (is_within(has, has_)) return;
-      check(cudaDeviceSynchronize(), "cudaDeviceSynchronize before the ranks' memory grows");
+    const std::vector<Introduction> ranks = introduce(device, needs);
+    RankNeeds largest = needs;
+    for (const Introduction& one : ranks) largest = larger_of(largest, one.needs);
+    if (const auto refused = attempt([&] { check_limits(world(), largest); })) {
+      throw HarmlessError(*refused);
     }
-    const config::SymmetricCapacity capacity = capacity_of(world(), has);
-    const int64_t bytes = config::symmetric_table(world(), capacity).total;
-    DeviceRegion own = DeviceRegion::create(device, bytes, true, {device});
-    const std::vector<File> files = peers_->exchange(own.export_file());
-    std::vector<DeviceRegion> regions;
-    for (int32_t rank = 0; rank < world(); ++rank) {
-      regions.push_back(
-          rank == peers_->rank()
-              ? std::move(own)
-              : DeviceRegion::import(files[static_cast<size_t>(rank)], bytes, device, rank));
-    }
-    // In place before the last gather: an abort from now on finds its words.
-    memory_.replace(std::make_shared<RankMemory>(capacity, std::move(regions), device));
+    const RankNeeds has = rounded(world(), largest);
+    if (memory_.get() != nullptr && is_within(has, has_)) return;
+    DeviceRegion own;
+    File exported;
+    agree(*peers_, attempt([&] {
+      for (const Introduction& one : ranks) check_reach_of(device, one.device);
+      if (memory_.get() != nullptr) {
+        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize before the memory grows");
+      }
+      own = make_region(device, bytes_for(has), true, {device}, epoch_);
+      exported = own.export_file();
+    }));
+    const std::vector<File> files = peers_->exchange(exported);
+    std::shared_ptr<RankMemory> made;
+    agree(*peers_, attempt([&] { made = map(device, has, std::move(own), files); }));
+    memory_.replace(std::move(made));  // all have mapped all
     device_ = device;
     has_ = has;
-    peers_->gather({});  // all have mapped all, and every region is zero
   }
 
-  // The largest needs of any rank; learns who shares this rank's device.
-  RankNeeds agree(int32_t device, const RankNeeds& needs) {
+  // All ranks' memory, from this rank's own and the files of the others.
+  std::shared_ptr<RankMemory> map(int32_t device, const RankNeeds& has, DeviceRegion own,
+                                  const std::vector<File>& files) const {
+    std::vector<DeviceRegion> regions;
+    for (int32_t rank = 0; rank < world(); ++rank) {
+      regions.push_back(rank == peers_->rank()
+                            ? std::move(own)
+                            : DeviceRegion::import(files[static_cast<size_t>(rank)], bytes_for(has),
+                                                   device, rank));
+    }
+    return std::make_shared<RankMemory>(capacity_for(has), std::move(regions), device);
+  }
+
+  // What every rank says of itself; learns who shares this rank's device.
+  std::vector<Introduction> introduce(int32_t device, const RankNeeds& needs) {
     cudaDeviceProp own{};
     check(cudaGetDeviceProperties(&own, device), "cudaGetDeviceProperties(", device, ")");
     Introduction introduction{.needs = needs, .device = own.uuid};
     Peers::Message message{};
     static_assert(sizeof(introduction) <= sizeof(message));
     std::memcpy(message.data(), &introduction, sizeof(introduction));
-    RankNeeds largest = needs;
+    std::vector<Introduction> ranks;
     sharers_ = 0;
     for (const Peers::Message& told : peers_->gather(message)) {
       std::memcpy(&introduction, told.data(), sizeof(introduction));
-      largest = larger_of(largest, introduction.needs);
+      ranks.push_back(introduction);
       if (std::memcmp(&introduction.device, &own.uuid, sizeof(own.uuid)) == 0) ++sharers_;
-      check_reach_of(device, introduction.device);
     }
-    return largest;
+    return ranks;
   }
 
   // A device that this process does not see (CUDA_VISIBLE_DEVICES) is judged by the mapping.
@@ -299,10 +316,9 @@ class ProcessRanks final : public RankGroup {
   }
 
   std::unique_ptr<Peers> peers_;
-  RankNeeds wanted_, has_;
   int32_t device_ = 0;
   int32_t sharers_ = 1;
-  SharedMemory memory_;
+  plan::Epoch epoch_ = 0;
 };
 
 }  // namespace

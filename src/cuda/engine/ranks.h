@@ -5,11 +5,19 @@
 #include <cstdint>
 #include <memory>
 
+#include "base/error.h"
 #include "cuda/engine/peers.h"
 
 namespace flashmoe::cuda {
 
 class RankMemory;  // cuda/fabric/rank_memory.h
+
+// An error that leaves all ranks in step: all have it, or it is of a launch that came to its end.
+class HarmlessError : public Error {
+ public:
+  using Error::Error;
+  explicit HarmlessError(const Error& error) : Error(error) {}
+};
 
 // What the memory of a group has to hold: the largest launch of any rank. Equal on all ranks once
 // the memory is made.
@@ -38,22 +46,31 @@ class RankGroup {
   // among ranks of one process it makes that of all ranks and waits for none. Later calls neither
   // communicate nor wait. Throws Error FM_INVALID_VALUE when more is needed than the memory was
   // made for (it says how to reserve that), when it would have to be made inside a graph capture
-  // and when the device is not the rank's; FM_UNSUPPORTED when devices cannot reach each other or
-  // ranks that share one would wait for its multiprocessors; FM_OUT_OF_MEMORY.
+  // and when the device is not the rank's; FM_UNSUPPORTED when ranks that share a device would wait
+  // for its multiprocessors; FM_ABORTED after stop(), which may come while the memory is made.
+  // Memory that cannot be made is a HarmlessError of every rank's call: FM_UNSUPPORTED beyond the
+  // limits (config/rank_limits.h), which are looked at first, or where devices cannot reach each
+  // other; FM_OUT_OF_MEMORY.
   virtual std::shared_ptr<RankMemory> memory(const RankPlace& place, const RankNeeds& needs) = 0;
 
   // Grows what memory() gives to hold these needs too, 0 meaning whatever it is. Before there is
   // memory it is only noted; after that it is collective among processes, and no launch of the
-  // group may be on its way. Throws as memory() does.
+  // group may be on its way: it waits for all that the ranks' devices do. Throws as memory() does;
+  // after a HarmlessError the memory is as it was.
   virtual void reserve(int32_t rank, const RankNeeds& needs) = 0;
+
+  // What memory() of a call of these needs has, or would be made for if no rank needs more.
+  virtual RankNeeds planned(const RankNeeds& needs) = 0;
 
   // The device of a rank of this process, before the memory is made. Throws FM_INVALID_VALUE later.
   virtual void set_device(int32_t rank, int32_t device) = 0;
+  // The epoch that the first launch of a rank of this process follows (plan/flags.h), the same for
+  // all ranks; before the memory is made. Throws FM_INVALID_VALUE later.
+  virtual void set_epoch(int32_t rank, uint32_t epoch) = 0;
 
-  // Ends all waits of all ranks' launches. Any thread; nothing without memory.
+  // Ends all waits of all ranks' launches, and of those to come. Any thread.
   virtual void stop(int32_t rank) noexcept = 0;
 
-  virtual bool has_memory() = 0;
   // Symmetric memory of one rank.
   virtual int64_t bytes() = 0;
 };

@@ -1,7 +1,9 @@
 #include "cuda/engine/workspace.h"
 
 #include <algorithm>
+#include <atomic>
 
+#include "cuda/engine/agreement.h"
 #include "cuda/fabric/rank_memory.h"
 #include "cuda/launch/backward.h"
 #include "cuda/launch/check.h"
@@ -16,9 +18,11 @@ namespace {
 using launch::check;
 using launch::DeviceGuard;
 
-int num_sms_of(int32_t device) {
-  launch::check_device(device);
-  return launch::attribute_of(device, cudaDevAttrMultiProcessorCount);
+[[noreturn]] void refuse_to_grow() {
+  fail(
+      FM_INVALID_VALUE,
+      "the stream is being captured, and scratch for this layer has still to be allocated: run the "
+      "layer once at this size before capturing it");
 }
 
 bool is_capturing(cudaStream_t stream) {
@@ -28,6 +32,14 @@ bool is_capturing(cudaStream_t stream) {
     fail(FM_INVALID_VALUE, "stream is in a graph capture that has failed; end it first");
   }
   return status == cudaStreamCaptureStatusActive;
+}
+
+// Looks at all that may refuse a workspace before it is made.
+int checked_sms_of(int32_t device, cudaStream_t stream) {
+  launch::check_device(device);
+  const DeviceGuard guard(device);
+  if (is_capturing(stream)) refuse_to_grow();
+  return launch::attribute_of(device, cudaDevAttrMultiProcessorCount);
 }
 
 unsigned long long id_of(cudaStream_t stream) {
@@ -41,13 +53,6 @@ uint64_t nanoseconds(double seconds) {
   return seconds > 0 ? static_cast<uint64_t>(std::min(seconds * 1e9, kMost)) : ~uint64_t{0};
 }
 
-[[noreturn]] void refuse_to_grow() {
-  fail(
-      FM_INVALID_VALUE,
-      "the stream is being captured, and scratch for this layer has still to be allocated: run the "
-      "layer once at this size before capturing it");
-}
-
 RankNeeds needs_of(const fm_layer& layer, const fm_forward_args& args, int32_t world) {
   return {.tokens = args.x.shape[0],
           .hidden = layer.hidden,
@@ -55,30 +60,31 @@ RankNeeds needs_of(const fm_layer& layer, const fm_forward_args& args, int32_t w
           .local_experts = layer.num_experts / world};
 }
 
-// Throws FM_OUT_OF_MEMORY when the device has not that much.
-void* allocate(int64_t bytes, int32_t device) {
-  void* memory = nullptr;
-  const cudaError_t status = cudaMalloc(&memory, static_cast<size_t>(bytes));
-  if (status == cudaErrorMemoryAllocation) {
-    fail(FM_OUT_OF_MEMORY, "device ", device, " has no ", bytes, " bytes for scratch (",
-         cudaGetErrorString(status),
-         "): use fewer tokens, or give memory back (torch.cuda.empty_cache())");
+// Whether the report is there, and then as a whole.
+bool has_come(sync::WaitReport& report) {
+  return std::atomic_ref(report.tag).load(std::memory_order_acquire) != 0;
+}
+sync::WaitReport read(sync::WaitReport& report) {
+  return has_come(report) ? report : sync::WaitReport{};
+}
+
+bool has_ended(cudaEvent_t event) {
+  const cudaError_t status = cudaEventQuery(event);
+  if (status == cudaErrorNotReady) {
+    cudaGetLastError();  // it is remembered as an error
+    return false;
   }
-  check(status, "cudaMalloc of ", bytes, " bytes of scratch");
-  return memory;
+  check(status, "cudaEventQuery of the last launch");
+  return true;
 }
 
 }  // namespace
 
 Workspace::Workspace(int32_t device, cudaStream_t stream)
-    : device_(device), num_sms_(num_sms_of(device)) {
+    : device_(device), num_sms_(checked_sms_of(device, stream)), reports_(device), pool_(device) {
   const DeviceGuard guard(device_);
-  if (is_capturing(stream)) refuse_to_grow();
   try {
-    check(cudaHostAlloc(&report_, sizeof(*report_), cudaHostAllocMapped),
-          "cudaHostAlloc of a launch report");
-    *report_ = {};
-    check(cudaHostGetDevicePointer(&device_report_, report_, 0), "cudaHostGetDevicePointer");
+    check(cudaStreamCreateWithFlags(&own_stream_, cudaStreamNonBlocking), "cudaStreamCreate");
     check(cudaEventCreateWithFlags(&last_, cudaEventDisableTiming), "cudaEventCreate");
   } catch (const Error&) {
     release();
@@ -94,27 +100,30 @@ void Workspace::release() noexcept {
   cudaGetDevice(&before);
   cudaSetDevice(device_);
   if (last_ != nullptr) cudaEventSynchronize(last_);
-  cudaFree(scratch_.memory);
-  for (const Scratch& one : retired_) cudaFree(one.memory);
-  cudaFreeHost(report_);
+  pool_.give(scratch_.memory, own_stream_);
+  for (const Scratch& one : retired_) pool_.give(one.memory, own_stream_);
+  if (own_stream_ != nullptr) {
+    cudaStreamSynchronize(own_stream_);  // then nothing of the pool is left
+    cudaStreamDestroy(own_stream_);
+  }
   if (last_ != nullptr) cudaEventDestroy(last_);
   cudaSetDevice(before);
   cudaGetLastError();
 }
 
-void Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
-                        const LaunchOptions& options, const RankView& view) {
+Workspace::Launched Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
+                                       const LaunchOptions& options, const RankView& view) {
   const DeviceGuard guard(device_);
   const bool capturing = is_capturing(static_cast<cudaStream_t>(args.stream));
-  if (!has_report()) {
-    launch(layer, args, options, view, capturing);
-    return;
+  std::optional<Error> notice;
+  if (is_time_to_raise(view, capturing)) {
+    const Verdict found = take_reports(view, capturing);
+    if (found.failed) throw found.error;
+    if (view.world() == 1) throw HarmlessError(found.error);
+    notice = found.error;
   }
-  const bool harmless = is_harmless(static_cast<sync::WaitTag>(report_->tag));
-  const Error found = take_report(view, capturing);
-  if (!harmless) throw found;
-  if (view.world() > 1) launch(layer, args, options, view, capturing);
-  throw HarmlessError(found.status(), found.what());
+  launch(layer, args, options, view, capturing);
+  return {capturing, notice};
 }
 
 void Workspace::launch(const fm_layer& layer, const fm_forward_args& args,
@@ -132,11 +141,12 @@ void Workspace::launch(const fm_layer& layer, const fm_forward_args& args,
     ranks.regions = memory->regions();
     launch::check_supported(layer, args, ranks);
   }
-  begin_launch(launch::forward_scratch_bytes(layer, args, ranks), stream, options, capturing);
+  begin_launch(launch::forward_scratch_bytes(layer, args, ranks), stream, options, capturing,
+               ranks.world == 1);
   launch::launch_forward({.layer = layer,
                           .operands = args,
                           .scratch = scratch_.memory,
-                          .report = device_report_,
+                          .reports = &reports(),
                           .timeout_ns = nanoseconds(options.timeout_seconds),
                           .max_sms = options.max_sms,
                           .ranks = ranks,
@@ -151,13 +161,17 @@ void Workspace::backward(const fm_layer& layer, const fm_backward_args& args,
   const DeviceGuard guard(device_);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const bool capturing = is_capturing(stream);
-  if (has_report()) throw take_report({}, capturing);
+  if (is_time_to_raise({}, capturing)) {
+    const Verdict found = take_reports({}, capturing);
+    if (found.failed) throw found.error;
+    throw HarmlessError(found.error);
+  }
   launch::check_supported(layer, args);
-  begin_launch(launch::backward_scratch_bytes(layer, args), stream, options, capturing);
+  begin_launch(launch::backward_scratch_bytes(layer, args), stream, options, capturing, true);
   launch::launch_backward({.layer = layer,
                            .operands = args,
                            .scratch = scratch_.memory,
-                           .report = device_report_,
+                           .reports = &reports(),
                            .timeout_ns = nanoseconds(options.timeout_seconds),
                            .max_sms = options.max_sms,
                            .launch_id = launch_id_,
@@ -165,10 +179,9 @@ void Workspace::backward(const fm_layer& layer, const fm_backward_args& args,
   end_launch(stream, capturing);
 }
 
-// Makes room and puts the launch behind those before it.
 void Workspace::begin_launch(int64_t scratch_bytes, cudaStream_t stream,
-                             const LaunchOptions& options, bool capturing) {
-  reserve(scratch_bytes, stream, capturing);
+                             const LaunchOptions& options, bool capturing, bool is_alone) {
+  reserve(scratch_bytes, stream, capturing, is_alone);
   if (!capturing) follow_last(stream);
   timeout_seconds_ = options.timeout_seconds;
   launch_id_ = sync::next_holder(launch_id_);
@@ -194,27 +207,89 @@ void Workspace::follow_last(cudaStream_t stream) const {
   check(cudaStreamWaitEvent(stream, last_), "cudaStreamWaitEvent");
 }
 
-void Workspace::reserve(int64_t bytes, cudaStream_t stream, bool capturing) {
+// A rank alone may wait for its own launches, where memory is short; one of several may not: they
+// may wait for a rank that this thread has still to call.
+void Workspace::reserve(int64_t bytes, cudaStream_t stream, bool capturing, bool is_alone) {
   if (bytes <= scratch_.bytes) return;
   if (capturing) refuse_to_grow();
+  follow_last(stream);
   if (scratch_.captured) {
     retired_.push_back(scratch_);
   } else {
-    check(cudaEventSynchronize(last_), "cudaEventSynchronize before scratch is freed");
-    check(cudaFree(scratch_.memory), "cudaFree of scratch");
+    pool_.give(scratch_.memory, stream);
   }
   scratch_ = {};
-  scratch_.memory = allocate(bytes, device_);
-  check(cudaMemsetAsync(scratch_.memory, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
+  void* memory = pool_.take(bytes, stream);
+  if (memory == nullptr && is_alone) {
+    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize to get memory back");
+    memory = pool_.take(bytes, stream);
+  }
+  if (memory == nullptr) {
+    fail(FM_OUT_OF_MEMORY, "device ", device_, " has no ", bytes,
+         " bytes for scratch: use fewer tokens, or give memory back (torch.cuda.empty_cache())");
+  }
+  scratch_.memory = memory;
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
   // Known to be zero, also to a launch on another stream if this one's comes to nothing.
   record_last(stream);
   scratch_.bytes = bytes;
 }
 
 void Workspace::finish(const RankView& view) {
-  if (has_last_) check(cudaEventSynchronize(last_), "cudaEventSynchronize of the last launch");
-  raise_report(view);
+  const DeviceGuard guard(device_);
+  const bool is_stopped = view.world() > 1 && has_come(reports().failure);
+  if (has_last_ && !is_stopped) {
+    check(cudaEventSynchronize(last_), "cudaEventSynchronize of the last launch");
+  }
+  if (!is_time_to_raise(view, false)) return;
+  const Verdict found = take_reports(view, false);
+  if (found.failed) throw found.error;
+  throw HarmlessError(found.error);
 }
+
+bool Workspace::is_time_to_raise(const RankView& view, bool capturing) const {
+  if (has_failed_) return false;
+  if (has_come(reports().failure)) return true;
+  if (!has_come(reports().notice)) return false;
+  // Else the same launch may have more to say: another token's notice, or a failure.
+  return capturing || view.world() == 1 || !has_last_ || has_ended(last_);
+}
+
+Workspace::Verdict Workspace::take_reports(const RankView& view, bool capturing) {
+  const bool is_alone = view.world() == 1;
+  if (is_alone && !capturing) wait_for_end();
+  const sync::LaunchReports found{.failure = read(reports().failure),
+                                  .notice = read(reports().notice)};
+  const bool failed = found.failure.tag != 0;
+  if (failed && !is_alone) {
+    has_failed_ = true;
+  } else if (!capturing) {
+    if (failed) clean_scratch();
+    reports() = {};
+  }
+  const ReportPlace place{device_, view.rank, view.world(), timeout_seconds_};
+  return {failed, error_of(found, place)};
+}
+
+// Of a rank alone: its launches wait for nobody, and those that failed run out.
+void Workspace::wait_for_end() const {
+  if (has_last_) check(cudaEventSynchronize(last_), "cudaEventSynchronize after a failed launch");
+  // Replays have no event.
+  if (is_captured()) check(cudaDeviceSynchronize(), "cudaDeviceSynchronize after a failed launch");
+}
+
+void Workspace::clean_scratch() {
+  const auto clean = [&](const Scratch& one) {
+    if (one.memory == nullptr) return;
+    check(cudaMemsetAsync(one.memory, 0, static_cast<size_t>(one.bytes), own_stream_),
+          "cudaMemsetAsync of ", one.bytes, " bytes of scratch");
+  };
+  for (const Scratch& one : retired_) clean(one);
+  clean(scratch_);
+  check(cudaStreamSynchronize(own_stream_), "cudaStreamSynchronize after cudaMemsetAsync");
+}
+
+bool Workspace::is_captured() const { return scratch_.captured || !retired_.empty(); }
 
 void Workspace::time_last(fm_stats& stats) const {
   if (scratch_.memory == nullptr) return;
@@ -222,40 +297,18 @@ void Workspace::time_last(fm_stats& stats) const {
   launch::time_forward(scratch_.memory, stats);
 }
 
-bool Workspace::has_report() const {
-  return *static_cast<const volatile uint32_t*>(&report_->tag) != 0;
-}
-
-void Workspace::raise_report(const RankView& view) {
-  if (!has_report()) return;
-  const DeviceGuard guard(device_);
-  const bool harmless = is_harmless(static_cast<sync::WaitTag>(report_->tag));
-  const Error found = take_report(view, false);
-  if (harmless) throw HarmlessError(found.status(), found.what());
-  throw found;
-}
-
-Error Workspace::take_report(const RankView& view, bool capturing) {
-  if (!capturing) check(cudaDeviceSynchronize(), "cudaDeviceSynchronize after a failed launch");
-  const sync::WaitReport found = *report_;
-  if (!capturing) {
-    for (const Scratch& one : retired_) {
-      check(cudaMemset(one.memory, 0, static_cast<size_t>(one.bytes)), "cudaMemset");
-    }
-    if (scratch_.memory != nullptr) {
-      check(cudaMemset(scratch_.memory, 0, static_cast<size_t>(scratch_.bytes)), "cudaMemset");
-    }
-    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    *report_ = {};
-  }
-  const ReportPlace place{device_, view.rank, view.world(), timeout_seconds_};
-  return Error(status_of(static_cast<sync::WaitTag>(found.tag)), describe(found, place));
-}
-
 std::string Workspace::explain(const fm_layer& layer, const fm_forward_args& args,
-                               const LaunchOptions& options) const {
+                               const LaunchOptions& options, const RankView& view) const {
   const int32_t num_sms = options.max_sms > 0 ? std::min(options.max_sms, num_sms_) : num_sms_;
-  return launch::describe_forward(layer, args, num_sms);
+  launch::RankArguments ranks;
+  ranks.rank = view.rank;
+  ranks.world = view.world();
+  if (view.ranks != nullptr) {
+    const RankNeeds planned = view.ranks->planned(needs_of(layer, args, ranks.world));
+    check_limits(ranks.world, planned);
+    ranks.capacity = config::needed_capacity(sizes_of(ranks.world, planned));
+  }
+  return launch::describe_forward(layer, args, num_sms, ranks);
 }
 
 int64_t Workspace::scratch_bytes() const {

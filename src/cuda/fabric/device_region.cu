@@ -98,15 +98,16 @@ int64_t rounded(int64_t bytes, const CUmemAllocationProp& of) {
   return (bytes + step - 1) / step * step;
 }
 
-// Of a region that has just been mapped; no launch of anybody is waited for.
-void fill_with_zeros(void* memory, int64_t bytes) {
+// Runs `queue(stream)` on a stream of its own to its end: no launch of anybody is waited for.
+template <class Queue>
+void run_apart(Queue&& queue, const char* what, int64_t bytes) {
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  const cudaError_t filled = cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream);
+  const cudaError_t queued = queue(stream);
   const cudaError_t done = cudaStreamSynchronize(stream);
   cudaStreamDestroy(stream);
-  check(filled, "cudaMemsetAsync of ", bytes, " symmetric bytes");
-  check(done, "cudaStreamSynchronize after cudaMemsetAsync of ", bytes, " symmetric bytes");
+  check(queued, what, " of ", bytes, " symmetric bytes");
+  check(done, "cudaStreamSynchronize after ", what, " of ", bytes, " symmetric bytes");
 }
 
 }  // namespace
@@ -161,8 +162,21 @@ DeviceRegion DeviceRegion::create(int32_t device, int64_t bytes, bool exportable
                " bytes of memory that ranks share: use fewer tokens, or give memory back "
                "(torch.cuda.empty_cache())");
   made.map(made.handle_, users);
-  fill_with_zeros(made.address(), made.bytes_);
+  run_apart(
+      [&](cudaStream_t stream) {
+        return cudaMemsetAsync(made.address(), 0, static_cast<size_t>(made.bytes_), stream);
+      },
+      "cudaMemsetAsync", made.bytes_);
   return made;
+}
+
+void DeviceRegion::write(int64_t offset, const void* from, int64_t bytes) const {
+  run_apart(
+      [&](cudaStream_t stream) {
+        void* to = static_cast<char*>(address()) + offset;
+        return cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault, stream);
+      },
+      "cudaMemcpyAsync", bytes);
 }
 
 DeviceRegion DeviceRegion::import(const File& file, int64_t bytes, int32_t user, int32_t rank) {

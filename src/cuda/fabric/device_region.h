@@ -28,6 +28,9 @@ class DeviceRegion {
   // device `user` of this process. `rank`: whose it is, for errors.
   static DeviceRegion import(const File& file, int64_t bytes, int32_t user, int32_t rank);
 
+  // Copies bytes of the host to an offset, and returns when they are there; waits for no launch.
+  void write(int64_t offset, const void* from, int64_t bytes) const;
+
   // A file that stands for the memory in other processes.
   File export_file() const;
 

@@ -12,13 +12,10 @@ using launch::DeviceGuard;
 
 RankMemory::RankMemory(const config::SymmetricCapacity& capacity, std::vector<DeviceRegion> regions,
                        int32_t device)
-    : capacity_(capacity), regions_(std::move(regions)), device_(device) {
+    : capacity_(capacity), regions_(std::move(regions)), device_(device), mark_(device) {
   for (const DeviceRegion& region : regions_) addresses_.push_back(region.address());
   const DeviceGuard guard(device_);
-  check(cudaHostAlloc(&mark_, sizeof(*mark_), cudaHostAllocPortable), "cudaHostAlloc of a word");
-  const cudaError_t made = cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking);
-  if (made != cudaSuccess) cudaFreeHost(mark_);
-  check(made, "cudaStreamCreate");
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
 }
 
 // At the end of a process the driver may be gone before us: nothing here is checked.
@@ -27,7 +24,6 @@ RankMemory::~RankMemory() {
   cudaGetDevice(&before);
   cudaSetDevice(device_);
   cudaStreamDestroy(stream_);
-  cudaFreeHost(mark_);
   regions_.clear();
   cudaSetDevice(before);
   cudaGetLastError();
@@ -37,10 +33,11 @@ void RankMemory::stop(int32_t rank) noexcept {
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(device_);
-  *mark_ = static_cast<uint32_t>(rank) + 1;
+  auto* const mark = mark_.as<uint32_t>();
+  *mark = static_cast<uint32_t>(rank) + 1;
   for (void* region : addresses_) {
     void* word = static_cast<std::byte*>(region) + offsetof(config::RankControl, abort);
-    cudaMemcpyAsync(word, mark_, sizeof(*mark_), cudaMemcpyDefault, stream_);
+    cudaMemcpyAsync(word, mark, sizeof(*mark), cudaMemcpyDefault, stream_);
   }
   cudaStreamSynchronize(stream_);
   cudaSetDevice(before);

@@ -9,6 +9,7 @@
 
 #include "cuda/config/ranks.h"
 #include "cuda/fabric/device_region.h"
+#include "cuda/launch/pinned.h"
 
 namespace flashmoe::cuda {
 
@@ -39,8 +40,8 @@ class RankMemory {
   std::vector<DeviceRegion> regions_;
   std::vector<void*> addresses_;
   int32_t device_;
+  launch::PinnedPiece mark_;
   cudaStream_t stream_ = nullptr;  // of stop(): waits for no launch
-  uint32_t* mark_ = nullptr;       // pinned
   std::atomic<bool> is_kept_{false};
 };
 

@@ -127,6 +127,7 @@ struct ForwardParams {
   int64_t tokens_per_expert_stride;
   int64_t* dropped;  // [1], may be null
   sync::WaitBounds waits;
+  sync::WaitReport* notice;  // LaunchReports::notice
   RankParams ranks;
   uint32_t launch_id;   // sync/holder.h
   bool may_run_beside;  // it leaves multiprocessors free: looks first whether the scratch is

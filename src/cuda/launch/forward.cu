@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "cuda/config/rank_limits.h"
 #include "cuda/kernel/forward.h"
 #include "cuda/launch/check.h"
 #include "cuda/launch/pairs.h"
@@ -331,7 +332,7 @@ kernel::RankParams ranks_of(const ForwardArguments& arguments, int64_t rows) {
 
 sync::WaitBounds waits_of(const ForwardArguments& arguments) {
   const uint32_t bound = sync::microseconds(arguments.timeout_ns);
-  sync::WaitBounds waits{.report = arguments.report,
+  sync::WaitBounds waits{.report = &arguments.reports->failure,
                          .timeout_us = bound,
                          .local_timeout_us = bound,
                          .abort = nullptr,
@@ -363,6 +364,7 @@ kernel::ForwardParams make_params(const ForwardArguments& arguments,
   params.tokens_per_expert_stride = o.tokens_per_expert.stride[0];
   params.dropped = static_cast<int64_t*>(o.dropped.data);
   params.waits = waits_of(arguments);
+  params.notice = &arguments.reports->notice;
   params.ranks = ranks_of(arguments, int64_t{params.sizes.row_groups} * config::kRowGroup);
   params.launch_id = arguments.launch_id;
   params.may_run_beside = arguments.max_sms > 0;
@@ -388,28 +390,26 @@ std::string refuse_rows(const char* name, const fm_tensor& tensor, int64_t eleme
   return {};
 }
 
-// Two ranks or more share the experts.
-static_assert(config::kMaxExperts / 2 <= config::kMaxLocalExperts);
+// The layer's part of memory that is made for so many tokens.
+config::RankSizes rank_sizes_of(const fm_layer& layer, const RankArguments& ranks) {
+  return {.world = ranks.world,
+          .tokens = ranks.capacity.tokens,
+          .hidden = layer.hidden,
+          .top_k = layer.top_k,
+          .local_experts = layer.num_experts / ranks.world};
+}
 
 // What the words that ranks exchange do not hold, or their memory has no room for.
 std::string refuse_ranks(const fm_layer& layer, const Operands& operands,
                          const RankArguments& ranks) {
   const config::SymmetricCapacity& has = ranks.capacity;
-  if (ranks.world > config::kMaxRanks) {
-    return text_of("the group has ", ranks.world, " ranks; accepted on CUDA: to ",
-                   config::kMaxRanks);
-  }
-  const int64_t slots = has.tokens * layer.top_k;
-  if (slots > config::kMaxRankSlots) {
-    return text_of("tokens * top_k of a rank is ", slots,
-                   "; accepted on CUDA with several ranks: ", "to ", config::kMaxRankSlots);
-  }
+  const config::RankSizes sizes = rank_sizes_of(layer, ranks);
+  if (std::string reason = config::refuse_rank_sizes(sizes); !reason.empty()) return reason;
   if (operands.x.shape[0] > has.tokens) {
     return text_of("x has ", operands.x.shape[0], " tokens; the group's memory is made for ",
                    has.tokens);
   }
-  const config::SymmetricCapacity needs = config::needed_capacity(
-      ranks.world, has.tokens, layer.hidden, layer.top_k, layer.num_experts / ranks.world);
+  const config::SymmetricCapacity needs = config::needed_capacity(sizes);
   if (needs.slots > has.slots || needs.local_experts > has.local_experts ||
       needs.flag_words > has.flag_words || needs.row_bytes > has.row_bytes) {
     return text_of("the group's memory is made for ", has.slots, " slots, ", has.local_experts,
@@ -423,11 +423,11 @@ std::string refuse_sizes(const fm_layer& layer, const Operands& operands,
                          const RankArguments& ranks) {
   // Rows and slots are counted in 32 bits, in steps of all threads of a grid.
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - (1 << 20);
-  constexpr int64_t kMaxSize = int64_t{1} << 20;
   for (const auto& [name, size] :
        {std::pair{"hidden", layer.hidden}, std::pair{"intermediate", layer.intermediate}}) {
-    if (size < 64 || size % 64 != 0 || size > kMaxSize) {
-      return text_of(name, " is ", size, "; accepted on CUDA: multiples of 64 to ", kMaxSize);
+    if (size < 64 || size % 64 != 0 || size > config::kMaxWidth) {
+      return text_of(name, " is ", size, "; accepted on CUDA: multiples of 64 to ",
+                     config::kMaxWidth);
     }
   }
   if (layer.num_experts > config::kMaxExperts) {
@@ -481,11 +481,11 @@ int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& oper
 }
 
 std::string describe_forward(const fm_layer& layer, const fm_forward_args& operands,
-                             int32_t num_sms) {
-  check_supported(layer, operands);
+                             int32_t num_sms, const RankArguments& ranks) {
+  check_supported(layer, operands, ranks);
   const kernel::ForwardEntry entry = kernel_for(layer, operands);
-  const config::ForwardSizes sizes = sizes_of(layer, operands, {}, entry.config, 0);
-  const config::ForwardTable table = table_of(layer, operands, {});
+  const config::ForwardSizes sizes = sizes_of(layer, operands, ranks, entry.config, 0);
+  const config::ForwardTable table = table_of(layer, operands, ranks);
   const config::GroupedProduct up = entry.config.up();
   std::ostringstream text;
   text << "up      " << config::describe(up) << "\n"
@@ -498,7 +498,13 @@ std::string describe_forward(const fm_layer& layer, const fm_forward_args& opera
        << ", combined by " << sizes.combine_tokens << " tokens\n"
        << "tiles   " << sizes.up_pairs << " weight pairs up, " << sizes.down_pairs << " down\n"
        << "scratch " << table.total << " bytes";
-  return text.str();
+  if (ranks.world == 1) return text.str();
+  const config::RankLayout layout{.sizes = rank_sizes_of(layer, ranks),
+                                  .capacity = ranks.capacity,
+                                  .rows = int64_t{sizes.row_groups} * config::kRowGroup,
+                                  .source_groups = sizes.source_groups,
+                                  .block_rows = up.max_tokens};
+  return text.str() + "\n" + config::describe(layout);
 }
 
 void launch_forward(const ForwardArguments& arguments) {

@@ -35,7 +35,7 @@ struct ForwardArguments {
   void* scratch = nullptr;
   // Pinned host memory that the device can write; zero when made. A launch that fails on the device
   // fills it: the host looks at it before the next launch or after a synchronisation.
-  sync::WaitReport* report = nullptr;
+  sync::LaunchReports* reports = nullptr;
   uint64_t timeout_ns = ~uint64_t{0};  // of every wait in the kernel
   int32_t max_sms = 0;                 // most SMs to use, 0: all
   RankArguments ranks{};
@@ -57,9 +57,9 @@ int64_t forward_scratch_bytes(const fm_layer& layer, const fm_forward_args& oper
                               const RankArguments& ranks = {});
 
 // The configuration that a launch on `num_sms` SMs runs with, a line for each fact. Throws as
-// check_supported() does.
+// check_supported() does. Reads no region of `ranks`.
 std::string describe_forward(const fm_layer& layer, const fm_forward_args& operands,
-                             int32_t num_sms);
+                             int32_t num_sms, const RankArguments& ranks = {});
 
 // Launches one kernel on the current device. Throws Error: FM_UNSUPPORTED as check_supported() does
 // or on a device without these instructions.

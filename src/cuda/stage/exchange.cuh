@@ -165,9 +165,7 @@ FM_DEVICE bool check_headers(const kernel::ForwardParams& params, uint32_t epoch
     if (headers[peer].fields[field] == ranks.header.fields[field]) continue;
     agrees = false;
     if (ptx::block_idx() != 0) continue;
-    if (sync::write_report(params.waits.report, sync::WaitTag::kMismatch, field, 0)) {
-      params.waits.report->peer = {peer, epoch, 0};
-    }
+    sync::write_report(params.notice, sync::WaitTag::kMismatch, field, 0, {peer, epoch, 0});
   }
   return __syncthreads_and(agrees);
 }
@@ -276,9 +274,8 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   const int32_t num_rows = experts.begin(experts.num_experts);
   if (num_rows > ranks.row_cap) {
     if (ptx::block_idx() == 0 && thread == 0) {
-      if (sync::write_report(params.waits.report, sync::WaitTag::kTooManyRows, 0, num_rows)) {
-        params.waits.report->peer = {ranks.rank, epoch, static_cast<uint32_t>(ranks.row_cap)};
-      }
+      sync::write_report(params.waits.report, sync::WaitTag::kTooManyRows, 0, num_rows,
+                         {ranks.rank, epoch, static_cast<uint32_t>(ranks.row_cap)});
       atomicCAS_system(params.waits.abort, 0u, params.waits.own_mark);
     }
     return -1;

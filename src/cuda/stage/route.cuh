@@ -79,7 +79,7 @@ FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, 
     const TeamSlots slots = weigh_experts(router, sizes, memory);
     if (!has_token) continue;
     if (!is_defined && team_lane() == 0) {
-      sync::write_report(params.waits.report, sync::WaitTag::kUndefinedLogits, token, 0);
+      sync::write_report(params.notice, sync::WaitTag::kUndefinedLogits, token, 0);
     }
     FM_UNROLL
     for (int i = 0; i < TeamSlots::kOfLane; ++i) {
@@ -100,8 +100,7 @@ FM_DEVICE void read_tile(const kernel::ForwardParams& params, int32_t first_slot
     const int32_t token = (first_slot + i) / sizes.top_k;
     const int32_t j = first_slot + i - token * sizes.top_k;
     const int64_t id = tile::read_index(params.router.ids, token, j);
-    if (id < kNoExpert)
-      sync::write_report(params.waits.report, sync::WaitTag::kInvalidId, token, 0);
+    if (id < kNoExpert) sync::write_report(params.notice, sync::WaitTag::kInvalidId, token, 0);
     Choice choice{id < kNoExpert ? kUndefined : kNoExpert, 0.0f};
     if (id >= 0 && id < sizes.num_experts) {
       choice = {static_cast<int32_t>(id), tile::read_real(params.router.weights, token, j)};
@@ -152,7 +151,7 @@ FM_DEVICE void check_selection_bias(const kernel::ForwardParams& params) {
   if (params.router.selection_bias.data == nullptr || ptx::block_idx() != 0) return;
   for (int32_t e = ptx::thread_idx(); e < params.sizes.num_experts; e += config::kForwardThreads) {
     if (!isnan(tile::read_real(params.router.selection_bias, e))) continue;
-    sync::write_report(params.waits.report, sync::WaitTag::kUndefinedBias, e, 0);
+    sync::write_report(params.notice, sync::WaitTag::kUndefinedBias, e, 0);
   }
 }
 

@@ -87,20 +87,31 @@ struct PeerReport {
   uint32_t seen = 0;   // what it held
 };
 
-// One per workspace, in device memory or pinned host memory. Written by the first thread that has
-// something to report (it claims `tag` by compare-and-swap from zero, then fills the rest), read by
-// the host, zeroed by the host when the workspace is made and when it has read it.
+// In device memory or pinned host memory.
+//   claimed  writer: the first thread that has something to report, by compare-and-swap from zero
+//   tag      writer: that thread, by release after the rest; reader: the host, by acquire
+// Zeroed by the host when the workspace is made and when it has read it.
 struct WaitReport {
-  uint32_t tag;
+  uint32_t tag;  // a WaitTag; 0: nothing to read
   uint32_t block_idx;
   uint32_t thread_idx;
   uint32_t expected;  // count, flag or parity that did not come
   PeerReport peer;
+  uint32_t claimed;
+};
+
+// What the launches of a workspace have to say. They are told apart, so that a token without a
+// routing does not hide that the launch was stopped.
+struct LaunchReports {
+  WaitReport failure;  // why the launch did not come to its end
+  // What is wrong with one that did: kUndefinedLogits, kUndefinedBias, kInvalidId, kMismatch. Ranks
+  // are in step after it, and the next launch finds its scratch clean.
+  WaitReport notice;
 };
 
 // How long the waits of a launch last, and where the first one that does not end is written down.
 struct WaitBounds {
-  WaitReport* report;
+  WaitReport* report;  // LaunchReports::failure
   // In 1024 ns; the largest: no bound. Of a wait for another rank, and of one for this rank itself:
   // longer among several ranks, so that what a rank lacks is not reported by those who wait for it.
   uint32_t timeout_us;

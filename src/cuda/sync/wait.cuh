@@ -10,15 +10,15 @@
 
 namespace flashmoe::cuda::sync {
 
-// Fills the report unless it holds something already; true if it did. Any thread; the report may be
-// host memory.
-FM_DEVICE bool write_report(WaitReport* report, WaitTag tag, uint32_t block_idx,
-                            uint32_t expected) {
-  if (atomicCAS_system(&report->tag, 0u, static_cast<uint32_t>(tag)) != 0u) return false;
+// Fills the report unless it holds something already. Any thread; the report may be host memory.
+FM_DEVICE void write_report(WaitReport* report, WaitTag tag, uint32_t block_idx, uint32_t expected,
+                            const PeerReport& peer = {}) {
+  if (atomicCAS_system(&report->claimed, 0u, 1u) != 0u) return;
   report->block_idx = block_idx;
   report->thread_idx = ptx::thread_idx();
   report->expected = expected;
-  return true;
+  report->peer = peer;
+  ptx::st_release_sys(&report->tag, static_cast<uint32_t>(tag));
 }
 
 // What one thread (or one warp, each lane its own copy) waits with.
@@ -64,7 +64,7 @@ class Waiter {
       if (is_over(start, bounds_.timeout_us)) {
         alive_ = false;
         const uint32_t seen = ptx::ld_relaxed_sys(flag);
-        if (say_why(epoch, tag)) bounds_.report->peer = {peer, epoch, seen};
+        say_why(epoch, tag, {peer, epoch, seen});
         atomicCAS_system(bounds_.abort, 0u, bounds_.own_mark);
         return;
       }
@@ -98,11 +98,10 @@ class Waiter {
     }
     return true;
   }
-  // True for the first that gives up: it has said why.
-  FM_DEVICE bool say_why(uint32_t expected, WaitTag tag) {
+  FM_DEVICE void say_why(uint32_t expected, WaitTag tag, const PeerReport& peer = {}) {
     const uint32_t by = bounds_.abort != nullptr ? ptx::ld_relaxed_sys(bounds_.abort) : 0;
-    return write_report(bounds_.report, by != 0 ? WaitTag::kAborted : tag, ptx::block_idx(),
-                        by != 0 ? by : expected);
+    write_report(bounds_.report, by != 0 ? WaitTag::kAborted : tag, ptx::block_idx(),
+                 by != 0 ? by : expected, peer);
   }
 
   const WaitBounds& bounds_;

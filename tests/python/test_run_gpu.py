@@ -1,0 +1,92 @@
+"""scripts/run_gpu.py without a GPU: its steps, and that a step over its limit leaves nothing."""
+
+import importlib.util
+import os
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS = ["values", "behaviour", "products", "ranks", "ranks_more", "sanitize", "bench",
+         "ranks_bench"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_gpu", ROOT / "scripts" / "run_gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(**changes):
+    usual = {"quick": False, "out": Path("out"), "cases": None, "seconds": None, "ranks": 2}
+    return Namespace(**usual | {"steps": STEPS} | changes)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_gpu_test_belongs_to_a_step(quick, script):
+    steps = script.planned(arguments(quick=quick))
+    named = {word for step in steps for word in step.command if word.startswith("tests/")}
+    there = {f"tests/cuda/{path.name}" for path in (ROOT / "tests" / "cuda").glob("test_*.py")}
+    assert named == there
+    assert all(0 < step.limit_s <= 300 for step in steps)
+
+
+def test_an_unknown_step_is_named(script):
+    with pytest.raises(SystemExit, match="nothing: known are values"):
+        script.planned(arguments(steps=["nothing"]))
+
+
+def test_a_step_over_its_limit_leaves_no_process(script, tmp_path):
+    child = "import time; print('begun', flush=True); time.sleep(60)"
+    parent = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "print('child', child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    step = script.Step("slow", [sys.executable, "-c", parent], 3)
+    passed, last, seconds = script.run(step, tmp_path, dict(os.environ))
+    assert not passed and last == "over its time limit" and seconds < 10
+    log = (tmp_path / "slow.log").read_text()
+    assert "begun" in log
+    pid = int(log.split("child ")[1].split()[0])
+    for _ in range(50):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child of the step lives on")
+
+
+def test_the_benchmark_of_ranks_starts_each_number_of_them_once(script):
+    plan = script.ranks_plan(arguments(ranks=8))
+    assert [world for world, _ in plan] == [8, 4, 2]
+    names = [[case.name for case in cases] for _, cases in plan]
+    assert len(set(names[0])) == len(names[0]) == 5 + 8 and names[1:] == [["seed"], ["seed"]]
+    quick = script.ranks_plan(arguments(ranks=8, quick=True, cases="mixtral"))
+    assert [(world, [case.name for case in cases]) for world, cases in quick] == [(8, ["mixtral"])]
+
+
+def test_the_benchmark_of_ranks_draws_what_it_measured(script, monkeypatch, tmp_path, capsys):
+    from flashmoe import bench_ranks, plots
+
+    drawn = []
+    record = {"case": "seed", "gpu": "NVIDIA H200", "part": "ranks", "floor": None}
+    monkeypatch.setattr(bench_ranks, "check_gpus", lambda ranks: None)
+    monkeypatch.setattr(bench_ranks, "run_bench", lambda plan, seconds: iter([record] * 2))
+    for shown in ("row", "table", "timeline"):
+        monkeypatch.setattr(bench_ranks, shown, lambda one, name=shown: name)
+    for name in ("plot_ranks", "plot_timeline", "plot_scaling"):
+        monkeypatch.setattr(plots, name, lambda one, path: drawn.append(path.name))
+    script.ranks_bench(arguments(out=tmp_path, seconds=0.5))
+    assert drawn == ["ranks.png", "ranks_timeline.png", "ranks_scaling.png"]
+    assert len((tmp_path / "h200-ranks.jsonl").read_text().splitlines()) == 2
+    assert "table" in capsys.readouterr().out
+    script.ranks_bench(arguments(out=tmp_path, seconds=0.5, quick=True))
+    assert len(drawn) == 5
