@@ -71,7 +71,6 @@ void Engine::backward(const fm_layer& layer, const fm_backward_args& args,
   state_->contained([&] {
     state_->last = &state_->of(args);
     state_->last->backward(layer, args, options);
-    ++state_->launches;
   });
 }
 

@@ -44,6 +44,8 @@ class Workspace {
   // launch that may itself wait for a call of this thread.
   Launched forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options,
                    const RankView& view);
+  // Of a rank alone.
+  void backward(const fm_layer& layer, const fm_backward_args& args, const LaunchOptions& options);
 
   // Waits for the last launch that was not captured, then throws what a launch has reported:
   // HarmlessError where it is a notice alone. After a failure a rank alone can go on; of several

@@ -209,7 +209,8 @@ class Builder {
     forward.y = o_.grad_x.data;
     forward.y_stride = o_.grad_x.stride[0];
     const uint32_t bound = sync::microseconds(a_.timeout_ns);
-    forward.waits = {.report = a_.report,
+    forward.notice = &a_.reports->notice;
+    forward.waits = {.report = &a_.reports->failure,
                      .timeout_us = bound,
                      .local_timeout_us = bound,
                      .abort = nullptr,
