@@ -20,7 +20,7 @@ POISON = -77
 TABLE = [
     (case.key(dtype, ranks), mode, case, dtype)
     for mode, case, dtype, ranks in check.planned(device="cuda")
-    if not check.missing_for(case, dtype, ranks, "cpu") and not (case.save_z and not case.refused)
+    if not check.missing_for(case, dtype, ranks, "cpu")
     if "rank_" not in case.defect and 1 in (case.ranks if case.refused else (1,))
 ]
 SIZES = [

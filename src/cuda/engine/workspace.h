@@ -105,6 +105,7 @@ class Workspace {
   bool has_last_ = false;
   bool has_failed_ = false;     // of several ranks: told once, no launch follows
   uint32_t launch_id_ = 0;      // of the last launch
+  bool last_is_backward_ = false;
   double timeout_seconds_ = 0;  // likewise
 };
 

@@ -254,6 +254,8 @@ struct BackwardJob {
       const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
       if (tile::is_weight_grad(tile)) {
         const int32_t which = tile::gradient_of(tile);
+        // Threads that store by themselves do not meet again before `current` is the next tile.
+        if (params.weight_grad_out[which].is_direct) staging_.sync();
         tile::finish_weight_grad<Row>(sums, staging_, params.weight_grads[which],
                                       params.weight_grad_out[which], tile, weight_tile_idx);
         if (which == 0) staging_.publish(&params.counters.down_of_expert[tile.local_expert_idx]);

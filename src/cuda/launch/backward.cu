@@ -423,12 +423,7 @@ std::string refuse_rows(const char* name, const fm_tensor& tensor) {
 void check_supported(const fm_layer& layer, const fm_backward_args& operands) {
   check_supported(layer, shared_operands(operands));
   std::string reason = refuse_rows("grad_y", operands.grad_y);
-  if (reason.empty()) reason = refuse_rows("z", operands.z);
-  const int64_t rows = config::forward_rows(operands.x.shape[0] * layer.top_k, layer.num_experts);
-  if (reason.empty() && present(operands.z) && operands.z.shape[0] < rows) {
-    reason = text_of("z has ", operands.z.shape[0], " rows, expected ", rows,
-                     " (fm_z_rows): it is not of a forward on CUDA");
-  }
+  if (reason.empty()) reason = refuse_z(layer, operands.x.shape[0], operands.z);
   if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
 }
 

@@ -276,7 +276,12 @@ void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
   const fm_tensor& z = arguments.operands.z;
   params.keeps_z = present(z);
   params.z_is_interleaved = gate_order_of(layer) == GateOrder::kInterleaved && layer.gated != 0;
-  if (present(z)) params.z_out = out(z.data, z.shape[1], "z");
+  if (present(z)) {
+    TensorView view = window_view(z.data, z.shape[0], z.stride[0], config::kHalfRows,
+                                  config::kStoreTokens);
+    view.sizes[0] = static_cast<uint64_t>(z.shape[1]);
+    params.z_out = encode(view, config.element, "z");
+  }
 }
 
 int64_t bits_of(double value) { return std::bit_cast<int64_t>(value); }
@@ -459,10 +464,22 @@ std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& opera
   if (is_separate(layer) && major_of(operands.w_gate) != major_of(operands.w_up)) {
     return "w_gate and w_up differ in which dimension is contiguous; accepted on CUDA: the same";
   }
+  if (std::string reason = refuse_z(layer, operands.x.shape[0], operands.z); !reason.empty()) {
+    return reason;
+  }
   return refuse_rows("w_router", operands.w_router, router_bytes);
 }
 
 }  // namespace
+
+std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z) {
+  if (!present(z)) return {};
+  const int64_t rows = config::forward_rows(tokens * layer.top_k, layer.num_experts);
+  if (z.shape[0] < rows) {
+    return text_of("z has ", z.shape[0], " rows, expected ", rows, " (fm_z_rows)");
+  }
+  return refuse_rows("z", z, config::kElementBytes);
+}
 
 void check_supported(const fm_layer& layer, const fm_forward_args& operands,
                      const RankArguments& ranks) {

@@ -44,6 +44,9 @@ struct ForwardArguments {
   cudaStream_t stream = nullptr;
 };
 
+// Why the kernels cannot write or read a z of so many tokens, or an empty text.
+std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z);
+
 // Throws FM_UNSUPPORTED with the reason if the kernels cannot run this layer on these operands.
 // Looks at sizes, strides and addresses only; never at a device.
 void check_supported(const fm_layer& layer, const fm_forward_args& operands,

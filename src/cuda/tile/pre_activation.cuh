@@ -63,6 +63,9 @@ FM_DEVICE void store_pre_activation(const kernel::ForwardParams& params, const f
   const auto weight_tile_idx = [&] {
     return 2 * tile.weight_pair_idx + static_cast<int32_t>(ptx::get_sreg_cluster_ctarank());
   };
+  // Gates of the last pair's second tile may lie past the last: their columns would be ups.
+  constexpr int32_t kGates = Config::value.out_columns();
+  if (kHalvesAreGates && weight_tile_idx() * kGates >= params.sizes.intermediate) return;
   const RowBias bias =
       load_bias<Config>(params.up_bias, tile.local_expert_idx, weight_tile_idx());
 #pragma unroll 1

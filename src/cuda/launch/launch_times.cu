@@ -1,4 +1,4 @@
-#include "cuda/launch/forward_times.h"
+#include "cuda/launch/launch_times.h"
 
 #include <cuda_runtime_api.h>
 
@@ -36,7 +36,7 @@ void make_ascending(Marks& marks) {
 
 }  // namespace
 
-void time_forward(const void* scratch, fm_stats& stats) {
+void time_launch(const void* scratch, bool is_backward, fm_stats& stats) {
   Marks marks = read_marks(scratch);
   make_ascending(marks);
   const auto seconds = [&](Mark from, Mark to) {
@@ -44,12 +44,21 @@ void time_forward(const void* scratch, fm_stats& stats) {
     return static_cast<double>(marks[static_cast<std::size_t>(to)] - begin) * 1e-9;
   };
   std::fill(std::begin(stats.phase_seconds), std::end(stats.phase_seconds), 0.0);
-  stats.phase_seconds[FM_PHASE_ROUTE] = seconds(Mark::kStart, Mark::kRouted);
-  stats.phase_seconds[FM_PHASE_PLAN] = seconds(Mark::kRouted, Mark::kPlanned);
-  stats.phase_seconds[FM_PHASE_UP] = seconds(Mark::kPlanned, Mark::kDown);
-  stats.phase_seconds[FM_PHASE_DOWN] = seconds(Mark::kDown, Mark::kLastTile);
-  stats.phase_seconds[FM_PHASE_COMBINE] = seconds(Mark::kLastTile, Mark::kEnd);
-  stats.seconds = seconds(Mark::kStart, Mark::kEnd);
+  double* phases = stats.phase_seconds;
+  phases[FM_PHASE_ROUTE] = seconds(Mark::kStart, Mark::kRouted);
+  phases[FM_PHASE_PLAN] = seconds(Mark::kRouted, Mark::kPlanned);
+  const Mark end = is_backward ? Mark::kDone : Mark::kEnd;
+  if (is_backward) {
+    phases[FM_PHASE_UP] = seconds(Mark::kPlanned, Mark::kDownGrad);
+    phases[FM_PHASE_DOWN] = seconds(Mark::kDown, Mark::kUpGrad);
+    phases[FM_PHASE_WEIGHT] =
+        seconds(Mark::kDownGrad, Mark::kDown) + seconds(Mark::kUpGrad, Mark::kLastTile);
+  } else {
+    phases[FM_PHASE_UP] = seconds(Mark::kPlanned, Mark::kDown);
+    phases[FM_PHASE_DOWN] = seconds(Mark::kDown, Mark::kLastTile);
+  }
+  phases[FM_PHASE_COMBINE] = seconds(Mark::kLastTile, end);
+  stats.seconds = seconds(Mark::kStart, end);
 }
 
 }  // namespace flashmoe::cuda::launch
