@@ -189,7 +189,8 @@ typedef enum fm_backward_flags {
 
 /* What the last launch of a group did on this rank. Times are wall clock of this rank; on CUDA, of
  * the GPU: when its first cluster went on from one phase to the next. These add up to `seconds`,
- * although phases overlap; of a group whose graphs are replayed, they are of the last replay. */
+ * although phases overlap, but for push and return, which run beside the others; of a group whose
+ * graphs are replayed, they are of the last replay. */
 typedef struct fm_stats {
   uint32_t struct_size;
   uint32_t epoch;

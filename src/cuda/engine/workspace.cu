@@ -9,7 +9,6 @@
 #include "cuda/launch/check.h"
 #include "cuda/launch/device.h"
 #include "cuda/launch/device_guard.h"
-#include "cuda/launch/launch_times.h"
 #include "cuda/sync/holder.h"
 
 namespace flashmoe::cuda {
@@ -154,7 +153,7 @@ void Workspace::launch(const fm_layer& layer, const fm_forward_args& args,
                           .stream = stream});
   if (capturing && memory != nullptr) memory->keep();
   end_launch(stream, capturing);
-  last_is_backward_ = false;
+  last_kind_ = {.is_backward = false, .world = ranks.world};
 }
 
 void Workspace::backward(const fm_layer& layer, const fm_backward_args& args,
@@ -178,7 +177,7 @@ void Workspace::backward(const fm_layer& layer, const fm_backward_args& args,
                            .launch_id = launch_id_,
                            .stream = stream});
   end_launch(stream, capturing);
-  last_is_backward_ = true;
+  last_kind_ = {.is_backward = true, .world = 1};
 }
 
 void Workspace::begin_launch(int64_t scratch_bytes, cudaStream_t stream,
@@ -296,7 +295,7 @@ bool Workspace::is_captured() const { return scratch_.captured || !retired_.empt
 void Workspace::time_last(fm_stats& stats) const {
   if (scratch_.memory == nullptr) return;
   const DeviceGuard guard(device_);
-  launch::time_launch(scratch_.memory, last_is_backward_, stats);
+  launch::time_launch(scratch_.memory, last_kind_, stats);
 }
 
 std::string Workspace::explain(const fm_layer& layer, const fm_forward_args& args,

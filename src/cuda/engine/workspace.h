@@ -12,6 +12,7 @@
 #include "cuda/engine/failure.h"
 #include "cuda/launch/device_pool.h"
 #include "cuda/launch/forward.h"
+#include "cuda/launch/launch_times.h"
 #include "cuda/launch/pinned.h"
 
 namespace flashmoe::cuda {
@@ -105,8 +106,8 @@ class Workspace {
   bool has_last_ = false;
   bool has_failed_ = false;     // of several ranks: told once, no launch follows
   uint32_t launch_id_ = 0;      // of the last launch
-  bool last_is_backward_ = false;
   double timeout_seconds_ = 0;  // likewise
+  launch::LaunchKind last_kind_;  // likewise
 };
 
 }  // namespace flashmoe::cuda

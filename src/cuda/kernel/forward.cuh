@@ -296,6 +296,7 @@ FM_DEVICE void forward_comm(const ForwardParams& params, ForwardShared<Config>& 
   } else {
     stage::send_and_copy_rows<Config>(params, smem.extra.ranks, table_of(params, smem), worker_idx,
                                       num_workers, waiter);
+    if (ptx::lane_idx() == 0) set_mark_of_first(params, Mark::kRowsIn);
   }
   combine_outputs<Config, 1, 4>(params, smem, waiter);
 }

@@ -26,6 +26,9 @@ enum class Mark : int32_t {
   kLastTile,  // no tile is left
   kEnd,       // all tokens are combined
   kDone,      // backward: gradients of the router are there
+  // Several ranks, beside the tiles:
+  kRowsIn,    // all rows that came are in expert order
+  kFirstSum,  // the first column block may be summed
   kCount
 };
 

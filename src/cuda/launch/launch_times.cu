@@ -31,24 +31,26 @@ Marks read_marks(const void* scratch) {
 
 // A launch without tiles leaves some of an earlier one's.
 void make_ascending(Marks& marks) {
-  for (std::size_t i = 1; i < kMarks; ++i) marks[i] = std::max(marks[i], marks[i - 1]);
+  constexpr auto kLast = static_cast<std::size_t>(Mark::kDone);
+  for (std::size_t i = 1; i <= kLast; ++i) marks[i] = std::max(marks[i], marks[i - 1]);
 }
 
 }  // namespace
 
-void time_launch(const void* scratch, bool is_backward, fm_stats& stats) {
+void time_launch(const void* scratch, const LaunchKind& kind, fm_stats& stats) {
   Marks marks = read_marks(scratch);
   make_ascending(marks);
   const auto seconds = [&](Mark from, Mark to) {
     const uint64_t begin = marks[static_cast<std::size_t>(from)];
-    return static_cast<double>(marks[static_cast<std::size_t>(to)] - begin) * 1e-9;
+    const uint64_t end = marks[static_cast<std::size_t>(to)];
+    return end > begin ? static_cast<double>(end - begin) * 1e-9 : 0.0;
   };
   std::fill(std::begin(stats.phase_seconds), std::end(stats.phase_seconds), 0.0);
   double* phases = stats.phase_seconds;
   phases[FM_PHASE_ROUTE] = seconds(Mark::kStart, Mark::kRouted);
   phases[FM_PHASE_PLAN] = seconds(Mark::kRouted, Mark::kPlanned);
-  const Mark end = is_backward ? Mark::kDone : Mark::kEnd;
-  if (is_backward) {
+  const Mark end = kind.is_backward ? Mark::kDone : Mark::kEnd;
+  if (kind.is_backward) {
     phases[FM_PHASE_UP] = seconds(Mark::kPlanned, Mark::kDownGrad);
     phases[FM_PHASE_DOWN] = seconds(Mark::kDown, Mark::kUpGrad);
     phases[FM_PHASE_WEIGHT] =
@@ -58,6 +60,10 @@ void time_launch(const void* scratch, bool is_backward, fm_stats& stats) {
     phases[FM_PHASE_DOWN] = seconds(Mark::kDown, Mark::kLastTile);
   }
   phases[FM_PHASE_COMBINE] = seconds(Mark::kLastTile, end);
+  if (kind.world > 1) {
+    phases[FM_PHASE_PUSH] = seconds(Mark::kPlanned, Mark::kRowsIn);
+    phases[FM_PHASE_RETURN] = seconds(Mark::kFirstSum, end);
+  }
   stats.seconds = seconds(Mark::kStart, end);
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/kernel/forward.h"
+#include "cuda/kernel/mark.cuh"
 #include "cuda/kernel/roles.cuh"
 #include "cuda/stage/choose.cuh"
 #include "cuda/stage/exchange.cuh"
@@ -25,6 +26,8 @@ struct TokenRows {
 using tile::CombineUnit;
 
 class CombineUnits {
+  static constexpr int32_t kFirstCommThread = config::kForwardThreads - config::kWarpgroup;
+
  public:
   // num_blocks: where the number of all experts' blocks is.
   FM_DEVICE CombineUnits(const kernel::ForwardParams& params, const RankState& state,
@@ -44,6 +47,9 @@ class CombineUnits {
       const int32_t tiles = num_blocks_ * params_.sizes.pairs_of_column_block(ready);
       waiter.wait_word(&params_.memory.down_done[ready], tiles * config::kClusterSize,
                        sync::WaitTag::kDownDone);
+      if (ready == 0 && ptx::thread_idx() == kFirstCommThread) {
+        kernel::set_mark_of_first(params_, kernel::Mark::kFirstSum);
+      }
     }
   }
 
