@@ -236,11 +236,11 @@ struct BackwardJob {
    public:
     FM_DEVICE Output(Shared& smem, int warpgroup_idx)
         : staging_(*reinterpret_cast<StoreBuffers*>(smem.staging[warpgroup_idx]), warpgroup_idx),
-          hidden_(smem.extra.hidden_grad[warpgroup_idx]) {}
+          smem_(smem) {}
     FM_DEVICE bool all(bool vote) { return staging_.all(vote); }
     FM_DEVICE void prepare(const Params& params, const tile::Tile& tile, sync::Waiter& waiter) {
       if (product_of(tile) == BackwardProduct::kHiddenGrad) {
-        hidden_.request(params, tile::HiddenPlace(tile), waiter);
+        hidden_grad().request(params, tile::HiddenPlace(tile), waiter);
       }
     }
     // Stores a tile's results and counts it where its readers wait.
@@ -270,10 +270,15 @@ struct BackwardJob {
     using StoreBuffers = uint8_t[config::kStoreBuffers][config::kStoreBytes];
     static_assert(sizeof(StoreBuffers) <= config::kBackwardStagingBytes);
 
+    // Found where it is used: no register holds it while products run.
+    FM_DEVICE tile::HiddenGrad hidden_grad() const {
+      return tile::HiddenGrad(smem_.extra.hidden_grad[staging_.warpgroup_idx()]);
+    }
     FM_DEVICE void finish_hidden(const Params& params, const float* sums, const tile::Tile& current,
                                  sync::Waiter& waiter) {
       const BackwardCounters& counters = params.counters;
-      hidden_.template finish<Row>(params, sums, staging_, tile::HiddenPlace(current), waiter);
+      hidden_grad().template finish<Row>(params, sums, staging_, tile::HiddenPlace(current),
+                                         waiter);
       staging_.publish(&counters.hidden_done[current.row_begin / config::kRowGroup]);
       if (!tile::Staging::is_storer()) return;
       ptx::add_release_gpu(&counters.hidden_of_expert[current.local_expert_idx], 1);
@@ -295,7 +300,7 @@ struct BackwardJob {
     }
 
     tile::Staging staging_;
-    tile::HiddenGrad hidden_;
+    Shared& smem_;
   };
 
  private:

@@ -4,14 +4,20 @@
 #include <type_traits>
 
 #include "cuda/config/activation.h"
-#include "cuda/ptx/ptx.cuh"
+#include "cuda/ptx/exp2.cuh"
 #include "cuda/tile/element.cuh"
 
 namespace flashmoe::cuda::tile {
 
+// e^-x.
+FM_DEVICE float exp_of_minus(float x) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  return ptx::ex2(-kLog2E * x);
+}
+
 // x * sigmoid(x * slope), within 2 ulp of fp32. Minus infinity gives NaN, as the plain form does.
 FM_DEVICE float times_sigmoid(float x, float slope) {
-  return __fdividef(x, 1.0f + __expf(-slope * x));
+  return __fdividef(x, 1.0f + exp_of_minus(slope * x));
 }
 
 // erf(scale x) within 2e-7, scale > 0: log2(erfc(t)) over [0, 4] as a polynomial, fitted by least
@@ -25,7 +31,7 @@ FM_DEVICE float erf_of(float x, float scale = 1.0f) {
   float sum = kCoefficients[7];
   FM_UNROLL
   for (int i = 6; i >= 0; --i) sum = fmaf(sum, t, kCoefficients[i]);
-  const float erf = copysignf(1.0f - exp2f(sum * t), x);
+  const float erf = copysignf(1.0f - ptx::ex2(sum * t), x);
   return x == x ? erf : x;  // fminf drops a NaN
 }
 

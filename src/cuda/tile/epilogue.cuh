@@ -68,6 +68,8 @@ class Staging {
     if (is_storer()) ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
   }
 
+  FM_DEVICE int warpgroup_idx() const { return barrier_idx_ - kFirstBarrier; }
+
   // Whether `vote` holds in every thread of the warpgroup.
   FM_DEVICE bool all(bool vote) {
     return ptx::barrier_sync_and(barrier_idx_, config::kWarpgroup, vote);

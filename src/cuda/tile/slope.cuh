@@ -12,7 +12,7 @@ struct ValueSlope {
   float slope;
 };
 
-FM_DEVICE float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+FM_DEVICE float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + exp_of_minus(x)); }
 
 struct SiluSlope {
   float alpha;
@@ -36,8 +36,9 @@ struct GeluErfSlope {
   FM_DEVICE ValueSlope operator()(float x) const {
     constexpr float kSqrtHalf = 0.70710678118654752f;
     constexpr float kInverseSqrtTwoPi = 0.39894228040143268f;
+    const float density = kInverseSqrtTwoPi * exp_of_minus(0.5f * x * x);
     const float cdf = 0.5f * (1.0f + erf_of(x, kSqrtHalf));
-    return {x * cdf, fmaf(x * kInverseSqrtTwoPi, __expf(-0.5f * x * x), cdf)};
+    return {x * cdf, fmaf(x, density, cdf)};
   }
 };
 // relu, its square, and the identity.
