@@ -33,6 +33,7 @@ struct BackwardExtra {
   int32_t num_blocks;                     // of all experts
   stage::RankState ranks;
   bool has_scratch;
+  uint32_t here[config::kClusterSize];  // CTAs of the pair that have the plan
   tile::Tile current[2];  // of each math warpgroup while its products run
 };
 
@@ -476,11 +477,11 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     smem.init();
   }
   if (!take_scratch(params.forward, smem)) return;
-  const bool all_here = plan_rows<Config>(params, smem);
+  tell_pair(smem.extra.here, plan_rows<Config>(params, smem));
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
   if (ptx::thread_idx() == 0) set_mark_of_first(params.forward, Mark::kPlanned);
-  if (all_here) run_backward_roles<Config>(params, smem);
+  if (is_pair_here(smem.extra.here)) run_backward_roles<Config>(params, smem);
   // Nobody leaves while the other CTA may still write or arrive here.
   __syncwarp();
   ptx::barrier_cluster_arrive();

@@ -42,6 +42,7 @@ struct ForwardExtra {
   int32_t num_blocks;  // of all experts
   stage::RankState ranks;
   bool has_scratch;
+  uint32_t here[config::kClusterSize];  // CTAs of the pair that have the plan
   // The tile of each math warpgroup while its products run: no registers are free for it. Written
   // by one thread before the barrier that opens the loop, read by all after the products.
   tile::Tile current[2];
@@ -225,6 +226,20 @@ struct ForwardJob {
   };
 };
 
+// Both CTAs of a pair take up their roles, or neither: the wait of one of them for the plan may run
+// out, or find the group stopped, when the other's does not. One thread of each tells both; a cluster
+// barrier follows.
+FM_DEVICE void tell_pair(uint32_t (&here)[config::kClusterSize], bool is_here) {
+  if (ptx::thread_idx() != 0) return;
+  FM_UNROLL
+  for (uint32_t cta_rank = 0; cta_rank < config::kClusterSize; ++cta_rank) {
+    ptx::st_cluster(&here[ptx::get_sreg_cluster_ctarank()], is_here ? 1 : 0, cta_rank);
+  }
+}
+FM_DEVICE bool is_pair_here(const volatile uint32_t (&here)[config::kClusterSize]) {
+  return (here[0] & here[1]) != 0;
+}
+
 // Logits of the fused router. False if a CTA did not come in time.
 template <class Element>
 FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena) {
@@ -370,11 +385,11 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     ptx::prefetch_tensormap(&params.down_weights);
   }
   if (!take_scratch(params, smem)) return;
-  const bool all_here = route_and_plan<Config>(params, smem);
+  tell_pair(smem.extra.here, route_and_plan<Config>(params, smem));
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kPlanned);
-  if (all_here) run_roles<Config>(params, smem);
+  if (is_pair_here(smem.extra.here)) run_roles<Config>(params, smem);
   // Nobody leaves while the other CTA may still write or arrive here.
   __syncwarp();
   ptx::barrier_cluster_arrive();

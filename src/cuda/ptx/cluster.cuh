@@ -23,4 +23,18 @@ FM_DEVICE void st_async_16(void* destination, int4 value, uint64_t* barrier, uin
       : "memory");
 }
 
+// Stores a word at the place of `destination` in CTA `cta_rank`; a cluster barrier publishes it. Any
+// thread, sm_90.
+FM_DEVICE void st_cluster(uint32_t* destination, uint32_t value, uint32_t cta_rank) {
+  asm volatile(
+      "{\n\t"
+      ".reg .b32 to;\n\t"
+      "mapa.shared::cluster.u32 to, %0, %2;\n\t"
+      "st.shared::cluster.u32 [to], %1;\n\t"
+      "}"
+      :
+      : "r"(shared_address(destination)), "r"(value), "r"(cta_rank)
+      : "memory");
+}
+
 }  // namespace flashmoe::cuda::ptx
