@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/config/backward.h"
+#include "expert_rows.h"
 
 namespace flashmoe::cuda {
 namespace {
@@ -20,22 +21,9 @@ using tile::Tile;
 constexpr int32_t kMaxRows = config::kBackwardBlockRows;
 constexpr int kProducts = 6;
 
-// The table as the plan writes it, from the rows of each expert.
-struct Table {
-  std::vector<int32_t> begin{0}, rows, blocks_before{0}, words;
-
-  explicit Table(std::vector<int32_t> rows_of_expert) : rows(std::move(rows_of_expert)) {
-    const tile::TileGrid grid{kMaxRows, 1};
-    for (const int32_t count : rows) {
-      const int32_t groups = (count + config::kRowGroup - 1) / config::kRowGroup;
-      begin.push_back(begin.back() + groups * config::kRowGroup);
-      blocks_before.push_back(blocks_before.back() + grid.num_blocks(count));
-    }
-    for (const auto* array : {&begin, &rows, &blocks_before}) {
-      words.insert(words.end(), array->begin(), array->end());
-    }
-  }
-  tile::ExpertTable view() const { return {words.data(), static_cast<int32_t>(rows.size())}; }
+// The table of the backward's blocks.
+struct Table : ExpertRows {
+  explicit Table(std::vector<int32_t> rows) : ExpertRows(std::move(rows), kMaxRows) {}
 };
 
 // What a walk's tiles have covered so far.

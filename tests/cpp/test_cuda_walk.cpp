@@ -12,31 +12,19 @@
 #include "cuda/config/forward.h"
 #include "cuda/tile/combine_walk.h"
 #include "cuda/tile/walk.h"
+#include "expert_rows.h"
 
 namespace flashmoe::cuda {
 namespace {
 
 using tile::Tile;
 
-constexpr int32_t kMaxRows = config::Forward{}.up().max_tokens;
+constexpr int32_t kMaxRows = config::kForwardBlockRows;
 constexpr int32_t kMaxPairs = 8;
 
-// The table as the plan writes it, from the rows of each expert.
-struct Table {
-  std::vector<int32_t> begin{0}, rows, blocks_before{0}, words;
-
-  explicit Table(std::vector<int32_t> rows_of_expert) : rows(std::move(rows_of_expert)) {
-    const tile::TileGrid grid{kMaxRows, 1};
-    for (const int32_t count : rows) {
-      const int32_t groups = (count + config::kRowGroup - 1) / config::kRowGroup;
-      begin.push_back(begin.back() + groups * config::kRowGroup);
-      blocks_before.push_back(blocks_before.back() + grid.num_blocks(count));
-    }
-    for (const auto* array : {&begin, &rows, &blocks_before}) {
-      words.insert(words.end(), array->begin(), array->end());
-    }
-  }
-  tile::ExpertTable view() const { return {words.data(), static_cast<int32_t>(rows.size())}; }
+// The table of the forward's blocks.
+struct Table : ExpertRows {
+  explicit Table(std::vector<int32_t> rows) : ExpertRows(std::move(rows), kMaxRows) {}
 };
 
 std::vector<int32_t> random_rows(std::mt19937& random, int32_t num_experts) {

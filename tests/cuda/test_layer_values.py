@@ -9,11 +9,10 @@ import pytest
 import torch
 from flashmoe import check, ops
 from flashmoe.cases import Case
-from flashmoe.config import Activation, Routing
 from flashmoe.errors import RoutingError, UnsupportedError
 from flashmoe.inputs import make_operands, on_device
 from flashmoe.passes import engine_pass
-from layer_common import finish, make_layer, same_bits
+from layer_common import MIXED, finish, make_layer, same_bits
 
 TOKENS = (0, 1, 3, 63, 64, 65, 127, 128, 129, 1000, 8191)
 POISON = -77
@@ -33,26 +32,6 @@ SIZES = [
     Case("size/wide", experts=4, hidden=7168, intermediate=64, tokens=(40,)),
     Case("size/deep", experts=4, hidden=64, intermediate=4096, tokens=(200,)),
     Case("size/uneven", experts=6, top_k=3, hidden=832, intermediate=448, tokens=(333,)),
-]  # fmt: skip
-# one option of each kind in every row: kinds meet that the case table has one by one
-MIXED = [
-    Case("mixed/0", routing=Routing(score="sigmoid", num_groups=4, top_groups=2, scale=2.5),
-         selection_bias=True, experts=16, top_k=4, layout="interleaved", bias=True),
-    Case("mixed/1", routing=Routing(score="topk_softmax"), router_bias=True, top_k=4,
-         activation=Activation(alpha=1.702, limit=0.5, up_offset=1.0), bias=True,
-         layout="interleaved_transposed", capacity_factor=0.7),
-    Case("mixed/2", routing=Routing(score="sigmoid", renormalize=False), top_k=1,
-         weight_on_input=True, layout="transposed", activation="geglu"),
-    Case("mixed/3", routing=Routing(score="sqrt_softplus", scale=1.5), selection_bias=True,
-         activation=Activation(limit=0.7), layout="separate", capacity_factor=1.0),
-    Case("mixed/4", ids="sentinels", top_k=3, activation="relu2", bias=True, layout="transposed",
-         capacity_factor=0.6),
-    Case("mixed/5", ids="duplicates", top_k=3, activation="geglu_tanh", layout="strided",
-         weight_on_input=True, bias=True),
-    Case("mixed/6", wide_router=True, router_bias=True, activation="reglu",
-         layout="separate_transposed", bias=True),
-    Case("mixed/7", routing=Routing(num_groups=2, top_groups=1, group_top=1), selection_bias=True,
-         activation="gelu", layout="transposed_view", bias=True, weight_on_input=True),
 ]  # fmt: skip
 
 

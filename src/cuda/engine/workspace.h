@@ -104,9 +104,9 @@ class Workspace {
   cudaEvent_t last_ = nullptr;    // end of the last use of scratch that was not captured
   unsigned long long last_stream_ = 0;
   bool has_last_ = false;
-  bool has_failed_ = false;     // of several ranks: told once, no launch follows
-  uint32_t launch_id_ = 0;      // of the last launch
-  double timeout_seconds_ = 0;  // likewise
+  bool has_failed_ = false;       // of several ranks: told once, no launch follows
+  uint32_t launch_id_ = 0;        // of the last launch
+  double timeout_seconds_ = 0;    // likewise
   launch::LaunchKind last_kind_;  // likewise
 };
 

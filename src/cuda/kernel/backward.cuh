@@ -34,7 +34,7 @@ struct BackwardExtra {
   stage::RankState ranks;
   bool has_scratch;
   uint32_t here[config::kClusterSize];  // CTAs of the pair that have the plan
-  tile::Tile current[2];  // of each math warpgroup while its products run
+  tile::Tile current[2];                // of each math warpgroup while its products run
 };
 
 // As tile::SharedMemory, with more staging.
@@ -290,7 +290,8 @@ struct BackwardJob {
       const bool is_z = product_of(tile) == BackwardProduct::kPreActivation;
       config::BiasView bias = params.forward.up_bias;
       if (!is_z) bias.data = nullptr;
-      const tile::RowBias row_bias = tile::load_bias<Row>(bias, tile.local_expert_idx, weight_tile_idx);
+      const tile::RowBias row_bias =
+          tile::load_bias<Row>(bias, tile.local_expert_idx, weight_tile_idx);
       const CUtensorMap& out = is_z ? params.pre_activation_out : params.forward.row_out;
       tile::with_results<Row>(sums, params.forward.activation, row_bias, [&](const auto& results) {
         tile::store_tile<Row>(results, staging_, out, tile, weight_tile_idx);

@@ -209,13 +209,15 @@ struct ForwardJob {
       const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
       uint32_t* done;
       if (tile.product == tile::kUpProduct) {
-        const tile::RowBias bias = tile::load_bias<Up>(params.up_bias, tile.local_expert_idx, weight_tile_idx);
+        const tile::RowBias bias =
+            tile::load_bias<Up>(params.up_bias, tile.local_expert_idx, weight_tile_idx);
         tile::with_results<Up>(sums, params.activation, bias, [&](const auto& results) {
           tile::store_tile<Up>(results, this->staging, params.hidden_out, tile, weight_tile_idx);
         });
         done = &params.memory.up_done[tile.row_begin / config::kRowGroup];
       } else {
-        const tile::RowBias bias = tile::load_bias<Down>(params.down_bias, tile.local_expert_idx, weight_tile_idx);
+        const tile::RowBias bias =
+            tile::load_bias<Down>(params.down_bias, tile.local_expert_idx, weight_tile_idx);
         tile::with_results<Down>(sums, params.activation, bias, [&](const auto& results) {
           tile::store_tile<Down>(results, this->staging, params.row_out, tile, weight_tile_idx);
         });
@@ -227,8 +229,8 @@ struct ForwardJob {
 };
 
 // Both CTAs of a pair take up their roles, or neither: the wait of one of them for the plan may run
-// out, or find the group stopped, when the other's does not. One thread of each tells both; a cluster
-// barrier follows.
+// out, or find the group stopped, when the other's does not. One thread of each tells both; a
+// cluster barrier follows.
 FM_DEVICE void tell_pair(uint32_t (&here)[config::kClusterSize], bool is_here) {
   if (ptx::thread_idx() != 0) return;
   FM_UNROLL

@@ -84,7 +84,8 @@ struct ProductJob {
                           sync::Waiter&) {
       const tile::Tile tile = current;
       const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
-      const tile::RowBias bias = tile::load_bias<Config>(params.bias, tile.local_expert_idx, weight_tile_idx);
+      const tile::RowBias bias =
+          tile::load_bias<Config>(params.bias, tile.local_expert_idx, weight_tile_idx);
       tile::with_results<Config>(sums, params.activation, bias, [&](const auto& results) {
         tile::store_tile<Config>(results, this->staging, params.out, tile, weight_tile_idx);
       });

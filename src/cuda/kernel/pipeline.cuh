@@ -84,8 +84,7 @@ FM_DEVICE void weights_role(const typename Job::Params& params, typename Job::Sh
     for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
       stages.acquire(waiter);
       stages.announce(num_bytes);
-      weights.load(smem.stages[stages.slot()].weights, stages.full(),
-                   k_block * config::kDepthStep);
+      weights.load(smem.stages[stages.slot()].weights, stages.full(), k_block * config::kDepthStep);
       stages.advance();
     }
   }

@@ -8,6 +8,7 @@
 #include "cuda/kernel/backward.h"
 #include "cuda/launch/check.h"
 #include "cuda/launch/forward.h"
+#include "cuda/launch/operands.h"
 #include "cuda/launch/pairs.h"
 #include "cuda/launch/tensor_map.h"
 #include "cuda/tile/window.h"
@@ -19,29 +20,8 @@ namespace {
 using config::BackwardScratch;
 using Operands = fm_backward_args;
 
-bool present(const fm_tensor& tensor) { return tensor.data != nullptr; }
-
-bool is_separate(const fm_layer& layer) {
-  return layer.gated != 0 && layer.gate_layout == FM_GATE_SEPARATE;
-}
-
-config::Element element_of(const fm_layer& layer) {
-  return layer.dtype == FM_BF16 ? config::Element::kBf16 : config::Element::kFp16;
-}
-
 int64_t up_columns_of(const fm_layer& layer) {
   return (layer.gated != 0 ? 2 : 1) * layer.intermediate;
-}
-
-plan::Problem problem_of(const fm_layer& layer, const Operands& operands) {
-  plan::Problem problem;
-  problem.tokens = operands.x.shape[0];
-  problem.hidden = layer.hidden;
-  problem.intermediate = layer.intermediate;
-  problem.num_experts = layer.num_experts;
-  problem.top_k = layer.top_k;
-  problem.gates = layer.gated != 0 ? 2 : 1;
-  return problem;
 }
 
 int32_t pairs_of(int64_t columns) {
@@ -54,8 +34,7 @@ bool has_contiguous_rows(const fm_tensor& tensor) { return tensor.stride[2] == 1
 // The forward's sizes, whose down product is the input gradient; weight_on_input says what the
 // combine weighs, which is the reverse here.
 config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operands) {
-  constexpr int64_t kUnits = 4096;
-  const plan::Problem problem = problem_of(layer, operands);
+  const plan::Problem problem = problem_of(layer, operands.x.shape[0]);
   config::ForwardSizes sizes{};
   sizes.tokens = static_cast<int32_t>(problem.tokens);
   sizes.hidden = static_cast<int32_t>(problem.hidden);
@@ -69,7 +48,7 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
   sizes.column_pairs = sizes.down_pairs;
   sizes.column_blocks = 1;
   sizes.column_width = sizes.column_pairs * config::kWeightRows * config::kClusterSize;
-  sizes.combine_tokens = static_cast<int32_t>(std::clamp<int64_t>(problem.tokens / kUnits, 1, 8));
+  sizes.combine_tokens = choose_combine_tokens(problem.tokens);
   sizes.row_groups = static_cast<int32_t>(
       config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
   sizes.local_experts = sizes.num_experts;
@@ -124,9 +103,6 @@ class Builder {
   template <class T>
   T* region(BackwardScratch which) const {
     return reinterpret_cast<T*>(static_cast<char*>(a_.scratch) + table_[which].offset);
-  }
-  static kernel::StridedView strided(const fm_tensor& tensor) {
-    return {tensor.data, tensor.stride[0], tensor.ndim > 1 ? tensor.stride[1] : 0, tensor.dtype};
   }
 
   void set_sizes() {
@@ -187,11 +163,7 @@ class Builder {
 
   void set_forward() {
     kernel::ForwardParams& forward = p_.forward;
-    config::Activation& activation = forward.activation;
-    activation.kind = static_cast<fm_activation>(layer_.activation);
-    activation.alpha = static_cast<float>(layer_.act_alpha);
-    if (layer_.act_limit > 0) activation.limit = static_cast<float>(layer_.act_limit);
-    activation.up_offset = static_cast<float>(layer_.up_offset);
+    forward.activation = activation_of(layer_);
     kernel::RouterParams& router = forward.router;  // without a weight: routing that is given
     router.score = layer_.score;
     router.renormalize = layer_.renormalize != 0;

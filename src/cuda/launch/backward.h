@@ -18,9 +18,9 @@ struct BackwardArguments {
   // backward_scratch_bytes() or more; as ForwardArguments::scratch, with which it may be shared.
   void* scratch = nullptr;
   sync::LaunchReports* reports = nullptr;  // as ForwardArguments::reports
-  uint64_t timeout_ns = ~uint64_t{0};  // of every wait in the kernel
-  int32_t max_sms = 0;                 // most SMs to use, 0: all
-  uint32_t launch_id = 2;              // as ForwardArguments::launch_id
+  uint64_t timeout_ns = ~uint64_t{0};      // of every wait in the kernel
+  int32_t max_sms = 0;                     // most SMs to use, 0: all
+  uint32_t launch_id = 2;                  // as ForwardArguments::launch_id
   cudaStream_t stream = nullptr;
 };
 

@@ -8,6 +8,7 @@
 #include "cuda/config/rank_limits.h"
 #include "cuda/kernel/forward.h"
 #include "cuda/launch/check.h"
+#include "cuda/launch/operands.h"
 #include "cuda/launch/pairs.h"
 #include "cuda/launch/tensor_map.h"
 #include "cuda/launch/weights.h"
@@ -19,16 +20,6 @@ namespace {
 using config::ForwardScratch;
 using config::Major;
 using Operands = fm_forward_args;
-
-bool present(const fm_tensor& tensor) { return tensor.data != nullptr; }
-
-bool is_separate(const fm_layer& layer) {
-  return layer.gated != 0 && layer.gate_layout == FM_GATE_SEPARATE;
-}
-
-config::Element element_of(const fm_layer& layer) {
-  return layer.dtype == FM_BF16 ? config::Element::kBf16 : config::Element::kFp16;
-}
 
 Major major_of(const fm_tensor& weight) {
   return weight.stride[2] == 1 ? Major::kDepth : Major::kColumns;
@@ -67,23 +58,6 @@ int32_t choose_column_pairs(const plan::Problem& problem, int64_t token_cap) {
   return token_cap * problem.top_k / problem.num_experts <= kFewRows ? 4 : 2;
 }
 
-// Every warp of 132 SMs has a few units of a column block, and a unit is at most eight tokens.
-int32_t choose_combine_tokens(int64_t tokens) {
-  constexpr int64_t kUnits = 4096;
-  return static_cast<int32_t>(std::clamp<int64_t>(tokens / kUnits, 1, 8));
-}
-
-plan::Problem problem_of(const fm_layer& layer, const Operands& operands) {
-  plan::Problem problem;
-  problem.tokens = operands.x.shape[0];
-  problem.hidden = layer.hidden;
-  problem.intermediate = layer.intermediate;
-  problem.num_experts = layer.num_experts;
-  problem.top_k = layer.top_k;
-  problem.gates = layer.gated != 0 ? 2 : 1;
-  return problem;
-}
-
 // Most tokens of a rank in this launch.
 int64_t token_cap_of(const Operands& operands, const RankArguments& ranks) {
   return ranks.world == 1 ? operands.x.shape[0] : ranks.capacity.tokens;
@@ -107,7 +81,7 @@ int64_t rows_of(const fm_layer& layer, const Operands& operands, const RankArgum
 config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
                               const RankArguments& ranks, const config::Forward& config,
                               int32_t column_pairs) {
-  const plan::Problem problem = problem_of(layer, operands);
+  const plan::Problem problem = problem_of(layer, operands.x.shape[0]);
   const auto pairs = [](int64_t columns, const config::GroupedProduct& product) {
     return static_cast<int32_t>(
         plan::ceil_div(columns, product.out_columns() * config::kClusterSize));
@@ -183,10 +157,6 @@ kernel::ForwardMemory memory_of(const ForwardArguments& a, const config::Forward
           .rows = region<void>(a, table, ForwardScratch::kRows)};
 }
 
-kernel::StridedView strided(const fm_tensor& tensor) {
-  return {tensor.data, tensor.stride[0], tensor.ndim > 1 ? tensor.stride[1] : 0, tensor.dtype};
-}
-
 kernel::RouterParams router_of(const ForwardArguments& arguments,
                                const config::ForwardTable& table) {
   const fm_layer& layer = arguments.layer;
@@ -220,15 +190,6 @@ WeightOperand weight_operand(const fm_tensor& weight, int64_t columns, int64_t d
           .expert_stride = static_cast<uint64_t>(weight.stride[0]),
           .line_stride = static_cast<uint64_t>(weight.stride[is_depth ? 1 : 2]),
           .gate_order = gate_order};
-}
-
-config::Activation activation_of(const fm_layer& layer) {
-  config::Activation activation;
-  activation.kind = static_cast<fm_activation>(layer.activation);
-  activation.alpha = static_cast<float>(layer.act_alpha);
-  if (layer.act_limit > 0) activation.limit = static_cast<float>(layer.act_limit);
-  activation.up_offset = static_cast<float>(layer.up_offset);
-  return activation;
 }
 
 void set_weights(kernel::ForwardParams& params, const ForwardArguments& arguments,
@@ -277,8 +238,8 @@ void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
   params.keeps_z = present(z);
   params.z_is_interleaved = gate_order_of(layer) == GateOrder::kInterleaved && layer.gated != 0;
   if (present(z)) {
-    TensorView view = window_view(z.data, z.shape[0], z.stride[0], config::kHalfRows,
-                                  config::kStoreTokens);
+    TensorView view =
+        window_view(z.data, z.shape[0], z.stride[0], config::kHalfRows, config::kStoreTokens);
     view.sizes[0] = static_cast<uint64_t>(z.shape[1]);
     params.z_out = encode(view, config.element, "z");
   }

@@ -23,8 +23,8 @@ FM_DEVICE void st_async_16(void* destination, int4 value, uint64_t* barrier, uin
       : "memory");
 }
 
-// Stores a word at the place of `destination` in CTA `cta_rank`; a cluster barrier publishes it. Any
-// thread, sm_90.
+// Stores a word at the place of `destination` in CTA `cta_rank`; a cluster barrier publishes it.
+// Any thread, sm_90.
 FM_DEVICE void st_cluster(uint32_t* destination, uint32_t value, uint32_t cta_rank) {
   asm volatile(
       "{\n\t"

@@ -95,8 +95,8 @@ inline constexpr int32_t kCombineWarps = config::kCommWarps + config::kMathWarps
 inline constexpr int32_t kFirstCombineWarp = config::kForwardWarps - kCombineWarps;
 
 // Combines unit after unit, of the first column block to the last, until none is left. num_blocks:
-// where the number of all experts' blocks is. Whole warp; kCombineWarps of every CTA come here. True
-// in a lane of the last one.
+// where the number of all experts' blocks is. Whole warp; kCombineWarps of every CTA come here.
+// True in a lane of the last one.
 template <class Config, int kPieces, int kRows>
 FM_DEVICE bool combine(const kernel::ForwardParams& params, RankState& ranks,
                        const int32_t& num_blocks, sync::Waiter& waiter) {

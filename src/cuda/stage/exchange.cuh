@@ -194,7 +194,8 @@ FM_DEVICE void make_rank_table(const kernel::ForwardParams& params, uint32_t epo
     experts.rows[v] = rows_of_group(params, epoch, group, v - group * sizes.local_experts);
   }
   __syncthreads();
-  if (ptx::thread_idx() < 32) place_experts<config::kForwardBlockRows>(sizes.table_experts(), experts);
+  if (ptx::thread_idx() < 32)
+    place_experts<config::kForwardBlockRows>(sizes.table_experts(), experts);
   __syncthreads();
 }
 

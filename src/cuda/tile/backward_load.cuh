@@ -1,6 +1,6 @@
-// Copies of the backward's operands into stages. Products of rows (Z, dA', dX) read weights in boxes
-// of 64 x 64, either dimension contiguous, and rows in the forward's boxes; sums over rows (the
-// weights' gradients) read 64 rows of either operand, in boxes of 64 columns.
+// Copies of the backward's operands into stages. Products of rows (Z, dA', dX) read weights in
+// boxes of 64 x 64, either dimension contiguous, and rows in the forward's boxes; sums over rows
+// (the weights' gradients) read 64 rows of either operand, in boxes of 64 columns.
 #pragma once
 
 #include "cuda/kernel/backward.h"
@@ -77,8 +77,7 @@ class BackwardWeightLoad {
     const int32_t own_m = m_is_hidden ? m : m - less;
     const int32_t own_k = m_is_hidden ? depth - less : depth;
     const CUtensorMap* map = is_down ? &params_.down_weights : &params_.up_weights[is_second];
-    const int32_t at[3] = {depth_first ? own_k : own_m, depth_first ? own_m : own_k,
-                           first_};
+    const int32_t at[3] = {depth_first ? own_k : own_m, depth_first ? own_m : own_k, first_};
     ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, box, map, at, full);
   }
 

@@ -225,8 +225,8 @@ class HiddenGrad {
                          sync::Waiter& waiter) {
     for (int32_t row = thread_of_warpgroup(); row < place.num_rows(); row += config::kWarpgroup) {
       memory_.weights[row] = params.sizes.weight_on_input
-                                  ? 1.0f
-                                  : params.forward.memory.row_weight[place.row_begin() + row];
+                                 ? 1.0f
+                                 : params.forward.memory.row_weight[place.row_begin() + row];
     }
     if (!Staging::is_storer()) return;
     if (params.sizes.pre_activation_pairs > 0) {
@@ -272,8 +272,9 @@ class HiddenGrad {
 #pragma unroll 1
     for (int buffer = 0; buffer < num_buffers; ++buffer) {
       const int32_t at[2] = {z_column(params, column, buffer), row};
-      ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, (*memory_.chunks)[set][buffer],
-                                &params.z_in, at, &memory_.z_full[set]);
+      ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
+                                (*memory_.chunks)[set][buffer], &params.z_in, at,
+                                &memory_.z_full[set]);
     }
   }
 
@@ -384,8 +385,9 @@ class HiddenGrad {
       const auto& dots = memory_.dots[row_chunk % 2][half];
       sum += ((dots[0][thread] + dots[1][thread]) + dots[2][thread]) + dots[3][thread];
     }
-    params.parts[int64_t{place.weight_tile_idx()} * params.sizes.max_rows + place.row_begin() +
-                 row] = sum;
+    params
+        .parts[int64_t{place.weight_tile_idx()} * params.sizes.max_rows + place.row_begin() + row] =
+        sum;
   }
 
   HiddenGradMemory& memory_;

@@ -1,5 +1,6 @@
 // Z of an up tile: its sums with their bias, stored for the backward in the column order of w_up.
-// Loops are rolled: few kernels keep Z, and none has registers or instruction cache to spare for it.
+// Loops are rolled: few kernels keep Z, and none has registers or instruction cache to spare for
+// it.
 #pragma once
 
 #include "cuda/kernel/forward.h"
@@ -66,8 +67,7 @@ FM_DEVICE void store_pre_activation(const kernel::ForwardParams& params, const f
   // Gates of the last pair's second tile may lie past the last: their columns would be ups.
   constexpr int32_t kGates = Config::value.out_columns();
   if (kHalvesAreGates && weight_tile_idx() * kGates >= params.sizes.intermediate) return;
-  const RowBias bias =
-      load_bias<Config>(params.up_bias, tile.local_expert_idx, weight_tile_idx());
+  const RowBias bias = load_bias<Config>(params.up_bias, tile.local_expert_idx, weight_tile_idx());
 #pragma unroll 1
   for (int32_t first = 0; first < tile.num_rows; first += config::kStoreTokens) {
 #pragma unroll 1
