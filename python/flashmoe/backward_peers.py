@@ -34,6 +34,12 @@ class Trained:
         """Forward and backward: the gradients of the leaves, in their order."""
         return torch.autograd.grad(self.layer(), list(self.leaves.values()), self.grad_y)
 
+    @torch.enable_grad()
+    def backward(self):
+        """A function of no arguments that runs the backward of one forward, again and again."""
+        y, leaves = self.layer(), list(self.leaves.values())
+        return lambda: torch.autograd.grad(y, leaves, self.grad_y, retain_graph=True)
+
     def gradients(self):
         """Name -> gradient in the form of ours."""
         made = zip(self.leaves, self.step(), strict=True)

@@ -54,7 +54,7 @@ def tallies(case, call, topk_ids, made, plain):
     made: variant -> name -> gradient. plain: name -> gradient, the yardstick. topk_ids [T, k]: the
     layer's own choice.
     """
-    found = {variant: {} for variant in made}
+    found: dict[str, dict[str, Tally]] = {variant: {} for variant in made}
 
     def add(name, oracle, samples, expert_idx=None):
         part = slice(None) if expert_idx is None else slice(expert_idx, expert_idx + 1)

@@ -42,8 +42,7 @@ def planned(pattern="*"):
 
 
 def run_bench(pattern="*", *, dtype="bf16", seconds=1.0):
-    """Yields a record (a dict) for every case. seconds: of each sustained measurement, three a
-    case.
+    """Yields a record (a dict) for every case. seconds: of each sustained measurement, four a case.
 
     Raises ValueError without a GPU that the layer can use.
     """
@@ -75,6 +74,7 @@ def bench_case(case, dtype, group, seconds, ceilings):
     }
     del eager, graphs, backwards, expected  # gigabytes of gradients
     steps, eager_steps = measure_steps(trained | peers, seconds, cold)
+    alone = measure_alone(trained | peers, seconds, cold)
     us, reference_us = by_graph[OURS], by_graph[REFERENCE]
     return {
         **bench.measurement(
@@ -97,6 +97,7 @@ def bench_case(case, dtype, group, seconds, ceilings):
         "recomputed_ratio": round(reference_us / by_graph[RECOMPUTED], 4),
         "step_us": rounded(steps),
         "step_eager_us": rounded(eager_steps),
+        "backward_eager_us": rounded(alone),
         "peer_versions": bench_peers.versions(peers),
         "peers_absent": absent,
         "memory": memory,
@@ -290,6 +291,14 @@ def measure_steps(trained, seconds, cold):
     return by_graph, by_call
 
 
+def measure_alone(trained, seconds, cold):
+    """Name -> microseconds of an eager backward by itself, where one forward can have several."""
+    backwards = {name: one.backward() for name, one in trained.items()}
+    repeatable = {n: one for n, one in backwards.items() if bench.runs(one) and bench.runs(one)}
+    times, *_ = sustained(repeatable, seconds, cold)
+    return times
+
+
 # ---- what is shown ----------------------------------------------------------------------------
 
 
@@ -299,7 +308,7 @@ def table(records):
     lines = [head()] + [row(one) for one in records]
     lines.append(
         f"\n{'case':17}{'forward + backward':20}{'graph ms':>10}{'eager ms':>10}"
-        f"{'saved MiB':>11}{'peak MiB':>10}"
+        f"{'backward':>10}{'saved MiB':>11}{'peak MiB':>10}"
     )
     lines += [line for one in records for line in step_rows(one)]
     lines += [
@@ -344,6 +353,7 @@ def step_rows(one):
     return [
         f"{one['case']:17}{name:20}{milliseconds(one['step_us'].get(name))}"
         f"{milliseconds(one['step_eager_us'].get(name))}"
+        f"{milliseconds(one['backward_eager_us'].get(name))}"
         f"{memory['saved_bytes'] / 2**20:11.1f}{memory['peak_bytes'] / 2**20:10.1f}"
         for name, memory in one["memory"].items()
     ]

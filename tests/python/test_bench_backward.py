@@ -277,6 +277,7 @@ def test_a_record_says_what_was_measured(records):
     assert first["error_failures"] == {} and first["peers_absent"] == {}
     contenders = [OURS, RECOMPUTED, GROUPED, SONIC, LIGER]
     assert list(first["memory"]) == list(first["step_eager_us"]) == contenders
+    assert list(first["backward_eager_us"]) == contenders
     assert list(first["step_us"]) == contenders[:-1]  # liger-kernel reads on the host
     assert first["memory"][OURS]["scratch_bytes"] > 0
     assert first["memory"][GROUPED]["scratch_bytes"] == 0
@@ -324,6 +325,33 @@ def test_memory_is_what_is_held_between_and_at_most(monkeypatch):
     answers = iter([1000, 1128])
     memory = bench_backward.memory_of(trained, Scratch())
     assert memory == {"saved_bytes": 0, "peak_bytes": 4500, "scratch_bytes": 500}
+
+
+def test_a_backward_that_runs_once_is_not_timed_by_itself(monkeypatch):
+    x = torch.ones(4, 8, requires_grad=True)
+    once = iter([()])
+
+    class Once(backward_peers.Trained):
+        def backward(self):
+            def run():
+                try:
+                    return next(once)
+                except StopIteration:
+                    raise RuntimeError("saved tensors are gone") from None
+
+            return run
+
+    def sustained(contenders, seconds, cold):
+        return dict.fromkeys(contenders, seconds), 0, 0, ""
+
+    monkeypatch.setattr(bench_backward, "sustained", sustained)
+    layers = {
+        name: kind(lambda: x * 2, {"x": x}, torch.ones(4, 8))
+        for name, kind in ((OURS, backward_peers.Trained), (LIGER, Once))
+    }
+    assert bench_backward.measure_alone(layers, 0.5, None) == {OURS: 0.5}
+    [gradient] = layers[OURS].backward()()
+    assert torch.equal(gradient, torch.full((4, 8), 2.0))
 
 
 # ---- the command -----------------------------------------------------------------------------
