@@ -63,51 +63,32 @@ def bench_case(case, dtype, group, seconds, ceilings):
     memory |= {name: memory_of(one) for name, one in peers.items()}
 
     cold = bench_cuda.make_flush()
-    eager = {name: one.launch for name, one in backwards.items()}
-    eager[REFERENCE] = bare_products(case, calls[OURS])
-    launches = bench_cuda.launches_of(eager[OURS])
-    graphs = {name: bench_cuda.graphed(one) for name, one in eager.items()}
-    by_graph, clock, power, driver = sustained(graphs, seconds, cold)
-    short = burst(graphs, cold)
-    phases = {
-        name: bench_cuda.measure_phases(one.launch, group, cold) for name, one in backwards.items()
-    }
-    del eager, graphs, backwards, expected  # gigabytes of gradients
+    products = bare_products(case, calls[OURS])
+    times, of_launches = measure_launches(case, backwards, products, group, seconds, cold)
+    del backwards, products, expected  # gigabytes of gradients
     steps, eager_steps = measure_steps(trained | peers, seconds, cold)
     alone = measure_alone(trained | peers, seconds, cold)
-    us, reference_us = by_graph[OURS], by_graph[REFERENCE]
     return {
         **bench.measurement(
             case,
-            {OURS: us, REFERENCE: reference_us},
+            times,
             REFERENCE,
             direction="backward",
             dtype=dtype,
             quality=quality,
-            launches=launches,
+            launches=of_launches.pop("launches"),
             gpu=torch.cuda.get_device_name(),
         ),
         "part": "backward",
         "layout": case.layout,
-        **judged(case.name, reference_us / us),
-        "burst_us": round(short[OURS], 1),
-        "burst_reference_us": round(short[REFERENCE], 1),
-        "burst_ratio": round(short[REFERENCE] / short[OURS], 4),
-        "recomputed_us": round(by_graph[RECOMPUTED], 1),
-        "recomputed_ratio": round(reference_us / by_graph[RECOMPUTED], 4),
+        **of_launches,
         "step_us": rounded(steps),
         "step_eager_us": rounded(eager_steps),
         "backward_eager_us": rounded(alone),
         "peer_versions": bench_peers.versions(peers),
         "peers_absent": absent,
         "memory": memory,
-        "phases_us": phases[OURS],
-        "recomputed_phases_us": phases[RECOMPUTED],
-        "tflops": round(2 * bench_cuda.flops(case) / us / 1e6, 1),
         **ceilings,
-        "sm_clock_mhz": clock,
-        "power_w": round(power, 1),
-        "driver": driver,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
     }
@@ -249,6 +230,34 @@ def as_leaves(call, gradients):
     return {
         name: gradient.swapaxes(1, 2) if turned and name in ops.WEIGHTS else gradient
         for name, gradient in gradients.items()
+    }
+
+
+def measure_launches(case, backwards, products, group, seconds, cold):
+    """(microseconds of ours and of the reference, the fields of a record about the launches)."""
+    eager = {name: one.launch for name, one in backwards.items()} | {REFERENCE: products}
+    launches = bench_cuda.launches_of(eager[OURS])
+    graphs = {name: bench_cuda.graphed(one) for name, one in eager.items()}
+    medians, clock, power, driver = sustained(graphs, seconds, cold)
+    short = burst(graphs, cold)
+    phases = {
+        name: bench_cuda.measure_phases(eager[name], group, cold) for name in (OURS, RECOMPUTED)
+    }
+    us, reference_us = medians[OURS], medians[REFERENCE]
+    return {OURS: us, REFERENCE: reference_us}, {
+        "launches": launches,
+        **judged(case.name, reference_us / us),
+        "tflops": round(2 * bench_cuda.flops(case) / us / 1e6, 1),
+        "burst_us": round(short[OURS], 1),
+        "burst_reference_us": round(short[REFERENCE], 1),
+        "burst_ratio": round(short[REFERENCE] / short[OURS], 4),
+        "recomputed_us": round(medians[RECOMPUTED], 1),
+        "recomputed_ratio": round(reference_us / medians[RECOMPUTED], 4),
+        "phases_us": phases[OURS],
+        "recomputed_phases_us": phases[RECOMPUTED],
+        "sm_clock_mhz": clock,
+        "power_w": round(power, 1),
+        "driver": driver,
     }
 
 
