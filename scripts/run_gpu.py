@@ -247,7 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of logs and records")
     parser.add_argument("--pack", type=Path, help="folder made by scripts/pack_gpu.py")
-    parser.add_argument("--quick", action="store_true", help="about three minutes")
+    parser.add_argument("--quick", action="store_true", help="about five minutes")
     parser.add_argument(
         "--steps",
         type=lambda text: text.split(","),
