@@ -7,11 +7,13 @@ The second form runs what scripts/pack_gpu.py has built on another machine; the 
 has built here with nvcc.
 
 Steps, in this order (--steps a,b,..): `values` (the case table and more sizes), `behaviour`
-(repeats, graphs, streams, failures), `products` (the grouped product alone), `sanitize`
-(compute-sanitizer's four tools on a small case; not by default), `bench` (records, a table and a
-roofline PNG). On a machine of several GPUs, and not by default: `ranks` (values, state and faults
-of two ranks), `ranks_more` (graphs, torch.compile, other work beside them), `ranks_bench`
-(the benchmark of --ranks ranks: records, tables, PNGs of ratios, a timeline and the scaling study).
+(repeats, graphs, streams, failures), `products` (the grouped product alone), `backward` (every
+gradient of the case table and more sizes), `sanitize` (compute-sanitizer's four tools on a small
+case; not by default), `bench` (records, a table and a roofline PNG), `backward_bench` (records of
+the backward, tables and a PNG of ratios). On a machine of several GPUs, and not by default: `ranks`
+(values, state and faults of two ranks), `ranks_more` (graphs, torch.compile, other work beside
+them), `ranks_bench` (the benchmark of --ranks ranks: records, tables, PNGs of ratios, a timeline
+and the scaling study).
 --quick takes a part of each. The logs, the records and the PNGs go to --out.
 """
 
@@ -37,6 +39,9 @@ RANKS_MORE = ("ranks_graph", "ranks_load", "ranks_bench")
 QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits or way"
 QUICK_BEHAVIOUR = "100_runs or one_kernel_node or replays or wait_that or streams_in_turn"
 RANK_SECONDS = 0.4  # of a measurement of ranks_bench, which stays within its limit with it
+BACKWARD_SECONDS = 0.5  # of a measurement of backward_bench, likewise
+QUICK_BACKWARD = "test_tokens or mixtures or graph or main_grad or order"
+QUICK_BACKWARD_CASES = "qwen3-30b,mixtral,seed"
 QUICK_CASES = "qwen3-30b,mixtral,olmoe,gpt-oss-20b,qwen3-30b-t1,qwen3-30b-t64"
 
 
@@ -67,10 +72,14 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
     quick, out = arguments.quick, arguments.out
     keep_values = ["-k", QUICK_VALUES] if quick else []
     keep_behaviour = ["-k", QUICK_BEHAVIOUR] if quick else []
+    keep_backward = ["-k", QUICK_BACKWARD] if quick else []
     behaviour = test_files("layer_repeat", "layer_graph", "layer_streams", "layer_doctor")
     bench = [sys.executable, __file__, "--only-bench", "--out", str(out)]
     bench += ["--cases", arguments.cases or (QUICK_CASES if quick else "*")]
     bench += ["--seconds", str(arguments.seconds or (0.4 if quick else 1.0))]
+    backward_bench = [sys.executable, __file__, "--only-backward-bench", "--out", str(out)]
+    backward_bench += ["--cases", arguments.cases or (QUICK_BACKWARD_CASES if quick else "*")]
+    backward_bench += ["--seconds", str(arguments.seconds or BACKWARD_SECONDS)]
     ranks_bench = [sys.executable, __file__, "--only-ranks-bench", "--out", str(out)]
     ranks_bench += ["--ranks", str(arguments.ranks), "--cases", arguments.cases or "*"]
     ranks_bench += ["--seconds", str(arguments.seconds or RANK_SECONDS)] + ["--quick"] * quick
@@ -87,6 +96,13 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
         ],
         "behaviour": [Step("behaviour", [*PYTEST, *behaviour, *keep_behaviour], 240)],
         "products": [Step("products", [*PYTEST, *workers(), *test_files("grouped_product")], 240)],
+        "backward": [
+            Step(
+                "backward",
+                [*PYTEST, "--timeout", "90", *workers(), *test_files("backward"), *keep_backward],
+                120,
+            )
+        ],
         "ranks": [Step("ranks", [*PYTEST, "--durations", "10", *test_files("ranks")], 240)],
         "ranks_more": [
             Step(
@@ -100,6 +116,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
             for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
         ],
         "bench": [Step("bench", bench, 300)],
+        "backward_bench": [Step("backward_bench", backward_bench, 120)],
         "ranks_bench": [Step("ranks_bench", ranks_bench, 150 if arguments.ranks < 4 else 240)],
     }
     unknown = set(arguments.steps) - set(steps)
@@ -176,6 +193,22 @@ def bench(arguments: argparse.Namespace) -> None:
     print("\n" + bench_cuda.timeline(records))
 
 
+def backward_bench(arguments: argparse.Namespace) -> None:
+    """The benchmark of the backward by itself: records as they come, then tables and the PNG."""
+    from flashmoe import bench_backward, bench_cuda, plots
+
+    records = []
+    print(bench_backward.head(), flush=True)
+    for record in bench_backward.run_bench(arguments.cases or "*", seconds=arguments.seconds):
+        records.append(record)
+        bench_cuda.write_records([record], arguments.out)
+        print(bench_backward.row(record), flush=True)
+    if not records:
+        raise SystemExit(f"no case of the backward matches '{arguments.cases}'")
+    print(f"\n{bench_backward.table(records)}\n\n{bench_backward.timeline(records)}", flush=True)
+    plots.plot_backward(records, arguments.out / "backward.png")
+
+
 def ranks_bench(arguments: argparse.Namespace) -> None:
     """The benchmark of several ranks by itself: records as they come, then tables and PNGs."""
     from flashmoe import bench_cuda, bench_ranks, plots
@@ -214,22 +247,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of logs and records")
     parser.add_argument("--pack", type=Path, help="folder made by scripts/pack_gpu.py")
-    parser.add_argument("--quick", action="store_true", help="about three minutes")
+    parser.add_argument("--quick", action="store_true", help="about five minutes")
     parser.add_argument(
         "--steps",
         type=lambda text: text.split(","),
-        default=["values", "behaviour", "products", "bench"],
+        default=["values", "behaviour", "products", "backward", "bench", "backward_bench"],
     )
     parser.add_argument("--cases", help="of the benchmark: names or globs, comma-separated")
-    parser.add_argument("--seconds", type=float, help="of a sustained measurement, two a case")
+    parser.add_argument(
+        "--seconds", type=float, help="of a sustained measurement, two or three a case"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="of ranks_bench (default: 2)")
     parser.add_argument("--only-bench", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only-backward-bench", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only-ranks-bench", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only_bench:
         bench(arguments)
+        return 0
+    if arguments.only_backward_bench:
+        backward_bench(arguments)
         return 0
     if arguments.only_ranks_bench:
         ranks_bench(arguments)

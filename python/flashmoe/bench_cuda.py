@@ -74,12 +74,17 @@ def run_bench(pattern="*", *, dtype="bf16", seconds=1.0):
 
     Raises ValueError without a GPU that the layer can use.
     """
+    return each_case(planned(pattern), bench_case, dtype, seconds)
+
+
+def each_case(cases, measure, dtype, seconds):
+    """Yields measure(case, dtype, group, seconds, ceilings) of every case, on one group."""
     check_device()
     ceilings = measure_ceilings()
     [group] = local_group(1)
     try:
-        for case in planned(pattern):
-            yield bench_case(case, dtype, group, seconds, ceilings)
+        for case in cases:
+            yield measure(case, dtype, group, seconds, ceilings)
             torch.cuda.empty_cache()
     finally:
         group.close()
@@ -100,7 +105,7 @@ def bench_case(case, dtype, group, seconds, ceilings):
     by_graph, clock, power, driver = sustained(graphs, seconds, cold)
     by_call, *_ = sustained(eager, seconds, cold)
     short = burst(graphs, cold)
-    phases = measure_phases(call, group, cold)
+    phases = measure_phases(eager[OURS], group, cold)
     experts_hit = quality["experts_hit"]
     floor = floor_us(case, experts_hit, ceilings)
     us = by_graph[OURS]
@@ -283,13 +288,13 @@ def reference_layer(case, call, topk_ids, dtype):
     return y
 
 
-def measure_phases(call, group, cold):
-    """Phase -> microseconds of one eager call with a cold cache, by the kernel's own clock.
+def measure_phases(launch, group, cold):
+    """Phase -> microseconds of one eager launch with a cold cache, by the kernel's own clock.
 
     Of the launch's first cluster: when it went on. Raises what a launch has reported.
     """
     cold()
-    call_layer(call)
+    launch()
     seconds = group.stats()["phase_seconds"]
     return {name: round(one * 1e6, 1) for name, one in zip(PHASES, seconds, strict=True) if one}
 

@@ -34,13 +34,21 @@ def find(case, call, y):
 
     y [T, H]: what ours gives for this call.
     """
+    return admitted(case, call, MAKERS, lambda contender: disagreement(contender(), y))
+
+
+def admitted(case, call, makers, judge):
+    """(name -> what `makers` make for a call, name -> why it is not there) of all peers.
+
+    judge(made): why it does not count, "" if it does.
+    """
     contenders, absent = {}, {}
-    for name, make in MAKERS.items():
+    for name, make in makers.items():
         reason = reason_against(name, case, call)
         if not reason:
             try:
                 contender = make(case, call)
-                reason = disagreement(contender(), y)
+                reason = judge(contender)
             except ImportError as error:
                 reason = f"{NOT_INSTALLED}: {PACKAGES.get(name, name)} ({error})"
             except Exception as error:  # what another project raises is unknown; it is shown
@@ -55,7 +63,8 @@ def find(case, call, y):
 def reason_against(name, case, call):
     """Why a peer has not the layer of a case; "" if it has."""
     plain = not (case.bias or case.router_bias or case.selection_bias)
-    if not plain or LAYOUTS[case.layout][0] != "concatenated" or call.options["transposed"]:
+    turned = call.options["transposed"] and name != GROUPED
+    if not plain or LAYOUTS[case.layout][0] != "concatenated" or turned:
         return "takes neither biases nor this order of the weights"
     if call.x.dtype != torch.bfloat16:
         return "is measured in bf16"
@@ -98,12 +107,12 @@ def route(case, x, w_router):
 def grouped_layer(case, call):
     """A layer around torch's grouped product, as a model file writes it: rows sorted by expert."""
     grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    up, down = as_matrices(call, "w_up"), as_matrices(call, "w_down")
     x, w_router = call.x, call.routing["w_router"]
     every_slot = torch.arange(x.shape[0] * case.top_k, device=x.device)
     every_expert = torch.arange(case.experts, device=x.device)
 
     def layer():
+        up, down = as_matrices(call, "w_up"), as_matrices(call, "w_down")
         weights, ids = route(case, x, w_router)
         sorted_ids, slots = ids.flatten().sort(stable=True)
         ends = torch.searchsorted(sorted_ids, every_expert, right=True).to(torch.int32)
@@ -119,32 +128,43 @@ def grouped_layer(case, call):
     return layer
 
 
+def interleaved_rows(w_up):
+    """Gate rows, then up rows [E, 2 * I, H] as SonicMoE likes them: gate row first, in turn."""
+    gate, up = w_up.chunk(2, dim=1)
+    return torch.stack((gate, up), dim=2).flatten(1, 2)
+
+
 def sonic_layer(case, call):
-    """SonicMoE's layer: with its own router where that is a softmax, else with PyTorch's."""
+    """SonicMoE's layer for inference."""
+    return sonic_layer_of(case, call, interleaved_rows(call.weights["w_up"]), inference=True)
+
+
+def sonic_layer_of(case, call, w_up, inference):
+    """SonicMoE's layer: with its own router where that is a softmax, else with PyTorch's. w_up: as
+    of `interleaved_rows`."""
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_general_routing_inputs, moe_TC_softmax_topk_layer
 
-    x, w_router = call.x, call.routing["w_router"]
-    gate, up = call.weights["w_up"].chunk(2, dim=1)
-    interleaved = torch.stack((gate, up), dim=2).flatten(1, 2)  # [E, 2 * I, H], gate row first
-    experts = {"w1": interleaved.permute(1, 2, 0), "b1": None}
-    experts |= {"w2": call.weights["w_down"].permute(1, 2, 0), "b2": None}
+    x, w_router, w_down = call.x, call.routing["w_router"], call.weights["w_down"]
     score, renormalize = case.routing.score, case.routing.renormalize
     tokens = torch.arange(len(x), device=x.device, dtype=torch.int32)
     of_slots = tokens.repeat_interleave(case.top_k)
 
     def shared():
         return {
+            "w1": w_up.permute(1, 2, 0),
+            "b1": None,
+            "w2": w_down.permute(1, 2, 0),
+            "b2": None,
             "stream_id": torch.cuda.current_stream().cuda_stream if x.is_cuda else 0,
             "activation_type": ActivationType.SWIGLU,
-            "is_inference_mode_enabled": True,
+            "is_inference_mode_enabled": inference,
         }
 
     def with_its_router():
         y, *_ = moe_TC_softmax_topk_layer(
             x,
             w_router,
-            **experts,
             K=case.top_k,
             # softmax over all, renormalised over the chosen, is the softmax over the chosen
             is_softmax_over_topk=score == "topk_softmax" or renormalize,
@@ -160,7 +180,6 @@ def sonic_layer(case, call):
             weights.flatten(),
             of_slots,
             ids.flatten().to(torch.int32),
-            **experts,
             E=case.experts,
             **shared(),
         )

@@ -291,8 +291,12 @@ def measure_timeline(call, seat):
     """Of each rank phase -> microseconds, by its kernel's own clock: the eager call, of a few, with
     the median time. Raises what a launch has reported."""
     runs = []
+
+    def launch():
+        call_layer(call)
+
     for _ in range(PHASE_RUNS):
-        runs.append(bench_cuda.measure_phases(call, seat.group, seat.timer.prepare))
+        runs.append(bench_cuda.measure_phases(launch, seat.group, seat.timer.prepare))
     launches = list(zip(*seat.everyone(runs), strict=True))
     launches.sort(key=lambda ranks: max(map(launch_us, ranks)))
     return list(launches[len(launches) // 2])

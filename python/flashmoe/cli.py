@@ -130,6 +130,13 @@ def add_bench(commands):
         "--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 and bf16; on cuda, bf16"
     )
     bench.add_argument(
+        "--direction",
+        default="forward",
+        choices=("forward", "backward"),
+        help="on cuda: the backward of one GPU, with its gradients' error, the memory it needs and "
+        "forward + backward beside other layers (default: forward; on cpu both are timed)",
+    )
+    bench.add_argument(
         "--seconds",
         type=float,
         metavar="S",
@@ -276,6 +283,12 @@ def command_bench(arguments):
     """`flashmoe bench`."""
     from . import bench, report
 
+    if arguments.direction == "backward":
+        for option in ("explain", "ranks"):
+            if getattr(arguments, option):
+                raise ValueError(f"--direction is backward; accepted without --{option}")
+        if arguments.device == "cpu":
+            raise ValueError("--direction is backward with device cpu; accepted: --device cuda")
     if arguments.explain:
         return explain_bench(arguments)
     if arguments.study and arguments.ranks is None:
@@ -314,20 +327,23 @@ def command_bench(arguments):
 
 def command_bench_cuda(arguments):
     """`flashmoe bench --device cuda`."""
-    from . import bench_cuda, plots
+    from . import bench_backward, bench_cuda, plots
 
+    is_backward = arguments.direction == "backward"
+    bench = bench_backward if is_backward else bench_cuda
     bench_cuda.check_device()
-    chosen = bench_cuda.planned(arguments.case)
+    chosen = bench.planned(arguments.case)
     if not chosen:
-        raise ValueError(f"no GPU case matches {arguments.case!r}")
+        raise ValueError(f"no GPU case of the {arguments.direction} matches {arguments.case!r}")
     if arguments.timeline not in (None, True):
         raise ValueError(f"--timeline is {arguments.timeline!r}; accepted: a file with --ranks")
     options = {"dtype": arguments.dtype or "bf16", "seconds": arguments.seconds or 1.0}
-    made = bench_cuda.run_bench(arguments.case, **options)
+    made = bench.run_bench(arguments.case, **options)
     records = collected(arguments, made, len(chosen))
-    show_gpu_bench(arguments, bench_cuda, records)
+    show_gpu_bench(arguments, bench, records)
     if arguments.plot:
-        plots.plot_roofline(records, arguments.plot)
+        draw = plots.plot_backward if is_backward else plots.plot_roofline
+        draw(records, arguments.plot)
     return 0
 
 

@@ -75,6 +75,42 @@ def plot_roofline(records, path):
     pyplot.close(figure)
 
 
+# ---- the backward -----------------------------------------------------------------------------
+
+
+def plot_backward(records, path):
+    """A PNG: cuBLAS's time of the four products over ours, with floor and goal."""
+    pyplot = canvas()
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.6 * len(records)), layout="constrained")
+    places = range(len(records))
+    for name, what, offset in (
+        ("Z kept", "ratio", 0.2),
+        ("Z computed again", "recomputed_ratio", -0.2),
+    ):
+        axes.barh(
+            [place - offset for place in places], [one[what] for one in records], 0.4, label=name
+        )
+    plot_bounds(axes, records, lambda one, what: one[what])
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    names = [f"{one['case']}\n{one['us']:.0f} us" for one in records]
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of cuBLAS's four bare products over the whole backward")
+    axes.set_title(source_line(records), fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_bounds(axes, records, bound):
+    """Floor and goal of records that have them, as strokes across their bars."""
+    for what, colour in (("floor", "tab:red"), ("goal", "tab:green")):
+        for place, one in enumerate(records):
+            if one[what] is not None:
+                axes.plot([bound(one, what)] * 2, [place - 0.4, place + 0.4], color=colour)
+        axes.plot([], [], color=colour, label=what)
+
+
 # ---- several ranks ----------------------------------------------------------------------------
 
 
@@ -84,11 +120,7 @@ def plot_ranks(records, path):
     figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.5 * len(records)), layout="constrained")
     places = range(len(records))
     axes.barh(places, [one["over_one_gpu"] for one in records], 0.6, color="tab:blue")
-    for what, colour in (("floor", "tab:red"), ("goal", "tab:green")):
-        for place, one in zip(places, records, strict=True):
-            if one[what] is not None:
-                axes.plot([bound_of(one, what)] * 2, [place - 0.4, place + 0.4], color=colour)
-        axes.plot([], [], color=colour, label=what)
+    plot_bounds(axes, records, bound_of)
     axes.axvline(1.0, color="black", linewidth=0.8)
     names = [f"{one['case']}, {one['ranks']} ranks\n{one['us']:.0f} us" for one in records]
     axes.set_yticks(places, names, fontsize=8)

@@ -1,5 +1,6 @@
-"""A GPU that is not there: what `flashmoe bench --ranks` asks of torch, NVML and the CUDA runtime
-on one, answered from the CPU, so that every line of it runs. Times are the host's."""
+"""A GPU that is not there: what `flashmoe bench --ranks` and `--direction backward` ask of torch,
+NVML and the CUDA runtime on one, answered from the CPU, so that every line of them runs. Times are
+the host's; memory is 1000 bytes more at each question."""
 
 from __future__ import annotations
 
@@ -67,6 +68,17 @@ class Graph:
         return 1
 
 
+class Memory:
+    """The count of bytes in use, 1000 more at each question."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def allocated(self):
+        self.asked += 1
+        return 1000 * self.asked
+
+
 @contextmanager
 def capture(graph, capture_error_mode):
     assert capture_error_mode == "thread_local"
@@ -101,6 +113,7 @@ def runtime():
 
 def install():
     """In a process of its own, for good."""
+    memory = Memory()
     fakes = {
         "Event": Event,
         "Stream": Stream,
@@ -110,6 +123,9 @@ def install():
         "current_stream": Stream,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
+        "memory_allocated": memory.allocated,
+        "max_memory_allocated": memory.allocated,
+        "reset_peak_memory_stats": lambda: None,
         "current_device": lambda: 0,
         "get_device_name": lambda: "NVIDIA H200",
         "get_device_properties": lambda: types.SimpleNamespace(L2_cache_size=1 << 16),

@@ -288,7 +288,7 @@ def test_bench_explains_a_case_on_several_ranks(capsys, monkeypatch):
         (["check", "--case", "nothing/like-it"], "no case matches 'nothing/like-it'"),
         (["bench", "--case", "nothing/like-it"], "no speed case matches"),
         (["bench", "--device", "cuda"], "torch sees no CUDA device"),
-        (["bench", "--ranks", "2"], "--ranks is given without --explain"),
+        (["bench", "--ranks", "2"], "--ranks is given with device cpu"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_code_2(capsys, arguments, mentions):

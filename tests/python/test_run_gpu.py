@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["values", "behaviour", "products", "ranks", "ranks_more", "sanitize", "bench",
-         "ranks_bench"]  # fmt: skip
+STEPS = ["values", "behaviour", "products", "backward", "ranks", "ranks_more", "sanitize", "bench",
+         "backward_bench", "ranks_bench"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,7 @@ def test_every_gpu_test_belongs_to_a_step(quick, script):
     there = {f"tests/cuda/{path.name}" for path in (ROOT / "tests" / "cuda").glob("test_*.py")}
     assert named == there
     assert all(0 < step.limit_s <= 300 for step in steps)
+    assert all(step.limit_s <= 120 for step in steps if step.name.startswith("backward"))
 
 
 def test_an_unknown_step_is_named(script):
@@ -90,3 +91,31 @@ def test_the_benchmark_of_ranks_draws_what_it_measured(script, monkeypatch, tmp_
     assert "table" in capsys.readouterr().out
     script.ranks_bench(arguments(out=tmp_path, seconds=0.5, quick=True))
     assert len(drawn) == 5
+
+
+def test_the_benchmark_of_the_backward_draws_what_it_measured(
+    script, monkeypatch, tmp_path, capsys
+):
+    from flashmoe import bench_backward, plots
+
+    asked = []
+
+    def run_bench(pattern, seconds):
+        asked.append((pattern, seconds))
+        record = {"case": "seed", "gpu": "NVIDIA H200", "part": "backward"}
+        return iter([record] * (pattern != "nothing"))
+
+    monkeypatch.setattr(bench_backward, "run_bench", run_bench)
+    for shown in ("row", "table", "timeline"):
+        monkeypatch.setattr(bench_backward, shown, lambda one, name=shown: name)
+    monkeypatch.setattr(plots, "plot_backward", lambda one, path: asked.append(path.name))
+    monkeypatch.chdir(tmp_path)
+    command = ["run_gpu.py", "--only-backward-bench", "--out", str(tmp_path), "--seconds", "0.5"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert script.main() == 0
+    assert asked == [("*", 0.5), "backward.png"]
+    assert len((tmp_path / "h200-backward.jsonl").read_text().splitlines()) == 1
+    assert "timeline" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--cases", "nothing"])
+    with pytest.raises(SystemExit, match="no case of the backward matches 'nothing'"):
+        script.main()
