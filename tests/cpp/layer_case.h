@@ -268,7 +268,7 @@ class LayerCase {
       choose_ids(rng, r.in["topk_ids"] = Buffer(options.id_dtype, slots));
     }
     if (options.save_z) {
-      const int64_t bound = tokens * layer.top_k + 8 * (layer.num_experts + 1);
+      const int64_t bound = tokens * layer.top_k + 16 * (layer.num_experts + 1);
       r.out["z"] = Buffer(layer.dtype, {bound, gates() * layer.intermediate});
     }
   }
