@@ -1,16 +1,18 @@
 """Every element of every gradient of a 16-bit layer, against fp64 within a bound of its own.
 
 What rounding may do to an element depends on what it is the sum of, so it is measured: the layer is
-computed in fp64 several times, each time with every operand element moved up or down by the most
-that one rounding to the dtype moves it (eps / 2). The root mean square of what that does to an
-element is its deviation. Each number that the engine stores on its way (the pre-activations, the
-activations, their gradients, the rows of dX) is rounded once, which the element feels as it feels
-an operand's rounding. Accepted is an error of at most
+computed in fp64 SAMPLES times, each time with every operand element moved up or down by eps, twice
+the most that one rounding to the dtype moves it. Each number that the engine stores on its way (the
+pre-activations, the activations, their gradients, the rows of dX) is rounded once, which the
+element feels as it feels an operand's rounding. Accepted is an error of at most the sum of
 
-    DEVIATIONS * deviation + eps / 2 * |element| + FLOOR * largest element of the tensor
+    twice the root mean square of what the moves do to the element, or the largest where that is
+        more: a ReLU or a clamp that rounding can switch is switched in some of the samples
+    eps / 2 * |element|, the rounding of the result
+    FLOOR * largest element of the tensor, what is left of sums in fp32 that cancel (at most 2^8
+        terms, 2^-24 each)
 
-the terms being that, the rounding of the result, and what is left of sums in fp32 that cancel (at
-most 2^8 terms, 2^-24 each). A term that is wrong or missing is a multiple of it.
+A term that is wrong or missing is a multiple of it.
 
 The experts are those that the engine chose, after a check that rounding allows its choice.
 """
@@ -32,7 +34,6 @@ from gradcheck_layers import Ranks, joined, layers_of, merged, worst
 
 DTYPES = ("bf16", "fp16")
 SAMPLES = 16
-DEVIATIONS = 4.0
 FLOOR = 2.0**-16
 # CUDA takes multiples of 64. Few tokens, so that a single row counts in every sum.
 SIZES = {"hidden": 64, "intermediate": 128}
@@ -105,20 +106,23 @@ def bounds(
     case: Case, operands: Operands, ids: list[torch.Tensor], exact: Gradients, dtype: str
 ) -> dict[str, torch.Tensor]:
     """What is accepted of each element of each gradient."""
-    unit = torch.finfo(TORCH_DTYPES[dtype]).eps / 2
+    eps = torch.finfo(TORCH_DTYPES[dtype]).eps
     generator = torch.Generator().manual_seed(0)
     whole = {name: joined(parts) for name, parts in exact.items()}
     squares = {name: torch.zeros_like(gradient) for name, gradient in whole.items()}
+    peaks = {name: torch.zeros_like(gradient) for name, gradient in whole.items()}
     for _ in range(SAMPLES):
-        sample = exact_gradients(case, moved(operands, unit, generator), ids)
+        sample = exact_gradients(case, moved(operands, eps, generator), ids)
         for name, parts in sample.items():
-            squares[name] += (joined(parts) - whole[name]).square()
+            change = (joined(parts) - whole[name]).abs()
+            squares[name] += change.square()
+            peaks[name] = peaks[name].maximum(change)
     accepted = {}
     for name, gradient in whole.items():
         size = gradient.abs()
         largest = size.max() if size.numel() else 0.0
-        deviation = (squares[name] / SAMPLES).sqrt()
-        accepted[name] = DEVIATIONS * deviation + unit * size + FLOOR * largest
+        felt = (2 * (squares[name] / SAMPLES).sqrt()).maximum(peaks[name])
+        accepted[name] = felt + eps / 2 * size + FLOOR * largest
     return accepted
 
 
