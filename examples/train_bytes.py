@@ -141,7 +141,7 @@ class Rank:
     world: int = 1
     group: flashmoe.Group | None = None
     exchange: Exchange = field(default_factory=lambda: Exchange(1))
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.exchange.sum(self.rank, tensor)
@@ -316,9 +316,9 @@ def train_rank(
     return losses, all_counts
 
 
-def device_of(rank: int, device: str) -> torch.device:
+def device_of(rank: int, device: str) -> str:
     """Where a rank is: on CUDA each has a GPU."""
-    return torch.device(device, rank if device == "cuda" else None)
+    return f"cuda:{rank}" if device == "cuda" else device
 
 
 def train(

@@ -6,8 +6,8 @@ the most that one rounding to the dtype moves it. Each number that the engine st
 pre-activations, the activations, their gradients, the rows of dX) is rounded once, which the
 element feels as it feels an operand's rounding. Accepted is an error of at most the sum of
 
-    twice the root mean square of what the moves do to the element, or the largest where that is
-        more: a ReLU or a clamp that rounding can switch is switched in some of the samples
+    twice the most that any of the moves does to the element: a ReLU or a clamp that rounding can
+        switch is switched in some of the samples, but the engine may switch others with it
     eps / 2 * |element|, the rounding of the result
     FLOOR * largest element of the tensor, what is left of sums in fp32 that cancel (at most 2^8
         terms, 2^-24 each)
@@ -33,7 +33,7 @@ from flashmoe.inputs import Operands, make_operands, on_device
 from gradcheck_layers import Ranks, joined, layers_of, merged, worst
 
 DTYPES = ("bf16", "fp16")
-SAMPLES = 16
+SAMPLES = 32
 FLOOR = 2.0**-16
 # CUDA takes multiples of 64. Few tokens, so that a single row counts in every sum.
 SIZES = {"hidden": 64, "intermediate": 128}
@@ -109,20 +109,17 @@ def bounds(
     eps = torch.finfo(TORCH_DTYPES[dtype]).eps
     generator = torch.Generator().manual_seed(0)
     whole = {name: joined(parts) for name, parts in exact.items()}
-    squares = {name: torch.zeros_like(gradient) for name, gradient in whole.items()}
     peaks = {name: torch.zeros_like(gradient) for name, gradient in whole.items()}
     for _ in range(SAMPLES):
         sample = exact_gradients(case, moved(operands, eps, generator), ids)
         for name, parts in sample.items():
             change = (joined(parts) - whole[name]).abs()
-            squares[name] += change.square()
             peaks[name] = peaks[name].maximum(change)
     accepted = {}
     for name, gradient in whole.items():
         size = gradient.abs()
         largest = size.max() if size.numel() else 0.0
-        felt = (2 * (squares[name] / SAMPLES).sqrt()).maximum(peaks[name])
-        accepted[name] = felt + eps / 2 * size + FLOOR * largest
+        accepted[name] = 2 * peaks[name] + eps / 2 * size + FLOOR * largest
     return accepted
 
 
