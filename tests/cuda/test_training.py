@@ -505,10 +505,11 @@ def test_hundred_training_steps_have_the_same_bits(group):
         layer = make_moe(group)
         for weight in (layer.w_up, layer.w_down):
             weight.main_grad = torch.zeros(weight.shape, device="cuda")
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
         for index in range(100):
             optimizer.zero_grad()
-            (loss_of(layer(batch(index % 7))) / 1000).backward()
+            x = batch(index % 7)
+            (loss_of(layer(x)) / x.numel()).backward()
             for weight in (layer.w_up, layer.w_down):
                 weight.grad = weight.main_grad.to(weight.dtype)
                 weight.main_grad.zero_()
@@ -517,6 +518,8 @@ def test_hundred_training_steps_have_the_same_bits(group):
 
     first = trained()
     assert all(parameter.isfinite().all() for parameter in first)
+    starts = make_moe().parameters()
+    assert not any(same_bits([one], [start]) for one, start in zip(first, starts, strict=True))
     assert same_bits(trained(), first)
     finish(group)
 
