@@ -129,8 +129,8 @@ TENSORS = ("x", "topk_weights", "w_up", "w_down", "b_up", "b_down")
 
 @pytest.mark.parametrize("tensor", TENSORS)
 def test_one_wrong_element_of_a_rounded_gradient_is_found(monkeypatch, tensor):
-    """An ordinary element, off by a fifth of the typical one, as where one of twenty rows is missing;
-    NaN is found too."""
+    """An ordinary element, off by a fifth of the typical one, as where one of twenty rows
+    is missing; NaN is found too."""
     right = passes.run_rank
     for wrong_value in (lambda typical: 0.2 * typical, lambda typical: float("nan")):
 
