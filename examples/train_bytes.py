@@ -1,7 +1,7 @@
 """Trains a byte-level mixture-of-experts transformer on the source text of the standard library.
 
-    python examples/train_bytes.py [--steps N] [--small] [--dtype float32|float64]
-                                   [--ranks N ...] [--out FILE.png] [--json]
+    python examples/train_bytes.py [--steps N] [--small] [--dtype float32|float64|bfloat16]
+                                   [--device cuda] [--ranks N ...] [--out FILE.png] [--json]
 
 The same model is trained with a plain PyTorch MoE layer and with flashmoe on 1, 2 and 4
 expert-parallel ranks (threads of this process). Each rank holds E / W experts and B / W sequences
@@ -10,6 +10,8 @@ start from the same parameters and read the same bytes, so their losses differ b
 stays in the last bit of fp32 until one rounding turns the choice of an expert for one token, from
 where the runs part slowly: the table says how large the difference is after 10, 30, 100, ... steps.
 With --dtype float64 no choice turns, and they stay together to the end (figures: README.md).
+With bfloat16, which is the default on CUDA, the experts compute in it; their parameters and all
+else are fp32. On CUDA there is one rank unless --ranks says otherwise, and each has a GPU.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import flashmoe
 import torch
@@ -124,7 +128,7 @@ class Exchange:
             return tensor
         self.given[rank] = tensor
         self.barrier.wait()
-        total = torch.stack(self.given).sum(0)
+        total = torch.stack([part.to(tensor.device) for part in self.given]).sum(0)
         self.barrier.wait()
         return total
 
@@ -137,6 +141,7 @@ class Rank:
     world: int = 1
     group: flashmoe.Group | None = None
     exchange: Exchange = field(default_factory=lambda: Exchange(1))
+    device: str = "cpu"
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.exchange.sum(self.rank, tensor)
@@ -158,6 +163,22 @@ class PlainMoE(flashmoe.MoE):
             routing=self.routing,
         )
         return (y.view_as(x), routing) if return_routing else y.view_as(x)
+
+
+class NarrowMoE(nn.Module):
+    """A layer whose rows and experts are bf16; its parameters stay fp32, for the optimizer."""
+
+    def __init__(self, moe: Callable[..., flashmoe.MoE], *sizes: int, **options: Any) -> None:
+        super().__init__()
+        self.layer = moe(*sizes, **options)
+
+    def forward(
+        self, x: torch.Tensor, return_routing: bool
+    ) -> tuple[torch.Tensor, flashmoe.RoutingResult]:
+        experts = {name: getattr(self.layer, name).bfloat16() for name in EXPERT_PARAMETERS}
+        arguments = (x.bfloat16(), return_routing)
+        y, routing = torch.func.functional_call(self.layer, experts, arguments)
+        return y.to(x.dtype), routing
 
 
 class Block(nn.Module):
@@ -211,10 +232,12 @@ def make_model(
     sizes: Sizes, moe: Callable[..., flashmoe.MoE], place: Rank, dtype: torch.dtype
 ) -> ByteModel:
     """The model of one rank: the same parameters on any number of ranks, experts cut in shares."""
+    if dtype == torch.bfloat16:
+        moe, dtype = partial(NarrowMoE, moe), torch.float32
     torch.manual_seed(SEED)
     whole = ByteModel(sizes, moe, None).to(dtype)
     if place.world == 1:
-        return whole
+        return whole.to(place.device)
     model = ByteModel(sizes, moe, place.group).to(dtype)
     share = sizes.experts // place.world
     mine = slice(place.rank * share, (place.rank + 1) * share)
@@ -223,7 +246,7 @@ def make_model(
         for name, value in whole.state_dict().items()
     }
     model.load_state_dict(values)
-    return model
+    return model.to(place.device)
 
 
 # ---- training ---------------------------------------------------------------------------------
@@ -277,7 +300,7 @@ def train_rank(
     share = sizes.batch // place.world
     losses, all_counts = [], []
     for batch in batches:
-        mine = batch[place.rank * share : (place.rank + 1) * share]
+        mine = batch[place.rank * share : (place.rank + 1) * share].to(place.device)
         logits, routings = model(mine[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten(), reduction="sum")
         loss = loss / sizes.tokens
@@ -293,6 +316,11 @@ def train_rank(
     return losses, all_counts
 
 
+def device_of(rank: int, device: str) -> str:
+    """Where a rank is: on CUDA each has a GPU."""
+    return f"cuda:{rank}" if device == "cuda" else device
+
+
 def train(
     name: str,
     ranks: int,
@@ -301,12 +329,16 @@ def train(
     dtype: torch.dtype,
     moe: Callable[..., flashmoe.MoE] = flashmoe.MoE,
     loop: Callable[..., tuple[list[float], list[list[int]]]] = train_rank,
+    device: str = "cpu",
 ) -> Curve:
     """One run: `ranks` 0 is the plain layer, else `moe` on so many ranks, each running `loop`."""
     moe, world = (moe, ranks) if ranks else (PlainMoE, 1)
-    groups = flashmoe.local_group(world) if world > 1 else [None]
-    exchange = Exchange(world)
-    places = [Rank(rank, world, groups[rank], exchange) for rank in range(world)]
+    groups, exchange = [None], Exchange(world)
+    if world > 1:
+        groups = flashmoe.local_group(world, device=None if device == "cpu" else device)
+    places = [
+        Rank(rank, world, groups[rank], exchange, device_of(rank, device)) for rank in range(world)
+    ]
     models = [make_model(sizes, moe, place, dtype) for place in places]
     done = itertools.count(1)
     show = sys.stderr.isatty()
@@ -497,13 +529,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Trains a small MoE model on Python source.")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--small", action="store_true", help="a model for a few seconds")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float64", "bfloat16"),
+        help="default: float32, on CUDA bfloat16",
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 2 4, on CUDA 1")
     parser.add_argument("--out", type=Path, default=Path("train_bytes.png"), help="the picture")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    on_cuda = options.device == "cuda"
+    dtype = options.dtype or ("bfloat16" if on_cuda else "float32")
+    if on_cuda and dtype != "bfloat16":
+        parser.error(f"--dtype {dtype}: accepted with --device cuda is bfloat16")
     sizes = SMALL if options.small else LARGE
-    for ranks in options.ranks:
+    if on_cuda and options.small:
+        sizes = replace(sizes, width=64, inner=64)  # CUDA takes multiples of 64
+    all_ranks = options.ranks or ([1] if on_cuda else [1, 2, 4])
+    for ranks in all_ranks:
         if ranks < 1 or sizes.experts % ranks or sizes.batch % ranks:
             parser.error(f"--ranks {ranks}: accepted are divisors of {sizes.experts}")
     if options.steps < 1:
@@ -512,11 +556,16 @@ def main() -> int:
     text = read_text(sizes.text_bytes)
     entropy = unigram_entropy(text)
     batches = windows(text, sizes, options.steps)
-    dtype = getattr(torch, options.dtype)
-    curves = [train("plain PyTorch", 0, batches, sizes, dtype)]
-    for ranks in options.ranks:
-        name = f"flashmoe, {ranks} rank{'s' if ranks > 1 else ''}"
-        curves.append(train(name, ranks, batches, sizes, dtype))
+    run = partial(
+        train,
+        batches=batches,
+        sizes=sizes,
+        dtype=getattr(torch, dtype),
+        device=options.device,
+    )
+    curves = [run("plain PyTorch", 0)]
+    for ranks in all_ranks:
+        curves.append(run(f"flashmoe, {ranks} rank{'s' if ranks > 1 else ''}", ranks))
     result = summary(curves, entropy, sizes, len(text))
     draw(curves, entropy, options.out)
     if options.json:

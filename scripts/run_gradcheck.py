@@ -1,11 +1,13 @@
-"""Checks every element of every gradient of the layer, in fp64.
+"""Checks every element of every gradient of the layer.
 
-    python scripts/run_gradcheck.py [--ranks N ...] [--quick] [--json]
-    torchrun --nproc_per_node N scripts/run_gradcheck.py [--quick] [--json]
-    mpirun -np N python -u scripts/run_gradcheck.py [--quick] [--json]
+    python scripts/run_gradcheck.py [--device cuda] [--ranks N ...] [--quick] [--json]
+    torchrun --nproc_per_node N scripts/run_gradcheck.py [--device cuda] [--quick] [--json]
+    mpirun -np N python -u scripts/run_gradcheck.py [--device cuda] [--quick] [--json]
 
-Without a launcher the ranks are threads, 1, 2 and 3 of them unless --ranks says otherwise; under
-torchrun, mpirun or srun they are its processes. Each layer is checked in three ways:
+Without a launcher the ranks are threads, 1, 2 and 3 of them (on CUDA 1) unless --ranks says
+otherwise; under torchrun, mpirun or srun they are its processes. On CUDA, and on the CPU with
+--dtype bf16 fp16, each element is held against fp64 within a bound that follows from the dtype
+(gradcheck_rounded.py). In fp64, which only the CPU takes, each layer is checked in three ways:
 
 reference    each element against an independent fp64 PyTorch layer (flashmoe.reference), which sums
              in another order; accepted up to 2^-26 of the tensor's largest element: half of the
@@ -32,121 +34,16 @@ from itertools import product
 from typing import Any
 
 import flashmoe
+import gradcheck_rounded
 import torch
 from flashmoe import launch, passes, reference
 from flashmoe.cases import Case
-from flashmoe.inputs import LAYOUTS, Operands, make_operands
+from flashmoe.inputs import Operands, make_operands
+from gradcheck_layers import SHARED, Ranks, joined, layers_of, merged, worst
 
 REFERENCE_BAR = 2.0**-26
 # The defaults of torch.autograd.gradcheck.
 STEP, ABSOLUTE, RELATIVE = 1e-6, 1e-5, 1e-3
-
-ROUTINGS = {
-    "softmax": {"routing": flashmoe.Routing()},
-    "softmax_raw": {"routing": flashmoe.Routing(renormalize=False, scale=2.5)},
-    "softmax_groups": {
-        "routing": flashmoe.Routing(num_groups=2, top_groups=1, group_top=1),
-        "selection_bias": True,
-    },
-    "topk_softmax": {"routing": flashmoe.Routing(score="topk_softmax", scale=0.7)},
-    "sigmoid": {"routing": flashmoe.Routing(score="sigmoid"), "selection_bias": True},
-    "sigmoid_raw": {"routing": flashmoe.Routing(score="sigmoid", renormalize=False)},
-    "sigmoid_groups": {
-        "routing": flashmoe.Routing(score="sigmoid", num_groups=2, top_groups=1, scale=2.5),
-        "selection_bias": True,
-    },
-    "sqrt_softplus": {"routing": flashmoe.Routing(score="sqrt_softplus", scale=1.5)},
-    "sqrt_softplus_raw": {
-        "routing": flashmoe.Routing(score="sqrt_softplus", renormalize=False),
-        "selection_bias": True,
-    },
-}
-
-# The limits are low enough to bite: some values are clamped in every layer.
-ACTIVATIONS = {
-    **flashmoe.config.ACTIVATIONS,
-    "gpt_oss": flashmoe.Activation("silu", alpha=1.702, limit=0.6, up_offset=1.0),
-}
-GATED_LAYOUTS = tuple(LAYOUTS)
-PLAIN_LAYOUTS = ("concatenated", "transposed", "strided", "transposed_view")
-IDS = ("uniform", "sentinels", "duplicates")
-# Tokens of each rank: different, and none at all on one of three.
-TOKENS = {1: (4,), 2: (4, 3), 3: (4, 0, 3)}
-
-
-def layouts_of(activation: flashmoe.Activation) -> tuple[str, ...]:
-    return GATED_LAYOUTS if activation.gated else PLAIN_LAYOUTS
-
-
-def layer(name: str, world: int, **options: Any) -> Case:
-    """A small layer whose sizes all differ."""
-    tokens = TOKENS.get(world, tuple(3 + rank % 2 for rank in range(world)))
-    sizes = {"hidden": 3, "intermediate": 2, "experts": max(4, 2 * world), "top_k": 2}
-    return Case(name, tokens=(tokens,), **sizes, **options)
-
-
-def choices(number: int, *lists: tuple[Any, ...]) -> list[Any]:
-    """The digits of `number` in a mixed base: counting up gives every combination."""
-    picked = []
-    for options in lists:
-        number, digit = divmod(number, len(options))
-        picked.append(options[digit])
-    return picked
-
-
-BINARY = (False, True)
-
-
-def routed_layers(world: int, quick: bool) -> Iterator[Case]:
-    """Every router with every activation (on several ranks every fifth pair); the other options
-    change from layer to layer. Gradients also arrive at the returned weights and logits."""
-    number = 0
-    for routing, (label, activation) in product(ROUTINGS, ACTIVATIONS.items()):
-        number += 1
-        if number % (11 if quick else 1 if world == 1 else 5):
-            continue
-        bias, capacity, on_input, save_z, router_bias = choices(
-            number, BINARY, (None, 0.5), BINARY, BINARY, BINARY
-        )
-        layouts = layouts_of(activation)
-        yield layer(
-            f"router/{routing}",
-            world,
-            **ROUTINGS[routing],
-            activation=ACTIVATIONS[label],
-            bias=bias,
-            router_bias=router_bias,
-            capacity_factor=capacity,
-            weight_on_input=on_input,
-            save_z=save_z and world == 1,
-            layout=layouts[number // 3 % len(layouts)],
-            aux_gradients=True,
-        )
-
-
-def expert_layers(world: int, quick: bool) -> Iterator[Case]:
-    """Activation x layout x bias x capacity x weight on input, on ids from outside: uniform, with
-    sentinels, with duplicates in turn. Every third of the combinations, every seventh on several
-    ranks: both odd, so that every pair of options occurs."""
-    number = 0
-    for label, activation in ACTIVATIONS.items():
-        options = product(layouts_of(activation), BINARY, (None, 0.5), BINARY)
-        for layout, bias, capacity, on_input in options:
-            number += 1
-            if number % (61 if quick else 3 if world == 1 else 7):
-                continue
-            ids = IDS[number // 3 % len(IDS)]
-            yield layer(
-                f"experts/{label}",
-                world,
-                ids=ids,
-                activation=activation,
-                bias=bias,
-                capacity_factor=capacity,
-                weight_on_input=on_input,
-                save_z=world == 1 and number // 3 % 4 == 0,
-                layout=layout,
-            )
 
 
 @dataclass
@@ -190,47 +87,6 @@ def distance(ours: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     return error, (0.0 if error == 0 else error / largest if largest else math.inf)
 
 
-def worst(ours: torch.Tensor, other: torch.Tensor) -> str:
-    """The element that is furthest off, with both values."""
-    flat_idx = int((ours - other).abs().nan_to_num(nan=math.inf).argmax())
-    index = [int(i) for i in torch.unravel_index(torch.tensor(flat_idx), ours.shape)]
-    return f"element {index} is {ours.flatten()[flat_idx]:.9g}, {other.flatten()[flat_idx]:.9g}"
-
-
-@dataclass
-class Ranks:
-    """Where the ranks are: threads with a group each, or this process in a process group."""
-
-    groups: list[Any]
-    process_group: Any = None
-
-    @property
-    def world(self) -> int:
-        return self.process_group.size() if self.process_group else len(self.groups)
-
-    def run(self, function: Callable[[int, Any], Any]) -> list[Any]:
-        """What function(rank, group) returned on every rank. Raises what the first one raised."""
-        if self.process_group is None:
-            results = passes.on_all_ranks(
-                lambda rank: function(rank, self.groups[rank]), self.world
-            )
-        else:
-            results = self._run_process(function)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return results
-
-    def _run_process(self, function: Callable[[int, Any], Any]) -> list[Any]:
-        results: list[Any] = [None] * self.world
-        try:
-            mine = function(self.process_group.rank(), self.process_group)
-        except Exception as error:  # sent to all ranks, where it is raised
-            mine = error
-        torch.distributed.all_gather_object(results, mine, group=self.process_group)
-        return results
-
-
 def loss(call: passes.RankCall) -> float:
     """This rank's part of the loss whose gradients arrive."""
     y, routed = passes.call_layer(call)
@@ -239,9 +95,6 @@ def loss(call: passes.RankCall) -> float:
         value = value + (routed.topk_weights * call.grad_weights).sum()
         value = value + (routed.logits * call.grad_logits).sum()
     return value.item()
-
-
-SHARED = ("w_router", "router_bias")
 
 
 def differences(calls: list[passes.RankCall], rank: int) -> list[tuple[int, str, torch.Tensor]]:
@@ -301,19 +154,6 @@ def jacobian_failure(call: passes.RankCall) -> str:
     return ""
 
 
-def merged(results: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-    """Gradients without their prefix; the router's summed over the ranks."""
-    gradients = {
-        name.removeprefix("grad_"): parts
-        for name, parts in results.items()
-        if name.startswith("grad_")
-    }
-    for name in SHARED:
-        if name in gradients:
-            gradients[name] = [torch.stack(gradients[name]).sum(0)]
-    return gradients
-
-
 def reference_gradients(case: Case, operands: Operands) -> dict[str, list[torch.Tensor]]:
     """Gradients of the independent layer, with its own choice of experts."""
     ids = operands.topk_ids
@@ -342,11 +182,6 @@ def difference_gradients(
             for gradients in by_rank[1:]:
                 gradients[f"grad_{name}"] = nothing
     return merged(passes.gather(case, by_rank, []).outputs)
-
-
-def joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The tensors of all ranks in one."""
-    return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
 
 
 def check_layer(case: Case, ranks: Ranks, seed: int, rows: dict[str, Row]) -> None:
@@ -396,11 +231,7 @@ def line(row: Row) -> str:
 
 def check(ranks: Ranks, quick: bool, show: Callable[[Row], None]) -> Iterator[Row]:
     """All layers on these ranks: their rows, shown group by group as they are done."""
-    groups: dict[str, list[Case]] = {}
-    for make in (routed_layers, expert_layers):
-        for case in make(ranks.world, quick):
-            groups.setdefault(case.name, []).append(case)
-    for name, cases in groups.items():
+    for name, cases in layers_of(ranks.world, quick).items():
         rows: dict[str, Row] = {}
         for seed, case in enumerate(cases):
             try:
@@ -413,7 +244,7 @@ def check(ranks: Ranks, quick: bool, show: Callable[[Row], None]) -> Iterator[Ro
             yield row
 
 
-def places(ranks: list[int] | None) -> Iterator[Ranks]:
+def places(ranks: list[int] | None, device: str) -> Iterator[Ranks]:
     """The processes of the launcher, else ranks as threads; each closed after use."""
     launched = launch.detect()
     if launched is not None:
@@ -422,8 +253,9 @@ def places(ranks: list[int] | None) -> Iterator[Ranks]:
         with launch.torch_process_group() as process_group:
             yield Ranks([], process_group)
         return
-    for world in ranks or [1, 2, 3]:
-        groups = flashmoe.local_group(world)
+    on_cuda = device == "cuda"
+    for world in ranks or ([1] if on_cuda else [1, 2, 3]):
+        groups = flashmoe.local_group(world, device="cuda" if on_cuda else None)
         for group in groups:
             group.set("num_threads", 1)  # the layers are tiny
         yield Ranks(groups)
@@ -432,26 +264,47 @@ def places(ranks: list[int] | None) -> Iterator[Ranks]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Checks every gradient of the layer, in fp64.")
+    parser = argparse.ArgumentParser(description="Checks every gradient of the layer.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp64", *gradcheck_rounded.DTYPES),
+        nargs="+",
+        help="default: fp64, on CUDA bf16 and fp16",
+    )
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 2 3, or the launcher's")
     parser.add_argument("--quick", action="store_true", help="few layers of each kind")
     parser.add_argument("--json", action="store_true", help="one object a row, last a summary")
     options = parser.parse_args()
+    on_cuda = options.device == "cuda"
+    dtypes = options.dtype or (gradcheck_rounded.DTYPES if on_cuda else ("fp64",))
+    if on_cuda and "fp64" in dtypes:
+        parser.error("--dtype fp64: accepted with --device cuda are bf16 and fp16")
     torch.set_num_threads(1)  # the tensors are tiny
     launched = launch.detect()
     silent = launched is not None and launched.rank > 0
 
-    def show(row: Row) -> None:
+    def say(text: str) -> None:
         if not silent:
-            text = (
-                json.dumps(asdict(row) | {"passed": not row.failure}) if options.json else line(row)
-            )
             print(text, flush=True)
 
-    if not silent and not options.json:
-        print(HEADING)
+    def show(row: Row | gradcheck_rounded.Row) -> None:
+        if options.json:
+            say(json.dumps(asdict(row) | {"passed": not row.failure}))
+        else:
+            say(line(row) if isinstance(row, Row) else gradcheck_rounded.line(row))
+
     start = time.perf_counter()
-    rows = [row for ranks in places(options.ranks) for row in check(ranks, options.quick, show)]
+    rows: list[Any] = []
+    for ranks in places(options.ranks, options.device):
+        for dtype in dtypes:
+            in_fp64 = dtype == "fp64"
+            if not options.json:
+                say(HEADING if in_fp64 else gradcheck_rounded.HEADING)
+            if in_fp64:
+                rows += check(ranks, options.quick, show)
+            else:
+                rows += gradcheck_rounded.check(ranks, options, dtype, show)
     failed = sum(bool(row.failure) for row in rows)
     elements, seconds = sum(row.elements for row in rows), time.perf_counter() - start
     if options.json and not silent:

@@ -28,6 +28,14 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; accepted: True or False")
 
 
+def save_z_choice(value: Any) -> None:
+    """Raises TypeError or ValueError unless ``value`` is True, False or "auto"."""
+    if not isinstance(value, (bool, str)):
+        raise TypeError(f"save_z is a {type(value).__name__}; accepted: True, False or 'auto'")
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f"save_z is '{value}'; accepted: True, False or 'auto'")
+
+
 def number(name: str, value: Any, *, above: float | None = None) -> None:
     """Raises TypeError unless ``value`` is a number, ValueError unless finite and > ``above``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -215,6 +223,19 @@ def gate_layout(activation: Activation, has_w_gate: bool, interleaved: bool) -> 
     if has_w_gate:
         return "separate"
     return "interleaved" if interleaved else "concatenated"
+
+
+def keeps_z(save_z: bool | str, hidden: int, intermediate: int, world: int) -> bool:
+    """Whether a forward whose gradients are wanted keeps its pre-activations z.
+
+    ``"auto"`` keeps them on one rank where I <= H. To compute an element of z again costs 2 H
+    operations, so a byte of it buys more time the larger H is, while a token has k * G * I of them:
+    the many narrow experts of Qwen3 or DeepSeek-V3 keep z, the wide ones of Mixtral or Llama-4
+    compute it again. Several ranks always do: their rows of z depend on all ranks' routing.
+    """
+    if save_z == "auto":
+        return world == 1 and intermediate <= hidden
+    return bool(save_z)
 
 
 def z_rows(tokens: Any, top_k: int, num_local_experts: int) -> Any:

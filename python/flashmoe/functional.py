@@ -19,8 +19,10 @@ from .config import (
     count,
     flag,
     gate_layout,
+    keeps_z,
     number,
     resolve_activation,
+    save_z_choice,
 )
 from .errors import UnsupportedError
 
@@ -65,7 +67,7 @@ def experts(
     weight_on_input: bool = False,
     capacity_factor: float | None = None,
     group: Any = None,
-    save_z: bool = False,
+    save_z: bool | str = False,
     weight_grad_queue: Any = None,
     layer_id: int = 0,
 ) -> Any:
@@ -92,7 +94,9 @@ def experts(
         capacity_factor: c keeps the first ceil(c*T*k/E) slots of each (rank, expert); None: all.
         group: None, a :class:`flashmoe.Group`, a torch ProcessGroup or an mpi4py communicator; all
             its ranks call together.
-        save_z: keep the pre-activations for the backward instead of computing them again (W = 1).
+        save_z: True keeps the pre-activations for the backward (W = 1), False computes them again
+            there, "auto" chooses by the sizes (:func:`flashmoe.config.keeps_z`). Nothing is kept
+            where no gradient is wanted.
         weight_grad_queue: a :class:`flashmoe.WeightGradQueue`, whose ``backward_dw()`` computes the
             gradients of the expert weights after the backward.
         layer_id: a number of the layer in its model. Ranks that call layers of different numbers
@@ -155,7 +159,7 @@ def moe(
     weight_on_input: bool = False,
     capacity_factor: float | None = None,
     group: Any = None,
-    save_z: bool = False,
+    save_z: bool | str = False,
     weight_grad_queue: Any = None,
     layer_id: int = 0,
 ) -> tuple[Any, RoutingResult]:
@@ -211,7 +215,7 @@ def _call(
     *,
     transposed: bool,
     group: Any,
-    save_z: bool,
+    save_z: bool | str,
     weight_grad_queue: Any,
     **options: Any,
 ) -> tuple[Any, ...]:
@@ -220,13 +224,13 @@ def _call(
     try:
         library = _check_operands(operands, required)
         flag("transposed", transposed)
-        flag("save_z", save_z)
+        save_z_choice(save_z)
         if weight_grad_queue is not None:
             _check_queue(library, weight_grad_queue)
-        if save_z and world > 1:
+        if save_z is True and world > 1:
             raise UnsupportedError(
                 f"save_z is True on a group of {world} ranks, where the rows of z depend on all "
-                "ranks' routing; accepted: False"
+                "ranks' routing; accepted: False or 'auto'"
             )
         if top_k is None:
             top_k = operands["topk_ids"].shape[-1]
@@ -237,7 +241,7 @@ def _call(
     except Exception as error:
         groups.refuse(name, error, getattr(operands["x"], "is_cuda", False))
         raise
-    return _run(library, operands, config, name, transposed, save_z, weight_grad_queue)
+    return _run(library, operands, config, name, world, transposed, save_z, weight_grad_queue)
 
 
 def _config(
@@ -366,8 +370,9 @@ def _run(
     operands: dict[str, Any],
     config: str,
     group: str,
+    world: int,
     transposed: bool,
-    save_z: bool,
+    save_z: bool | str,
     queue: Any,
 ) -> tuple[Any, ...]:
     """All outputs of the forward operator, y in the shape of x."""
@@ -380,12 +385,15 @@ def _run(
         from . import ops
 
         inputs = [flat.get(name) for name in ops.OPERANDS]
+        keep = _wants_gradients(inputs) and keeps_z(
+            save_z, flat["x"].shape[1], flat["w_down"].shape[2], world
+        )
         if owners:
             from .weight_grads import forward_with_owners
 
-            outputs = forward_with_owners(owners, queue, *inputs, config, group, save_z)
+            outputs = forward_with_owners(owners, queue, *inputs, config, group, keep)
         else:
-            outputs = ops.forward(*inputs, config, group, save_z)
+            outputs = ops.forward(*inputs, config, group, keep)
     y, *others = outputs
     return (y if x.ndim == 2 else y.reshape(x.shape)), *others
 
@@ -401,6 +409,14 @@ def _operand(name: str, tensor: Any, transposed: bool) -> Any:
     if transposed and name in _EXPERT_WEIGHTS:
         tensor = tensor.swapaxes(1, 2)
     return tensor
+
+
+def _wants_gradients(inputs: list[Any]) -> bool:
+    import torch
+
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in inputs
+    )
 
 
 def has_main_grad(weight: Any) -> bool:

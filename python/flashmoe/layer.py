@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import group as groups
-from .config import Activation, Routing, count, flag, resolve_activation
+from .config import Activation, Routing, count, flag, resolve_activation, save_z_choice
 from .functional import _DEFAULT_ROUTING, RoutingResult, moe
 from .weight_grads import WeightGradQueue
 
@@ -53,7 +53,7 @@ class MoE(nn.Module):
         group: Any = None,
         dtype: torch.dtype | None = None,
         device: Any = None,
-        save_z: bool = False,
+        save_z: bool | str = False,
         delay_wgrad: bool = False,
         layer_id: int = 0,
     ) -> None:
@@ -67,6 +67,7 @@ class MoE(nn.Module):
             ("delay_wgrad", delay_wgrad),
         ):
             flag(name, value)
+        save_z_choice(save_z)
         _, world = groups.resolve(group)
         if num_experts % world != 0:
             raise ValueError(
@@ -230,8 +231,8 @@ class MoE(nn.Module):
             if getattr(self, name) is not None:
                 parts.append(f"{name}=True")
         for name in ("interleaved", "transposed", "weight_on_input", "save_z"):
-            if getattr(self, name):
-                parts.append(f"{name}=True")
+            if value := getattr(self, name):
+                parts.append(f"{name}={value!r}")
         if self.need_backward_dw():
             parts.append("delay_wgrad=True")
         if self.capacity_factor is not None:

@@ -69,7 +69,7 @@ def _empty_outputs(tensors: Tensors, layer: str, group: str, save_z: bool) -> Te
         if world > 1:
             raise UnsupportedError(
                 f"save_z is True on a group of {world} ranks, where the rows of z depend on all "
-                "ranks' routing; accepted: False"
+                "ranks' routing; accepted: False or 'auto'"
             )
         rows = config.z_rows(x.shape[0], decoded.top_k, w_up.shape[0])
         width = w_up.shape[1] * (2 if decoded.gate_layout == "separate" else 1)
@@ -137,26 +137,37 @@ def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
 def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
     *operands, layer, group, needs = args
     tensors = dict(zip((*SAVED, *INCOMING), operands, strict=True))
-    with groups.refusing(group):
+    with groups.refusing(group, tensors["x"].is_cuda):
         gradients = empty_gradients(tensors, needs.split(","))
     launch_backward(tensors, gradients, layer, group)
     return _filled(gradients, DIFFERENTIABLE, tensors["x"])
 
 
+def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor [T, H] where the engines read it in place, else a copy: rows contiguous and apart,
+    on CUDA in units of 16 bytes. What arrives at an output has any strides."""
+    stride = tensor.stride(0)
+    readable = tensor.stride(1) == 1 and stride >= tensor.shape[1]
+    if tensor.is_cuda:
+        readable &= tensor.data_ptr() % 16 == 0 and stride * tensor.element_size() % 16 == 0
+    return tensor if readable else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def launch_backward(
     tensors: Tensors, gradients: Tensors, layer: str, group: str, flags: int = 0
 ) -> None:
+    """One launch: writes ``gradients``, or adds to them where ``flags`` (fm_backward_flags) say."""
     member = groups.lookup(group)
-    with groups.refusing(group):
-        handle = _core.layer(layer, member.world, tensors["x"], tensors["w_up"], tensors["w_down"])
+    x = tensors["x"]
+    with groups.refusing(group, x.is_cuda):
+        handle = _core.layer(layer, member.world, x, tensors["w_up"], tensors["w_down"])
         operands = _present(tensors)
-        for name in INCOMING:
-            if name in operands:
-                operands[name] = operands[name].contiguous()
+        operands["grad_y"] = _as_rows(operands["grad_y"])
         outputs = {f"grad_{name}": gradient for name, gradient in gradients.items()}
         # Every rank takes part in the exchange of dX, so the engine always writes it.
-        outputs.setdefault("grad_x", torch.empty_like(operands["grad_y"]))
-    stream = _core.stream_of(tensors["x"])
+        if "grad_x" not in outputs:
+            outputs["grad_x"] = x.new_empty(x.shape)
+    stream = _core.stream_of(x)
     _core.engine().backward(member.handle, handle, operands | outputs, flags, stream)
 
 

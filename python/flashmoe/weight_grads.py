@@ -96,6 +96,20 @@ class _Backward:
     layer: str
     group: str
     versions: dict[str, int]
+    stream: torch.cuda.Stream | None  # that it ran on; None on the CPU
+
+    def follow(self) -> None:
+        """Lets the current stream use the tensors: after the stream of the backward has made them,
+        and their memory goes to nobody else before the current one is done with them."""
+        if self.stream is None:
+            return
+        current = torch.cuda.current_stream(self.stream.device)
+        if current == self.stream:
+            return
+        current.wait_stream(self.stream)
+        for tensor in self.tensors.values():
+            if tensor is not None:
+                tensor.record_stream(current)
 
 
 class WeightGradQueue:
@@ -115,7 +129,7 @@ class WeightGradQueue:
         """Computes the weight gradients of the oldest backward: into ``main_grad`` or ``grad``.
 
         One launch, which computes the gradient of x again: on a group of several ranks all of them
-        call it, in the same order.
+        call it, in the same order. On CUDA it goes to the current stream, after the backward.
 
         Raises FlashMoEError if no backward waits, or if a weight was changed in the meantime.
         """
@@ -123,20 +137,23 @@ class WeightGradQueue:
             raise FlashMoEError("backward_dw: no backward waits for its weight gradients")
         backward = self._waiting.popleft()
         owners, tensors = backward.owners, backward.tensors
-        with groups.refusing(backward.group):
+        with groups.refusing(backward.group, tensors["x"].is_cuda):
             for name in owners:
                 if tensors[name]._version != backward.versions[name]:
                     raise FlashMoEError(
                         f"{name} was changed in place between backward and backward_dw; call "
                         "backward_dw before the optimizer's step"
                     )
+        backward.follow()
         gradients = _compute(tensors, list(owners), owners, backward.layer, backward.group)
         for name, owner in owners.items():
             owner.finish_later(gradients.get(name))
 
     def _put(self, tensors: ops.Tensors, owners: dict[str, WeightOwner], ctx: Any) -> None:
         versions = {name: tensors[name]._version for name in owners}
-        self._waiting.append(_Backward(tensors, owners, ctx.layer, ctx.group, versions))
+        x = tensors["x"]
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+        self._waiting.append(_Backward(tensors, owners, ctx.layer, ctx.group, versions, stream))
 
 
 def _compute(
@@ -144,7 +161,7 @@ def _compute(
 ) -> ops.Tensors:
     """One backward launch. Returns the gradients that did not go into a ``main_grad``."""
     fused = {name: owner for name, owner in owners.items() if has_main_grad(owner.parameter)}
-    with groups.refusing(group):
+    with groups.refusing(group, tensors["x"].is_cuda):
         gradients = ops.empty_gradients(tensors, [name for name in needs if name not in fused])
         into = {name: owner.main_grad(tensors[name]) for name, owner in fused.items()}
     flags = sum(_ACCUMULATE[name] for name, owner in fused.items() if not owner.overwrites)

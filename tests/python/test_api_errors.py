@@ -63,6 +63,7 @@ MOE_CASES = {
     "layer_id_type": (TypeError, {"layer_id": "first"}, ["layer_id", "str", "int"]),
     "transposed": (TypeError, {"transposed": 1}, ["transposed", "int", "True or False"]),
     "save_z": (TypeError, {"save_z": None}, ["save_z", "NoneType"]),
+    "save_z_name": (ValueError, {"save_z": "always"}, ["save_z", "always", "auto"]),
     "group": (TypeError, {"group": "world"}, ["group", "str", "ProcessGroup"]),
     "interleaved_plain": (
         ValueError,

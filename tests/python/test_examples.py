@@ -25,14 +25,14 @@ def run(script, *options, cwd):
     return result.stdout
 
 
-def train(tmp_path, *options):
+def train(tmp_path, *options, ranks=(1, 2, 4)):
     """What train_bytes.py says with --json; its picture is checked to be one."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     picture = tmp_path / "picture.png"
     said = json.loads(run("train_bytes.py", *options, "--json", "--out", picture, cwd=tmp_path))
     assert picture.read_bytes().startswith(PNG) and picture.stat().st_size > 20_000
     plain, *ours = said["runs"]
-    assert plain["ranks"] == 0 and [one["ranks"] for one in ours] == [1, 2, 4]
+    assert plain["ranks"] == 0 and [one["ranks"] for one in ours] == list(ranks)
     return said
 
 
@@ -61,6 +61,16 @@ def test_single_precision_starts_at_rounding_scale(tmp_path):
     for one in said["runs"]:
         assert len(one["losses"]) == 8
         assert one["losses"][-1] < one["losses"][0] - 0.5
+
+
+def test_bf16_experts_follow_the_plain_model(tmp_path):
+    """Steps over which the losses fall by half differ by a few roundings of bf16."""
+    options = ("--small", "--steps", 30, "--dtype", "bfloat16", "--ranks", 1, 2)
+    said = train(tmp_path, *options, ranks=(1, 2))
+    assert said["below_entropy"]
+    for one in said["runs"][1:]:
+        assert 0 < one["difference"]["10"] < 2.0**-9 * one["first_loss"]
+        assert abs(one["final_loss"] / said["runs"][0]["final_loss"] - 1) < 2.0**-8
 
 
 @pytest.mark.slow

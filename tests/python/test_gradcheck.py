@@ -10,11 +10,14 @@ from pathlib import Path
 import flashmoe
 import pytest
 from flashmoe import passes
+from flashmoe.inputs import make_operands
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_gradcheck.py"
 sys.path.insert(0, str(SCRIPT.parent))
+import gradcheck_rounded  # noqa: E402
 import run_gradcheck  # noqa: E402
+from gradcheck_layers import ACTIVATIONS, ROUTINGS, layer, routed_layers  # noqa: E402
 
 
 def run(*command):
@@ -52,8 +55,8 @@ def test_full_form():
     summary, rows = run(SCRIPT)
     assert summary["failed"] == 0
     assert {row["ranks"] for row in rows} == {1, 2, 3}
-    named = {f"experts/{name}" for name in run_gradcheck.ACTIVATIONS}
-    named |= {f"router/{name}" for name in run_gradcheck.ROUTINGS}
+    named = {f"experts/{name}" for name in ACTIVATIONS}
+    named |= {f"router/{name}" for name in ROUTINGS}
     for world in (1, 2, 3):
         assert {row["case"] for row in rows if row["ranks"] == world} == named
 
@@ -79,7 +82,7 @@ def test_one_wrong_element_is_found(monkeypatch, tensor):
         return outputs, routed
 
     monkeypatch.setattr(passes, "run_rank", wrong)
-    case = run_gradcheck.layer("experts/one", 2, ids="uniform", bias=True)
+    case = layer("experts/one", 2, ids="uniform", bias=True)
     rows = {}
     groups = flashmoe.local_group(2)
     run_gradcheck.check_layer(case, run_gradcheck.Ranks(groups), 0, rows)
@@ -91,11 +94,67 @@ def test_one_wrong_element_is_found(monkeypatch, tensor):
 def test_capacity_drops_slots():
     """The layers with a capacity are there for the slots that they drop."""
     dropping = 0
-    for case in run_gradcheck.routed_layers(1, quick=True):
+    for case in routed_layers(1, quick=True):
         if case.capacity_factor:
-            operands = run_gradcheck.make_operands(case, case.steps(1)[0], "fp64", 0)
+            operands = make_operands(case, case.steps(1)[0], "fp64", 0)
             (group,) = flashmoe.local_group(1)
             with group:
                 call = passes.rank_call(case, operands, "fp64", 0, 1, group)
                 dropping += int(passes.call_layer(call)[1].dropped) > 0
     assert dropping > 0
+
+
+def rounded_rows(world=1, dtype="bf16"):
+    """The rows of one 16-bit layer with biases, and its gradients' check by itself."""
+    case = layer("experts/one", world, ids="uniform", bias=True)
+    rows = {}
+    groups = flashmoe.local_group(world)
+    case = gradcheck_rounded.sized(case, world)
+    gradcheck_rounded.check_layer(case, run_gradcheck.Ranks(groups), dtype, "cpu", 0, rows)
+    for group in groups:
+        group.close()
+    return rows
+
+
+@pytest.mark.parametrize("dtype", gradcheck_rounded.DTYPES)
+def test_rounded_gradients_are_within_their_bounds(dtype):
+    rows = rounded_rows(2, dtype)
+    assert len(rows) == 8 and not any(row.failure for row in rows.values())
+    # far enough for chance, near enough to mean something
+    assert 0.05 < max(row.error_of_bound for row in rows.values()) < 0.9
+
+
+TENSORS = ("x", "topk_weights", "w_up", "w_down", "b_up", "b_down")
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_one_wrong_element_of_a_rounded_gradient_is_found(monkeypatch, tensor):
+    """An ordinary element, off by a fifth of the typical one, as where one of twenty rows
+    is missing; NaN is found too."""
+    right = passes.run_rank
+    for wrong_value in (lambda typical: 0.2 * typical, lambda typical: float("nan")):
+
+        def wrong(call, gradients, after_forward=None, wrong_value=wrong_value):
+            outputs, routed = right(call, gradients, after_forward)
+            grad = outputs[f"grad_{tensor}"]
+            grad.view(-1)[-1] += wrong_value(grad.float().square().mean().sqrt())
+            return outputs, routed
+
+        monkeypatch.setattr(passes, "run_rank", wrong)
+        rows = rounded_rows()
+        assert {name for name, row in rows.items() if row.failure} == {tensor}
+
+
+@pytest.mark.slow
+def test_quick_form_in_16_bits():
+    summary, rows = run(SCRIPT, "--quick", "--dtype", "bf16", "fp16", "--ranks", "1", "2")
+    assert summary["failed"] == 0 and summary["passed"] == len(rows) > 120
+    assert {row["dtype"] for row in rows} == {"bf16", "fp16"}
+    assert {row["ranks"] for row in rows} == {1, 2}
+
+
+def test_fp64_on_cuda_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_gradcheck.py", "--device", "cuda", "--dtype", "fp64"])
+    with pytest.raises(SystemExit):
+        run_gradcheck.main()
+    assert "accepted with --device cuda are bf16 and fp16" in capsys.readouterr().err

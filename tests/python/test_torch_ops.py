@@ -264,6 +264,102 @@ def test_z_is_saved_only_when_asked_for():
     assert sizes[True] == sorted([*sizes[False], (config.z_rows(50, 2, 6), 48)])
 
 
+AUTO = {  # hidden, intermediate, ranks: kept
+    "qwen3-30b": (2048, 768, 1, True),
+    "deepseek-v3": (7168, 2048, 1, True),
+    "square": (64, 64, 1, True),
+    "mixtral": (4096, 14336, 1, False),
+    "scout": (5120, 8192, 1, False),
+    "ranks": (2048, 768, 2, False),
+}
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "world", "kept"), AUTO.values(), ids=AUTO)
+def test_z_is_kept_by_size(hidden, intermediate, world, kept):
+    assert config.keeps_z("auto", hidden, intermediate, world) is kept
+    assert config.keeps_z(True, hidden, intermediate, world) is True
+    assert config.keeps_z(False, hidden, intermediate, world) is False
+
+
+def keeps(monkeypatch, layer, **options):
+    """Whether a forward was asked to write z."""
+    asked = []
+    forward = ops.forward
+    monkeypatch.setattr(ops, "forward", lambda *args: asked.append(args[-1]) or forward(*args))
+    flashmoe.moe(**layer.keywords(), **options)
+    return asked[0]
+
+
+def test_auto_looks_at_the_layer_and_at_what_is_wanted(monkeypatch):
+    narrow = make_layer(hidden=32, intermediate=24)
+    wide = make_layer(hidden=16, intermediate=24)
+    assert keeps(monkeypatch, narrow, save_z="auto") is True
+    assert keeps(monkeypatch, wide, save_z="auto") is False
+    assert keeps(monkeypatch, wide, save_z=True) is True
+    for choice in ("auto", True):
+        with torch.no_grad():
+            assert keeps(monkeypatch, narrow, save_z=choice) is False
+    for tensor in narrow.tensors().values():
+        tensor.requires_grad_(False)
+    assert keeps(monkeypatch, narrow, save_z="auto") is False
+    narrow.w_down.requires_grad_()
+    assert keeps(monkeypatch, narrow, save_z="auto") is True
+
+
+def test_gradients_become_those_of_the_leaves_without_a_copy(monkeypatch):
+    written = set()
+    allocate = ops.empty_gradients
+
+    def record(*args):
+        gradients = allocate(*args)
+        written.update(tensor.data_ptr() for tensor in gradients.values())
+        return gradients
+
+    monkeypatch.setattr(ops, "empty_gradients", record)
+    layer = make_layer(bias=True)
+    turned = {
+        name: getattr(layer, name).detach().transpose(1, 2).contiguous().requires_grad_()
+        for name in ("w_up", "w_down")
+    }
+    for transposed, weights in ((False, {}), (True, turned)):
+        written.clear()
+        leaves = layer.tensors() | weights
+        y, _ = flashmoe.moe(**layer.keywords() | weights, transposed=transposed)
+        grads = torch.autograd.grad(y.square().sum(), leaves.values())
+        assert {grad.data_ptr() for grad in grads} == written
+        y, _ = flashmoe.moe(**layer.keywords() | weights, transposed=transposed)
+        written.clear()
+        y.square().sum().backward()
+        assert {leaf.grad.data_ptr() for leaf in leaves.values()} == written
+        for leaf in leaves.values():
+            leaf.grad = None
+
+
+STRIDED = {
+    "rows apart": lambda grad: torch.cat([grad, grad], dim=1)[:, : grad.shape[1]],
+    "columns apart": lambda grad: grad.T.contiguous().T,
+    "one row": lambda grad: grad[:1].expand_as(grad),
+    "one number": lambda grad: grad[0, 0].expand_as(grad),
+}
+
+
+@pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
+def test_arriving_gradients_of_any_strides(strided, monkeypatch):
+    layer = small_layer()
+    generator = torch.Generator().manual_seed(3)
+    y, routed = flashmoe.moe(**layer.keywords())
+    ends = (y, routed.topk_weights, routed.logits)
+    arriving = [strided(torch.randn(end.shape, generator=generator)) for end in ends]
+    leaves = tuple(layer.tensors().values())
+    dense = [grad.contiguous() for grad in arriving]
+    expected = torch.autograd.grad(ends, leaves, dense, retain_graph=True)
+    made = torch.autograd.grad(ends, leaves, arriving)
+    assert all(torch.equal(*pair) for pair in zip(made, expected, strict=True))
+    assert ops._as_rows(dense[0]) is dense[0]
+    rows_apart = STRIDED["rows apart"](dense[0])
+    assert ops._as_rows(rows_apart) is rows_apart
+
+
 def test_z_rows_are_those_of_the_engine():
     x, w_up, w_down = torch.zeros(1, 8), torch.zeros(4, 12, 8), torch.zeros(4, 8, 6)
     handle = _core.layer(CONFIG, 1, x, w_up, w_down)

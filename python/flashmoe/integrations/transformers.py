@@ -139,6 +139,7 @@ def _run(
         interleaved=found.interleaved,
         transposed=found.transposed,
         weight_on_input=weight_on_input,
+        save_z="auto",
         layer_id=_layer_id(module),
     )
     return y.to(hidden_states.dtype)
