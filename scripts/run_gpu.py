@@ -8,8 +8,9 @@ has built here with nvcc.
 
 Steps, in this order (--steps a,b,..): `values` (the case table and more sizes), `behaviour`
 (repeats, graphs, streams, failures), `products` (the grouped product alone), `backward` (every
-gradient of the case table and more sizes), `sanitize` (compute-sanitizer's four tools on a small
-case; not by default), `bench` (records, a table and a roofline PNG), `backward_bench` (records of
+gradient of the case table and more sizes), `training` (autograd's ways through the layer, graphs of
+whole steps, a hundred of them), `sanitize` (compute-sanitizer's four tools on a small case; not by
+default), `bench` (records, a table and a roofline PNG), `backward_bench` (records of
 the backward, tables and a PNG of ratios). On a machine of several GPUs, and not by default: `ranks`
 (values, state and faults of two ranks), `ranks_more` (graphs, torch.compile, other work beside
 them), `ranks_bench` (the benchmark of --ranks ranks: records, tables, PNGs of ratios, a timeline
@@ -103,6 +104,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
                 120,
             )
         ],
+        "training": [Step("training", [*PYTEST, "--timeout", "90", *test_files("training")], 120)],
         "ranks": [Step("ranks", [*PYTEST, "--durations", "10", *test_files("ranks")], 240)],
         "ranks_more": [
             Step(
@@ -251,7 +253,7 @@ def main() -> int:
     parser.add_argument(
         "--steps",
         type=lambda text: text.split(","),
-        default=["values", "behaviour", "products", "backward", "bench", "backward_bench"],
+        default="values behaviour products backward training bench backward_bench".split(),
     )
     parser.add_argument("--cases", help="of the benchmark: names or globs, comma-separated")
     parser.add_argument(
