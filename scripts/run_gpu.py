@@ -39,6 +39,8 @@ VALUES = ("layer_values", "layer_routing", "layer_placement")
 RANKS_MORE = ("ranks_graph", "ranks_load", "ranks_bench")
 QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal_logits or way"
 QUICK_BEHAVIOUR = "100_runs or one_kernel_node or replays or wait_that or streams_in_turn"
+DEFAULT_STEPS = ("values", "behaviour", "products", "backward", "training", "bench",
+                 "backward_bench")  # fmt: skip
 RANK_SECONDS = 0.4  # of a measurement of ranks_bench, which stays within its limit with it
 BACKWARD_SECONDS = 0.5  # of a measurement of backward_bench, likewise
 QUICK_BACKWARD = "test_tokens or mixtures or graph or main_grad or order"
@@ -253,7 +255,7 @@ def main() -> int:
     parser.add_argument(
         "--steps",
         type=lambda text: text.split(","),
-        default="values behaviour products backward training bench backward_bench".split(),
+        default=DEFAULT_STEPS,
     )
     parser.add_argument("--cases", help="of the benchmark: names or globs, comma-separated")
     parser.add_argument(
