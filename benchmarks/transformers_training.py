@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from flashmoe.group import lookup, resolve
 from flashmoe.integrations.transformers import register
 
 EXPERTS = ("eager", "grouped_mm", "flashmoe")
@@ -116,6 +117,8 @@ def train(
         losses.append(loss.detach())
     clock.mark()
     peak = torch.cuda.max_memory_allocated() if clock.on_cuda else 0
+    if clock.on_cuda and experts == "flashmoe":  # beside torch's allocator
+        peak += lookup(resolve(None)[0]).stats()["scratch_bytes"]
     return Run(experts, torch.stack(losses).tolist(), clock.median_ms(), peak)
 
 

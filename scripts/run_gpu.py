@@ -9,9 +9,10 @@ has built here with nvcc.
 Steps, in this order (--steps a,b,..): `values` (the case table and more sizes), `behaviour`
 (repeats, graphs, streams, failures), `products` (the grouped product alone), `backward` (every
 gradient of the case table and more sizes), `training` (autograd's ways through the layer, graphs of
-whole steps, a hundred of them), `sanitize` (compute-sanitizer's four tools on a small case; not by
-default), `bench` (records, a table and a roofline PNG), `backward_bench` (records of
-the backward, tables and a PNG of ratios). On a machine of several GPUs, and not by default: `ranks`
+whole steps, a hundred of them), `programs` (the gradient check, the example and transformers'
+training on the GPU; not by default), `sanitize` (compute-sanitizer's four tools on a small case;
+not by default), `bench` (records, a table and a roofline PNG), `backward_bench` (records of the
+backward, tables and a PNG of ratios). On a machine of several GPUs, and not by default: `ranks`
 (values, state and faults of two ranks), `ranks_more` (graphs, torch.compile, other work beside
 them), `ranks_bench` (the benchmark of --ranks ranks: records, tables, PNGs of ratios, a timeline
 and the scaling study).
@@ -106,7 +107,20 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
                 120,
             )
         ],
-        "training": [Step("training", [*PYTEST, "--timeout", "90", *test_files("training")], 120)],
+        "training": [
+            Step(
+                "training",
+                [*PYTEST, "--timeout", "90", "-m", "not slow", *test_files("training")],
+                120,
+            )
+        ],
+        "programs": [
+            Step(
+                "programs",
+                [*PYTEST, "--durations", "5", "-m", "slow", *test_files("training")],
+                300,
+            )
+        ],
         "ranks": [Step("ranks", [*PYTEST, "--durations", "10", *test_files("ranks")], 240)],
         "ranks_more": [
             Step(
@@ -259,7 +273,7 @@ def main() -> int:
     )
     parser.add_argument("--cases", help="of the benchmark: names or globs, comma-separated")
     parser.add_argument(
-        "--seconds", type=float, help="of a sustained measurement, two or three a case"
+        "--seconds", type=float, help="of a sustained measurement, two to four a case"
     )
     parser.add_argument("--ranks", type=int, default=2, help="of ranks_bench (default: 2)")
     parser.add_argument("--only-bench", action="store_true", help=argparse.SUPPRESS)

@@ -1,13 +1,14 @@
 """Checks every element of every gradient of the layer.
 
     python scripts/run_gradcheck.py [--device cuda] [--ranks N ...] [--quick] [--json]
-    torchrun --nproc_per_node N scripts/run_gradcheck.py [--device cuda] [--quick] [--json]
-    mpirun -np N python -u scripts/run_gradcheck.py [--device cuda] [--quick] [--json]
+    torchrun --nproc_per_node N scripts/run_gradcheck.py [--quick] [--json]
+    mpirun -np N python -u scripts/run_gradcheck.py [--quick] [--json]
 
-Without a launcher the ranks are threads, 1, 2 and 3 of them (on CUDA 1) unless --ranks says
-otherwise; under torchrun, mpirun or srun they are its processes. On CUDA, and on the CPU with
---dtype bf16 fp16, each element is held against fp64 within a bound that follows from the dtype
-(gradcheck_rounded.py). In fp64, which only the CPU takes, each layer is checked in three ways:
+Without a launcher the ranks are threads, 1, 2 and 3 of them unless --ranks says otherwise; under
+torchrun, mpirun or srun they are its processes. CUDA has the backward of one rank. There, and on
+the CPU with --dtype bf16 fp16, each element is held against fp64 within a bound that follows from
+the dtype (gradcheck_rounded.py). In fp64, which only the CPU takes, each layer is checked in three
+ways:
 
 reference    each element against an independent fp64 PyTorch layer (flashmoe.reference), which sums
              in another order; accepted up to 2^-26 of the tensor's largest element: half of the
@@ -280,6 +281,8 @@ def main() -> int:
     dtypes = options.dtype or (gradcheck_rounded.DTYPES if on_cuda else ("fp64",))
     if on_cuda and "fp64" in dtypes:
         parser.error("--dtype fp64: accepted with --device cuda are bf16 and fp16")
+    if on_cuda and any(world > 1 for world in options.ranks or ()):
+        parser.error("--ranks: accepted with --device cuda is 1, whose backward there is")
     torch.set_num_threads(1)  # the tensors are tiny
     launched = launch.detect()
     silent = launched is not None and launched.rank > 0

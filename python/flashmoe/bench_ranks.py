@@ -10,6 +10,7 @@ fp64 layer over all ranks, and run again for its bits.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -197,14 +198,14 @@ def active_nvlinks():
     """NVLinks of the first GPU that are up; 0 where the driver does not say."""
     import pynvml
 
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
     count = 0
-    for idx in range(pynvml.NVML_NVLINK_MAX_LINKS):
-        try:
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        # By its name: NVML counts GPUs that CUDA_VISIBLE_DEVICES hides.
+        name = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+        for idx in range(pynvml.NVML_NVLINK_MAX_LINKS):
             count += pynvml.nvmlDeviceGetNvLinkState(handle, idx)
-        except pynvml.NVMLError:
-            break
     return count
 
 

@@ -289,10 +289,10 @@ def command_bench(arguments):
                 raise ValueError(f"--direction is backward; accepted without --{option}")
         if arguments.device == "cpu":
             raise ValueError("--direction is backward with device cpu; accepted: --device cuda")
+    if arguments.study and (arguments.explain or arguments.ranks is None):
+        raise ValueError("--study is given; accepted: with --ranks, and without --explain")
     if arguments.explain:
         return explain_bench(arguments)
-    if arguments.study and arguments.ranks is None:
-        raise ValueError("--study is given without --ranks; accepted: the number of GPUs with it")
     if arguments.device == "cuda":
         one = arguments.ranks is None
         return command_bench_cuda(arguments) if one else command_bench_ranks(arguments)
@@ -398,12 +398,17 @@ def show_gpu_bench(arguments, bench, records):
 
 def explain_bench(arguments):
     """`flashmoe bench --explain`."""
-    from . import bench_cuda, local_group
+    from . import bench_cuda, bench_ranks, local_group
     from .cases import select
 
     if arguments.device == "cuda":
         bench_cuda.check_device()
-        chosen = [(case, arguments.dtype or "bf16") for case in bench_cuda.planned(arguments.case)]
+        if arguments.ranks:
+            plan = bench_ranks.planned(arguments.case, arguments.ranks)
+            cases = [case for _, of_ranks in plan for case in of_ranks]
+        else:
+            cases = bench_cuda.planned(arguments.case)
+        chosen = [(case, arguments.dtype or "bf16") for case in cases]
     else:
         chosen = [row[:2] for row in select(arguments.case, "speed", dtype=arguments.dtype)]
     ranks = arguments.ranks or 1

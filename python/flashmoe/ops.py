@@ -69,7 +69,7 @@ def _empty_outputs(tensors: Tensors, layer: str, group: str, save_z: bool) -> Te
         if world > 1:
             raise UnsupportedError(
                 f"save_z is True on a group of {world} ranks, where the rows of z depend on all "
-                "ranks' routing; accepted: False or 'auto'"
+                "ranks' routing; accepted: False"
             )
         rows = config.z_rows(x.shape[0], decoded.top_k, w_up.shape[0])
         width = w_up.shape[1] * (2 if decoded.gate_layout == "separate" else 1)

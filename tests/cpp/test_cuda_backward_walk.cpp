@@ -107,15 +107,13 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
       std::vector<int32_t> rows(static_cast<size_t>(num_experts));
       for (int32_t& count : rows) count = from(0, 2) == 0 ? 0 : from(1, 500);
       const Table table(rows);
-      const int32_t input_pairs = from(1, 5);
       const tile::WeightGrid down{from(0, 3), 16 * from(1, 30)};
       const tile::WeightGrid up{from(0, 3), 16 * from(1, 30)};
       expect_cover_and_order(table, {table.view(),
                                      kMaxRows,
                                      from(0, 3),
                                      from(1, 4),
-                                     input_pairs,
-                                     from(1, input_pairs),
+                                     from(1, 5),
                                      {down, up, {round % 2, up.n_columns}}});
     }
   }
@@ -123,7 +121,7 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
 
 TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
   const Table table(std::vector<int32_t>(5, 0));
-  const tile::BackwardWalk walk{table.view(), kMaxRows, 2, 2, 2, 2, {{1, 64}, {1, 32}, {0, 0}}};
+  const tile::BackwardWalk walk{table.view(), kMaxRows, 2, 2, 2, {{1, 64}, {1, 32}, {0, 0}}};
   expect_cover_and_order(table, walk);
   EXPECT_EQ(tile::product_of(walk.tile_at(0)), BackwardProduct::kDownGrad);
 }

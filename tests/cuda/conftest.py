@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 @pytest.fixture(autouse=True)
 def needs_gpu(request):
     name = request.module.__name__
-    if name.startswith(("test_layer", "test_training")):
+    if name.startswith(("test_layer", "test_training", "test_backward")):
         from layer_common import what_is_missing
     elif name.startswith("test_ranks"):
         from gpu_ranks import missing_for_two as what_is_missing

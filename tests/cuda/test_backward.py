@@ -125,29 +125,34 @@ def test_backwards_in_any_order(group):
     finish(group)
 
 
-def test_a_graph_of_forward_and_backward_is_two_kernels(group):
+def test_a_backward_is_one_kernel_and_replays_to_the_same_bits(group):
     layer = make_layer(tokens=300)
     expected = gradients(layer, group)
-    arriving = torch.randn(*layer.x.shape, device="cuda", dtype=layer.x.dtype)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    tensors = {"x": layer.x.detach(), "w_up": layer.w_up.detach(), "w_down": layer.w_down.detach()}
-    tensors["w_router"] = layer.w_router.detach()
     _, routed = layer(group)
-    saved = tensors | {
+    tensors = {"x": layer.x, "w_router": layer.w_router, "w_up": layer.w_up, "w_down": layer.w_down}
+    generator = torch.Generator("cuda").manual_seed(1)
+    saved = {name: tensor.detach() for name, tensor in tensors.items()} | {
         "topk_ids": routed.topk_ids,
         "topk_weights": routed.topk_weights.detach(),
         "logits": routed.logits.detach(),
-        "grad_y": arriving,
+        "grad_y": torch.randn(*layer.x.shape, device="cuda", generator=generator).to(layer.x.dtype),
     }
-    made = {name: torch.empty_like(saved[name]) for name in ("x", "w_router", "w_up", "w_down")}
+    made = {name: torch.full_like(saved[name], math.nan) for name in tensors}
     config = flashmoe.config.LayerConfig(top_k=4).encode()
-    ops.launch_backward(saved, made, config, flashmoe.group.resolve(group)[0])
+    handle = flashmoe.group.resolve(group)[0]
+    ops.launch_backward(saved, made, config, handle)
+    assert same_bits(list(made.values()), expected)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
-        ops.launch_backward(saved, made, config, flashmoe.group.resolve(group)[0])
+        ops.launch_backward(saved, made, config, handle)
     assert count_graph_nodes(graph) == ["kernel"]
+    graph.instantiate()
+    for tensor in made.values():
+        tensor.fill_(math.nan)
+    graph.replay()
+    assert same_bits(list(made.values()), expected)
     finish(group)
-    assert len(expected) == len(made)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

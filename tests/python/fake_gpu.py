@@ -99,6 +99,7 @@ def nvml():
     module.nvmlInit = lambda: None
     module.nvmlSystemGetDriverVersion = lambda: "580.1"
     module.nvmlDeviceGetHandleByIndex = lambda idx: idx
+    module.nvmlDeviceGetHandleByUUID = lambda name: name
     module.nvmlDeviceGetNvLinkState = link_state
     return module
 

@@ -383,7 +383,7 @@ def test_the_study_is_drawn_with_the_records_there_are(faked, capsys, monkeypatc
     ("arguments", "text"),
     [
         (["--ranks", "2"], "--ranks is given with device cpu"),
-        (["--study", "scaling"], "--study is given without --ranks"),
+        (["--study", "scaling"], "--study is given"),
         (["--device", "cuda", "--ranks", "2", "--case", "nothing"], "no case of several ranks"),
     ],
 )

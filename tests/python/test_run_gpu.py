@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["values", "behaviour", "products", "backward", "training", "ranks", "ranks_more",
-         "sanitize", "bench", "backward_bench", "ranks_bench"]  # fmt: skip
+STEPS = ["values", "behaviour", "products", "backward", "training", "programs", "ranks",
+         "ranks_more", "sanitize", "bench", "backward_bench", "ranks_bench"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,6 @@ struct BackwardJob {
           sizes.pre_activation_pairs,
           sizes.hidden_pairs,
           params_.forward.sizes.down_pairs,
-          params_.forward.sizes.column_pairs,
           {sizes.weight_grads[0], sizes.weight_grads[1], sizes.weight_grads[2]}};
       tile::Tile tile = walk.tile_at(ticket);
       bool is_ready = true;
@@ -296,9 +295,8 @@ struct BackwardJob {
       tile::with_results<Row>(sums, params.forward.activation, row_bias, [&](const auto& results) {
         tile::store_tile<Row>(results, staging_, out, tile, weight_tile_idx);
       });
-      const int32_t column_block = tile.weight_pair_idx / params.forward.sizes.column_pairs;
       staging_.publish(is_z ? &params.counters.z_done[tile.row_begin / config::kRowGroup]
-                            : &params.forward.memory.down_done[column_block]);
+                            : params.forward.memory.down_done);
     }
 
     tile::Staging staging_;
@@ -312,7 +310,7 @@ struct BackwardJob {
     if (!tile.is_ready) {
       const BackwardDependency rows(params, tile);
       waiter.wait_rows(rows.words[0], rows.expected[0], sync::WaitTag::kRowsReady);
-      waiter.wait_rows(rows.words[1], rows.expected[1], sync::WaitTag::kUpDone);
+      waiter.wait_rows(rows.words[1], rows.expected[1], sync::WaitTag::kGradDone);
     }
     ptx::fence_proxy_async(ptx::space_global);
   }
@@ -380,7 +378,7 @@ FM_DEVICE void finish_routing(const BackwardParams& params, BackwardShared<Confi
   if (!has_router && !slots_are_last) return;
   if (ptx::thread_idx() == config::kWarpgroup) {
     waiter.wait_word(params.counters.combined, gridDim.x * stage::kCombineWarps,
-                     sync::WaitTag::kDownDone);
+                     sync::WaitTag::kCombined);
   }
   if (!ptx::barrier_sync_and(kMathMeets, kMathThreads, waiter.alive())) return;
   sync::GridBarrier* barrier = &params.forward.memory.state->barrier;
@@ -419,7 +417,7 @@ FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config
   if (params.routing.any() && !params.sizes.weight_on_input) {
     waiter.wait_word(params.counters.hidden_of_all,
                      smem.extra.num_blocks * params.sizes.hidden_pairs * config::kClusterSize,
-                     sync::WaitTag::kUpDone);
+                     sync::WaitTag::kGradDone);
     if (__all_sync(stage::kAllLanes, waiter.alive())) {
       differentiate_routing<Config>(params, worker_idx(), num_workers);
     }

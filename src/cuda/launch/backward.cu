@@ -28,7 +28,7 @@ int32_t pairs_of(int64_t columns) {
   return static_cast<int32_t>(plan::ceil_div(columns, config::kWeightRows * config::kClusterSize));
 }
 
-// What a gradient of a weight [E, rows, columns] is made of: rows run along `rows_of`'s columns.
+// Whether the last dimension of a weight, or of its gradient, is the contiguous one.
 bool has_contiguous_rows(const fm_tensor& tensor) { return tensor.stride[2] == 1; }
 
 // The forward's sizes, whose down product is the input gradient; weight_on_input says what the

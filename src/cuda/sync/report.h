@@ -18,6 +18,8 @@ enum class WaitTag : uint32_t {
   kRowsReady,   // an up tile waits for its block's rows
   kUpDone,      // a down tile waits for its block's hidden rows
   kDownDone,    // a combine unit waits for its column block
+  kGradDone,    // a tile of the backward waits for tiles before it
+  kCombined,    // the router's gradients wait for the combined input gradients
   kMetadata,    // the plan waits for what a rank says of its tokens
   kPushed,      // a copy waits for rows that a rank sends
   kReturned,    // a sum waits for the part of a rank
@@ -56,6 +58,10 @@ constexpr const char* name_of(WaitTag tag) {
       return "hidden rows of a block";
     case WaitTag::kDownDone:
       return "rows of a column block";
+    case WaitTag::kGradDone:
+      return "tiles of the backward before this one";
+    case WaitTag::kCombined:
+      return "combined input gradients";
     case WaitTag::kMetadata:
       return "metadata of a rank";
     case WaitTag::kPushed:

@@ -1,7 +1,7 @@
 // Ticket -> task of the backward's math roles:
 //
-//   [pre-activation tiles] | hidden-gradient tiles | gradient of w_down | input-gradient tiles of
-//   column block 0 | of column block 1 | ... | gradients of w_gate and w_up
+//   [pre-activation tiles] | hidden-gradient tiles | gradient of w_down | input-gradient tiles |
+//   gradients of w_gate and w_up
 //
 // Pre-activations are computed again where the forward did not keep them. The input gradients
 // replace the rows of grad y, which the gradient of w_down is the last to read; the gradients of
@@ -67,28 +67,25 @@ struct BackwardWalk {
   int32_t pre_activation_pairs;  // 0: they were kept
   int32_t hidden_pairs;
   int32_t input_pairs;
-  int32_t column_pairs;
   WeightGrid weight_grads[3];  // down, up (or gate), up
-
-  FM_HD constexpr int32_t column_blocks() const {
-    return (input_pairs + column_pairs - 1) / column_pairs;
-  }
 
   // The tile of any ticket; an end tile from the last ticket on.
   FM_HD constexpr Tile tile_at(int32_t ticket) const {
     const int32_t blocks = experts.num_blocks();
     int32_t left = ticket;
     if (left < blocks * pre_activation_pairs) {
-      return row_tile(left, pre_activation_pairs, false, BackwardProduct::kPreActivation);
+      return row_tile(left, pre_activation_pairs, BackwardProduct::kPreActivation);
     }
     left -= blocks * pre_activation_pairs;
     if (left < blocks * hidden_pairs) {
-      return row_tile(left, hidden_pairs, false, BackwardProduct::kHiddenGrad);
+      return row_tile(left, hidden_pairs, BackwardProduct::kHiddenGrad);
     }
     left -= blocks * hidden_pairs;
     if (left < tiles_of(0)) return weight_tile(left, 0);
     left -= tiles_of(0);
-    if (left < blocks * input_pairs) return input_tile(left, blocks);
+    if (left < blocks * input_pairs) {
+      return row_tile(left, input_pairs, BackwardProduct::kInputGrad);
+    }
     left -= blocks * input_pairs;
     if (left < tiles_of(1)) return weight_tile(left, 1);
     left -= tiles_of(1);
@@ -106,28 +103,12 @@ struct BackwardWalk {
         static_cast<BackwardProduct>(static_cast<int>(BackwardProduct::kDownGrad) + which);
     return weight_grads[which].tile_at(tile_idx - e * of_expert, e, product);
   }
-  // Of `pairs` weight pairs of every block, forward or backward over the experts.
-  FM_HD constexpr Tile row_tile(int32_t tile_idx, int32_t pairs, bool is_reversed,
-                                BackwardProduct product) const {
-    const int32_t blocks = experts.num_blocks();
-    const int32_t place = tile_idx / pairs;
-    const int32_t e = experts.expert_of_block(is_reversed ? blocks - 1 - place : place);
-    const int32_t before =
-        is_reversed ? blocks - experts.blocks_before(e + 1) : experts.blocks_before(e);
-    Tile tile = TileGrid{max_rows, pairs}.tile_at(tile_idx - before * pairs, e, experts.begin(e),
-                                                  experts.rows(e));
+  // Of `pairs` weight pairs of every block.
+  FM_HD constexpr Tile row_tile(int32_t tile_idx, int32_t pairs, BackwardProduct product) const {
+    const int32_t e = experts.expert_of_block(tile_idx / pairs);
+    Tile tile = TileGrid{max_rows, pairs}.tile_at(tile_idx - experts.blocks_before(e) * pairs, e,
+                                                  experts.begin(e), experts.rows(e));
     tile.product = static_cast<int8_t>(product);
-    return tile;
-  }
-  FM_HD constexpr Tile input_tile(int32_t tile_idx, int32_t blocks) const {
-    const int32_t of_whole = blocks * column_pairs;  // tiles of a column block but the last
-    const int32_t column_block = tile_idx / of_whole;
-    const int32_t first_pair = column_block * column_pairs;
-    const int32_t pairs =
-        input_pairs - first_pair < column_pairs ? input_pairs - first_pair : column_pairs;
-    Tile tile = row_tile(tile_idx - column_block * of_whole, pairs, column_block % 2 == 1,
-                         BackwardProduct::kInputGrad);
-    tile.weight_pair_idx += first_pair;
     return tile;
   }
 };

@@ -5,8 +5,7 @@
 // on their way in and one out while another is worked on.
 //
 // One body serves all chunks of a tile, which takes its sums out of the registers by a switch:
-// unrolled, it is 230 KB of instructions for each activation, which no instruction cache holds, and
-// takes five times as long.
+// unrolled, it is more instructions than any instruction cache holds (docs/backward_pass.md).
 #pragma once
 
 #include "cuda/config/backward.h"
@@ -39,7 +38,7 @@ struct HiddenGradMemory {
 };
 
 // Chunks (row_chunk, half) follow each other half first; those of even and odd row_chunk have sets
-// of their memory_.
+// of their own.
 FM_DEVICE constexpr int32_t set_of(int32_t row_chunk, int32_t half) {
   return row_chunk % 2 * 2 + half;
 }
@@ -232,7 +231,7 @@ class HiddenGrad {
     if (params.sizes.pre_activation_pairs > 0) {
       waiter.wait_word(&params.counters.z_done[place.row_begin() / config::kRowGroup],
                        params.sizes.pre_activation_pairs * config::kClusterSize,
-                       sync::WaitTag::kUpDone);
+                       sync::WaitTag::kGradDone);
       ptx::fence_proxy_async(ptx::space_global);
     }
     ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());

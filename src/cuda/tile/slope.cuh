@@ -1,8 +1,6 @@
 // Activation functions with their slopes, and a gated or plain layer's derivatives.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/tile/activation.cuh"
 
 namespace flashmoe::cuda::tile {
