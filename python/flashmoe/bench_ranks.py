@@ -202,7 +202,7 @@ def active_nvlinks():
     with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         # By its name: NVML counts GPUs that CUDA_VISIBLE_DEVICES hides.
-        name = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+        name = f"GPU-{torch.cuda.get_device_properties().uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(name)
         for idx in range(pynvml.NVML_NVLINK_MAX_LINKS):
             count += pynvml.nvmlDeviceGetNvLinkState(handle, idx)

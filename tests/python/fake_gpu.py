@@ -129,7 +129,7 @@ def install():
         "reset_peak_memory_stats": lambda: None,
         "current_device": lambda: 0,
         "get_device_name": lambda: "NVIDIA H200",
-        "get_device_properties": lambda: types.SimpleNamespace(L2_cache_size=1 << 16),
+        "get_device_properties": lambda: types.SimpleNamespace(L2_cache_size=1 << 16, uuid="1"),
         "power_draw": lambda device: 500_000,
         "clock_rate": lambda device: 1500,
         "_sleep": lambda cycles: None,
