@@ -144,7 +144,21 @@ TEST(CudaBackward, RegionsOfTheScratchDoNotOverlap) {
     end = region.offset + region.bytes;
   }
   EXPECT_GE(table.total, end);
-  EXPECT_EQ(table[config::BackwardScratch::kState].offset, 0) << "launches of both kinds share it";
+  const auto forward = config::forward_table({.tokens = 1000,
+                                              .hidden = 192,
+                                              .intermediate = 128,
+                                              .num_experts = 65,
+                                              .top_k = 3,
+                                              .rows = 4000,
+                                              .rank_slots = 0,
+                                              .state_bytes = 24,
+                                              .has_router = true,
+                                              .own_logits = true,
+                                              .weight_on_input = false});
+  const plan::Region& state = table[config::BackwardScratch::kState];
+  const plan::Region& shared = forward[config::ForwardScratch::kState];
+  EXPECT_EQ(state.offset, shared.offset) << "launches of both kinds share it";
+  EXPECT_EQ(state.bytes, shared.bytes);
 }
 
 }  // namespace

@@ -20,3 +20,24 @@ def needs_gpu(request):
 
     if missing := what_is_missing():
         pytest.skip(f"needs {missing}")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Groups for all cases of a file: what one leaves behind in scratch, the next one finds."""
+    from flashmoe import check
+
+    pool = check.GroupPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def groups():
+    """The groups of two ranks of this process, a GPU each."""
+    import flashmoe
+
+    made = flashmoe.local_group(2, device="cuda", max_tokens=4096)
+    yield made
+    for group in made:
+        group.close()

@@ -34,14 +34,6 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pool():
-    """One group, and so one scratch, for all cases: what one leaves behind, the next one finds."""
-    pool = check.GroupPool()
-    yield pool
-    pool.close()
-
-
 @pytest.fixture(autouse=True)
 def poisoned_gradients(monkeypatch):
     """Gradients hold NaN before the engine writes them."""

@@ -35,14 +35,6 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pool():
-    """One group, and so one scratch, for all cases: what one leaves behind, the next one finds."""
-    pool = check.GroupPool()
-    yield pool
-    pool.close()
-
-
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Outputs hold NaN, integers -77, before the engine writes them."""

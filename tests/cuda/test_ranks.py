@@ -68,22 +68,6 @@ PROCESS_TOKENS = (300, 129)
 
 
 @pytest.fixture(scope="module")
-def pool():
-    """One pair of groups for all cases: what one leaves behind, the next one finds."""
-    pool = check.GroupPool()
-    yield pool
-    pool.close()
-
-
-@pytest.fixture
-def groups():
-    made = flashmoe.local_group(RANKS, device="cuda", max_tokens=4096)
-    yield made
-    for group in made:
-        group.close()
-
-
-@pytest.fixture(scope="module")
 def processes():
     made = Processes()
     yield made

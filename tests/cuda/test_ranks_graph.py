@@ -22,14 +22,6 @@ EXPERTS = 16
 
 
 @pytest.fixture
-def groups():
-    made = flashmoe.local_group(RANKS, device="cuda", max_tokens=4096)
-    yield made
-    for group in made:
-        group.close()
-
-
-@pytest.fixture
 def eager():
     """Other groups, whose calls are not captured."""
     made = flashmoe.local_group(RANKS, device="cuda", max_tokens=4096)

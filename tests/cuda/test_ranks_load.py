@@ -6,7 +6,6 @@ import threading
 import time
 from dataclasses import replace
 
-import flashmoe
 import pytest
 import torch
 from gpu_ranks import call_all, finish_all, finished, shards, synchronize
@@ -16,14 +15,6 @@ RANKS = 2
 ROUNDS = 200
 INPUTS = 5
 FREE_SMS = 32  # for what runs beside
-
-
-@pytest.fixture
-def groups():
-    made = flashmoe.local_group(RANKS, device="cuda", max_tokens=4096)
-    yield made
-    for group in made:
-        group.close()
 
 
 class SideWork:

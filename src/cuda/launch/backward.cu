@@ -35,26 +35,16 @@ bool has_contiguous_rows(const fm_tensor& tensor) { return tensor.stride[2] == 1
 // combine weighs, which is the reverse here.
 config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operands) {
   const plan::Problem problem = problem_of(layer, operands.x.shape[0]);
-  config::ForwardSizes sizes{};
-  sizes.tokens = static_cast<int32_t>(problem.tokens);
-  sizes.hidden = static_cast<int32_t>(problem.hidden);
-  sizes.intermediate = static_cast<int32_t>(problem.intermediate);
-  sizes.num_experts = static_cast<int32_t>(problem.num_experts);
-  sizes.top_k = static_cast<int32_t>(problem.top_k);
-  sizes.route_tiles = static_cast<int32_t>(plan::num_chunks(problem.tokens));
-  sizes.capacity = static_cast<int32_t>(plan::expert_capacity(layer.capacity_factor, problem));
+  config::ForwardSizes sizes = routed_sizes(layer, problem);
   sizes.down_pairs = pairs_of(problem.hidden);
   // One column block: the gradients of w_up, behind it, hide the combination of all of it.
   sizes.column_pairs = sizes.down_pairs;
   sizes.column_blocks = 1;
   sizes.column_width = sizes.column_pairs * config::kWeightRows * config::kClusterSize;
-  sizes.combine_tokens = choose_combine_tokens(problem.tokens);
   sizes.row_groups = static_cast<int32_t>(
       config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
   sizes.local_experts = sizes.num_experts;
   sizes.source_groups = 1;
-  sizes.has_few_tiles = sizes.route_tiles <= config::kFewTiles;
-  sizes.has_few_slots = sizes.has_few_tiles && problem.slots() <= config::kFewSlots;
   sizes.weight_on_input = layer.weight_on_input == 0;
   return sizes;
 }
@@ -380,21 +370,11 @@ fm_forward_args shared_operands(const Operands& operands) {
   return shared;
 }
 
-// Sixteen-byte accesses: base and strides of rows.
-std::string refuse_rows(const char* name, const fm_tensor& tensor) {
-  constexpr int64_t kUnit = 16 / config::kElementBytes;
-  if (!present(tensor) || tensor.shape[0] == 0) return {};
-  const bool is_aligned = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
-  if (is_aligned && (tensor.shape[0] == 1 || tensor.stride[0] % kUnit == 0)) return {};
-  return text_of(name, " starts at ", tensor.data, " and has rows ", tensor.stride[0],
-                 " elements apart; accepted on CUDA: multiples of 16 bytes for both");
-}
-
 }  // namespace
 
 void check_supported(const fm_layer& layer, const fm_backward_args& operands) {
   check_supported(layer, shared_operands(operands));
-  std::string reason = refuse_rows("grad_y", operands.grad_y);
+  std::string reason = refuse_rows("grad_y", operands.grad_y, config::kElementBytes);
   if (reason.empty()) reason = refuse_z(layer, operands.x.shape[0], operands.z);
   if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
 }

@@ -86,14 +86,7 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
     return static_cast<int32_t>(
         plan::ceil_div(columns, product.out_columns() * config::kClusterSize));
   };
-  config::ForwardSizes sizes{};
-  sizes.tokens = static_cast<int32_t>(problem.tokens);
-  sizes.hidden = static_cast<int32_t>(problem.hidden);
-  sizes.intermediate = static_cast<int32_t>(problem.intermediate);
-  sizes.num_experts = static_cast<int32_t>(problem.num_experts);
-  sizes.top_k = static_cast<int32_t>(problem.top_k);
-  sizes.route_tiles = static_cast<int32_t>(plan::num_chunks(problem.tokens));
-  sizes.capacity = static_cast<int32_t>(plan::expert_capacity(layer.capacity_factor, problem));
+  config::ForwardSizes sizes = routed_sizes(layer, problem);
   sizes.up_pairs = pairs(problem.intermediate, config.up());
   sizes.down_pairs = pairs(problem.hidden, config.down());
   sizes.column_pairs = std::min(
@@ -101,13 +94,10 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
       sizes.down_pairs);
   sizes.column_blocks = tile::ColumnBlocks{sizes.down_pairs, sizes.column_pairs}.count();
   sizes.column_width = sizes.column_pairs * config.down().out_columns() * config::kClusterSize;
-  sizes.combine_tokens = choose_combine_tokens(problem.tokens);
   sizes.row_groups = static_cast<int32_t>(rows_of(layer, operands, ranks) / config::kRowGroup);
   sizes.source_groups = choose_source_groups(layer, operands, ranks);
   sizes.local_experts = static_cast<int32_t>(problem.num_experts / ranks.world);
-  sizes.has_few_tiles = sizes.route_tiles <= config::kFewTiles;
-  sizes.has_few_slots =
-      ranks.world == 1 && sizes.has_few_tiles && problem.slots() <= config::kFewSlots;
+  sizes.has_few_slots = sizes.has_few_slots && ranks.world == 1;
   sizes.weight_on_input = layer.weight_on_input != 0;
   return sizes;
 }
@@ -335,25 +325,6 @@ kernel::ForwardParams make_params(const ForwardArguments& arguments,
   params.launch_id = arguments.launch_id;
   params.may_run_beside = arguments.max_sms > 0;
   return params;
-}
-
-// Sixteen-byte accesses: base and strides of rows. A tensor map's strides are under 2^40 bytes.
-std::string refuse_rows(const char* name, const fm_tensor& tensor, int64_t element_bytes) {
-  const int64_t unit = 16 / element_bytes;
-  const int64_t most = (int64_t{1} << 40) / element_bytes - unit;
-  if (!present(tensor) || tensor.shape[0] == 0) return {};
-  if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0) {
-    return text_of(name, " starts at ", tensor.data, "; accepted: multiples of 16 bytes");
-  }
-  for (int32_t dim = 0; dim < tensor.ndim; ++dim) {
-    if (tensor.stride[dim] == 1 || tensor.shape[dim] == 1) continue;
-    const int64_t stride = tensor.stride[dim];
-    if (stride < 0 || stride > most || stride % unit != 0) {
-      return text_of(name, " has stride ", stride, " in dimension ", dim,
-                     "; accepted on CUDA: multiples of ", unit, " from 0 to ", most);
-    }
-  }
-  return {};
 }
 
 // The layer's part of memory that is made for so many tokens.

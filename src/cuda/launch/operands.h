@@ -3,11 +3,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
+#include "base/error.h"
 #include "cuda/config/activation.h"
 #include "cuda/kernel/forward.h"
 #include "flashmoe/c_api.h"
+#include "plan/layout.h"
 #include "plan/problem.h"
+#include "plan/routing.h"
 
 namespace flashmoe::cuda::launch {
 
@@ -49,6 +53,41 @@ inline plan::Problem problem_of(const fm_layer& layer, int64_t tokens) {
 inline int32_t choose_combine_tokens(int64_t tokens) {
   constexpr int64_t kUnits = 4096;
   return static_cast<int32_t>(std::clamp<int64_t>(tokens / kUnits, 1, 8));
+}
+
+// What routing, plan and combine need; blocks and column blocks are the direction's own.
+inline config::ForwardSizes routed_sizes(const fm_layer& layer, const plan::Problem& problem) {
+  config::ForwardSizes sizes{};
+  sizes.tokens = static_cast<int32_t>(problem.tokens);
+  sizes.hidden = static_cast<int32_t>(problem.hidden);
+  sizes.intermediate = static_cast<int32_t>(problem.intermediate);
+  sizes.num_experts = static_cast<int32_t>(problem.num_experts);
+  sizes.top_k = static_cast<int32_t>(problem.top_k);
+  sizes.route_tiles = static_cast<int32_t>(plan::num_chunks(problem.tokens));
+  sizes.capacity = static_cast<int32_t>(plan::expert_capacity(layer.capacity_factor, problem));
+  sizes.combine_tokens = choose_combine_tokens(problem.tokens);
+  sizes.has_few_tiles = sizes.route_tiles <= config::kFewTiles;
+  sizes.has_few_slots = sizes.has_few_tiles && problem.slots() <= config::kFewSlots;
+  return sizes;
+}
+
+// Sixteen-byte accesses: base and strides of rows. A tensor map's strides are under 2^40 bytes.
+inline std::string refuse_rows(const char* name, const fm_tensor& tensor, int64_t element_bytes) {
+  const int64_t unit = 16 / element_bytes;
+  const int64_t most = (int64_t{1} << 40) / element_bytes - unit;
+  if (!present(tensor) || tensor.shape[0] == 0) return {};
+  if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0) {
+    return text_of(name, " starts at ", tensor.data, "; accepted: multiples of 16 bytes");
+  }
+  for (int32_t dim = 0; dim < tensor.ndim; ++dim) {
+    if (tensor.stride[dim] == 1 || tensor.shape[dim] == 1) continue;
+    const int64_t stride = tensor.stride[dim];
+    if (stride < 0 || stride > most || stride % unit != 0) {
+      return text_of(name, " has stride ", stride, " in dimension ", dim,
+                     "; accepted on CUDA: multiples of ", unit, " from 0 to ", most);
+    }
+  }
+  return {};
 }
 
 }  // namespace flashmoe::cuda::launch
