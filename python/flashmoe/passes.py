@@ -185,14 +185,14 @@ def engine_pass(case, operands, dtype_name, groups, gradients):
         for rank, group in enumerate(groups)
     ]
 
-    def run(rank):
-        outputs, routed = run_rank(calls[rank], gradients)
-        return moved(outputs, routed, home)
-
-    results = on_all_ranks(run, ranks)
+    results = on_all_ranks(lambda rank: run_rank(calls[rank], gradients), ranks)
     for result in results:
         if isinstance(result, Exception):
             raise result
+    # Not by the ranks' own threads: a copy between two GPUs holds up both of their streams until
+    # it is done. Behind the launch of one rank and ahead of that of another, whose peer it then
+    # waits for, it would be done when the wait of the launch runs out.
+    results = [moved(outputs, routed, home) for outputs, routed in results]
     return gather(case, [outputs for outputs, _ in results], [routed for _, routed in results])
 
 

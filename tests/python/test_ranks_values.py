@@ -1,5 +1,6 @@
 """W ranks give what one rank gives, within the error of plain PyTorch; T may be anything."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -97,3 +98,26 @@ def test_growing_sizes_on_one_group():
         for hidden, experts, top_k, tokens in shapes:
             case = Case("ranks/grow", hidden=hidden, intermediate=24, experts=experts, top_k=top_k)
             assert_as_exact_as_plain(case, groups, "fp32", [(tokens, tokens + 3)])
+
+
+def test_results_are_moved_once_all_ranks_have_been_called(monkeypatch):
+    """On CUDA a move between GPUs orders the launches of two ranks, which wait for each other."""
+    happened = []
+    run_rank, moved = passes.run_rank, passes.moved
+
+    def late(call, gradients):
+        result = run_rank(call, gradients)
+        time.sleep(0.2 * (call.options["group"].rank == 0))
+        happened.append("called")
+        return result
+
+    def noted(*arguments):
+        happened.append("moved")
+        return moved(*arguments)
+
+    monkeypatch.setattr(passes, "run_rank", late)
+    monkeypatch.setattr(passes, "moved", noted)
+    with open_groups(2) as groups:
+        operands = make_operands(SMALL, SMALL.steps(2)[0], "fp32")
+        passes.engine_pass(SMALL, operands, "fp32", groups, gradients=False)
+    assert happened == ["called"] * 2 + ["moved"] * 2
