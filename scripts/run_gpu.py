@@ -34,7 +34,10 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "240")
+# A test that hangs is named (-v), its stacks are printed, and it ends, all before its step does.
+PYTEST = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider",
+          "-o", "faulthandler_timeout=45", "--timeout", "60")  # fmt: skip
+GRACE_S = 15  # for a step over its limit to say what it has found
 SANITIZE_CASE = "tokens/3"
 VALUES = ("layer_values", "layer_routing", "layer_placement")
 RANKS_MORE = ("ranks_graph", "ranks_load", "ranks_bench")
@@ -103,21 +106,22 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
         "backward": [
             Step(
                 "backward",
-                [*PYTEST, "--timeout", "90", *workers(), *test_files("backward"), *keep_backward],
+                [*PYTEST, *workers(), *test_files("backward"), *keep_backward],
                 120,
             )
         ],
         "training": [
             Step(
                 "training",
-                [*PYTEST, "--timeout", "90", "-m", "not slow", *test_files("training")],
+                [*PYTEST, "-m", "not slow", *test_files("training")],
                 120,
             )
         ],
         "programs": [
             Step(
                 "programs",
-                [*PYTEST, "--durations", "5", "-m", "slow", *test_files("training")],
+                [*PYTEST, "--timeout", "240", "--durations", "5", "-m", "slow"]
+                + test_files("training"),
                 300,
             )
         ],
@@ -125,7 +129,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
         "ranks_more": [
             Step(
                 "ranks_more",
-                [*PYTEST, "--timeout", "90", "--durations", "10", *test_files(*RANKS_MORE)],
+                [*PYTEST, "--durations", "10", *test_files(*RANKS_MORE)],
                 150,
             )
         ],
@@ -153,7 +157,8 @@ def install(pack: Path) -> None:
 def environment(pack: Path | None) -> dict[str, str]:
     """The environment of the steps."""
     paths = [str(ROOT / "python")]
-    changes = {"PYTHONUNBUFFERED": "1"}
+    # No wait here is that long: one that runs out leaves its step the time for the rest.
+    changes = {"PYTHONUNBUFFERED": "1", "FLASHMOE_TIMEOUT_S": "20"}
     if pack is not None:
         paths.append(str((pack / "site").resolve()))
         changes["FLASHMOE_CUDA_BENCH"] = str((pack / "lib/libflashmoe_cuda_bench.so").resolve())
@@ -175,14 +180,18 @@ def run(step: Step, out: Path, env: dict[str, str]) -> tuple[bool, str, float]:
 
 
 def run_bounded(step: Step, env: dict[str, str], file: IO[str]) -> int:
-    """Exit code of a step, 124 over its limit. The processes that it has started end with it: ranks
-    of a step that hangs would keep the GPUs from the next one."""
+    """Exit code of a step, 124 over its limit: it is interrupted first, upon which pytest prints its
+    failures. The processes that it has started end with it: ranks of a step that hangs would keep
+    the GPUs from the next one."""
     process = subprocess.Popen(
         step.command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
     )
     try:
         return process.wait(step.limit_s)
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
         return 124
     finally:
         with suppress(ProcessLookupError):  # all of them have ended

@@ -8,6 +8,27 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 
+class Failures:
+    """Prints what failed as it comes: a run that hangs later and is killed has told it."""
+
+    def __init__(self, reporter):
+        self.reporter = reporter
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            told = f"{crash.path}:{crash.lineno}: {crash.message}" if crash else report.longreprtext
+            self.reporter.ensure_newline()
+            self.reporter.write_line(f"failed {report.nodeid}: {told}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if reporter:  # a worker of pytest-xdist has none
+        config.pluginmanager.register(Failures(reporter))
+
+
 @pytest.fixture(autouse=True)
 def needs_gpu(request):
     name = request.module.__name__

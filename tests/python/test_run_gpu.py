@@ -65,6 +65,33 @@ def test_a_step_over_its_limit_leaves_no_process(script, tmp_path):
     raise AssertionError("the child of the step lives on")
 
 
+def test_a_step_over_its_limit_tells_what_failed_and_what_hangs(script, tmp_path):
+    (tmp_path / "pytest.ini").touch()
+    conftest = (ROOT / "tests" / "cuda" / "conftest.py").read_text()
+    (tmp_path / "conftest.py").write_text(conftest.replace("autouse=True", "autouse=False"))
+    (tmp_path / "test_two.py").write_text(
+        "import time\n\n"
+        "def test_wrong():\n    assert 2 + 2 == 5, 'the sum'\n\n"
+        "def test_slow():\n    time.sleep(60)\n"
+    )
+    command = [*script.PYTEST, "-o", "faulthandler_timeout=1", str(tmp_path)]
+    step = script.Step("two", command, 6)
+    passed, last, seconds = script.run(step, tmp_path, script.environment(None))
+    assert not passed and last == "over its time limit" and seconds < 6 + script.GRACE_S
+    log = (tmp_path / "two.log").read_text()
+    told, ended = log.split("= FAILURES =")
+    assert "failed test_two.py::test_wrong: " in told and "AssertionError: the sum" in told
+    assert "test_two.py::test_slow" in told and "in test_slow" in told, "the stack of what hangs"
+    assert "1 failed" in ended
+
+
+def test_every_test_ends_before_its_step(script):
+    for step in script.planned(arguments()):
+        if step.command[:3] == list(script.PYTEST[:3]):
+            limit = max(i for i, word in enumerate(step.command) if word == "--timeout") + 1
+            assert float(step.command[limit]) < step.limit_s, step.name
+
+
 def test_the_benchmark_of_ranks_starts_each_number_of_them_once(script):
     plan = script.ranks_plan(arguments(ranks=8))
     assert [world for world, _ in plan] == [8, 4, 2]
