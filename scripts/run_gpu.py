@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A test that hangs is named (-v), its stacks are printed, and it ends, all before its step does.
 PYTEST = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider",
           "-o", "faulthandler_timeout=45", "--timeout", "60")  # fmt: skip
+PROGRAMS = ("--timeout", "240", "--durations", "5", "-m", "slow")
 GRACE_S = 15  # for a step over its limit to say what it has found
 SANITIZE_CASE = "tokens/3"
 VALUES = ("layer_values", "layer_routing", "layer_placement")
@@ -120,8 +121,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
         "programs": [
             Step(
                 "programs",
-                [*PYTEST, "--timeout", "240", "--durations", "5", "-m", "slow"]
-                + test_files("training"),
+                [*PYTEST, *PROGRAMS, *test_files("training")],
                 300,
             )
         ],
@@ -180,9 +180,9 @@ def run(step: Step, out: Path, env: dict[str, str]) -> tuple[bool, str, float]:
 
 
 def run_bounded(step: Step, env: dict[str, str], file: IO[str]) -> int:
-    """Exit code of a step, 124 over its limit: it is interrupted first, upon which pytest prints its
-    failures. The processes that it has started end with it: ranks of a step that hangs would keep
-    the GPUs from the next one."""
+    """Exit code of a step, 124 over its limit: it is interrupted first, upon which pytest prints
+    its failures. The processes that it has started end with it: ranks of a step that hangs would
+    keep the GPUs from the next one."""
     process = subprocess.Popen(
         step.command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
     )
