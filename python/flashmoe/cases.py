@@ -21,6 +21,11 @@ ALL_DTYPES = ("fp64", "fp32", "bf16", "fp16")
 MAIN_DTYPES = ("fp64", "fp32", "bf16")
 WORK_DTYPES = ("fp32", "bf16")
 CUDA_DTYPES = ("bf16", "fp16")
+# Clamp limits, halfway between two numbers of fp16: rounding takes no pre-activation of fp16 across
+# them, which would change its gradient. Just above a number of bf16, where PyTorch takes the limit
+# for that number, so that rounding decides for it as for us.
+LIMIT = 2881 / 4096
+TIGHT_LIMIT = 2049 / 4096
 CUDA_SIZE_UNIT = 64  # the CUDA engine takes multiples of it as hidden and intermediate size
 
 
@@ -202,13 +207,13 @@ def activations():
     """Every activation, gated and plain, clamped, with and without bias."""
     variants = {
         "gated_relu2": Activation("relu2"),
-        "swiglu_limit": Activation(limit=0.7),
+        "swiglu_limit": Activation(limit=LIMIT),
         "swiglu_alpha": Activation(alpha=1.702),
         "swiglu_offset": Activation(up_offset=1.0),
-        "gpt_oss_tight": Activation(alpha=1.702, limit=0.5, up_offset=1.0),
-        "geglu_limit": Activation("gelu", limit=0.7),
+        "gpt_oss_tight": Activation(alpha=1.702, limit=TIGHT_LIMIT, up_offset=1.0),
+        "geglu_limit": Activation("gelu", limit=LIMIT),
         "silu_alpha": Activation(gated=False, alpha=1.702),
-        "gelu_limit": Activation("gelu", gated=False, limit=0.7),
+        "gelu_limit": Activation("gelu", gated=False, limit=LIMIT),
     }
     biased = ("gpt_oss", "relu2", "gelu")
     return [

@@ -191,7 +191,7 @@ def activate(z, activation, interleaved=False):
         return nonlinearity(clamp_gate(z, activation.limit), activation)
     gate, up = (z[..., 0::2], z[..., 1::2]) if interleaved else z.chunk(2, dim=-1)
     if activation.limit:
-        up = up.clamp(-activation.limit, activation.limit)
+        up = at_most(-at_most(-up, activation.limit), activation.limit)
     if activation.up_offset:
         up = up + activation.up_offset
     return nonlinearity(clamp_gate(gate, activation.limit), activation) * up
@@ -199,7 +199,13 @@ def activate(z, activation, interleaved=False):
 
 def clamp_gate(gate, limit):
     """The value that goes into the nonlinearity: bounded above by `limit` where there is one."""
-    return gate.clamp(max=limit) if limit else gate
+    return at_most(gate, limit) if limit else gate
+
+
+def at_most(values, limit):
+    """The values, bounded above. On the bound itself it passes gradients; torch.clamp did in PyTorch
+    2.11 and does not in 2.15."""
+    return torch.where(values > limit, limit, values)
 
 
 def nonlinearity(gate, activation):

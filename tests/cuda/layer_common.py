@@ -9,7 +9,7 @@ from typing import Any
 import flashmoe
 import torch
 from flashmoe import _core, check, compare, reference
-from flashmoe.cases import Case
+from flashmoe.cases import LIMIT, TIGHT_LIMIT, Case
 from flashmoe.config import Activation, Routing
 from flashmoe.inputs import DTYPES
 
@@ -18,12 +18,12 @@ MIXED = [
     Case("mixed/0", routing=Routing(score="sigmoid", num_groups=4, top_groups=2, scale=2.5),
          selection_bias=True, experts=16, top_k=4, layout="interleaved", bias=True),
     Case("mixed/1", routing=Routing(score="topk_softmax"), router_bias=True, top_k=4,
-         activation=Activation(alpha=1.702, limit=0.5, up_offset=1.0), bias=True,
+         activation=Activation(alpha=1.702, limit=TIGHT_LIMIT, up_offset=1.0), bias=True,
          layout="interleaved_transposed", capacity_factor=0.7),
     Case("mixed/2", routing=Routing(score="sigmoid", renormalize=False), top_k=1,
          weight_on_input=True, layout="transposed", activation="geglu"),
     Case("mixed/3", routing=Routing(score="sqrt_softplus", scale=1.5), selection_bias=True,
-         activation=Activation(limit=0.7), layout="separate", capacity_factor=1.0),
+         activation=Activation(limit=LIMIT), layout="separate", capacity_factor=1.0),
     Case("mixed/4", ids="sentinels", top_k=3, activation="relu2", bias=True, layout="transposed",
          capacity_factor=0.6),
     Case("mixed/5", ids="duplicates", top_k=3, activation="geglu_tanh", layout="strided",

@@ -93,6 +93,16 @@ def test_every_axis_of_the_layer_has_a_case():
         assert {getattr(case, flag) for case in compared} == {True, False}, flag
 
 
+@pytest.mark.parametrize("limit", [cases.LIMIT, cases.TIGHT_LIMIT])
+def test_rounding_takes_no_value_across_a_limit(limit):
+    fp16, bf16 = (torch.tensor(limit).to(dtype) for dtype in (torch.float16, torch.bfloat16))
+    half_step = torch.finfo(torch.float16).eps / 4  # of numbers from 1/2 to 1
+    values = limit + half_step * torch.linspace(-2, 2, 1001, dtype=torch.float64)
+    values = values[values != limit]  # which is halfway
+    assert ((values.half().double() > limit) == (values > limit)).all()
+    assert abs(float(fp16) - limit) == half_step and float(bf16) < limit
+
+
 def test_tokens_and_experts_of_a_case_are_all_different():
     case = cases.Case("unique", tokens=((40, 13),), bias=True)
     operands = make_operands(case, (40, 13), "bf16")
