@@ -203,8 +203,8 @@ def clamp_gate(gate, limit):
 
 
 def at_most(values, limit):
-    """The values, bounded above. On the bound itself it passes gradients; torch.clamp did in PyTorch
-    2.11 and does not in 2.15."""
+    """The values, bounded above. On the bound itself gradients pass; those of torch.clamp did in
+    PyTorch 2.11 and do not in 2.15."""
     return torch.where(values > limit, limit, values)
 
 
