@@ -224,7 +224,7 @@ def resolve(group: Any) -> tuple[str, int]:
         return group.name, group.world
     if _is_communicator(group):
         return _resolve_communicator(group)
-    if not hasattr(group, "group_name") or not hasattr(group, "size"):
+    if not _is_process_group(group):
         raise TypeError(
             f"group is a {type(group).__name__}; accepted: None, a flashmoe.Group, or a torch "
             "ProcessGroup or mpi4py intracommunicator that this rank belongs to"
@@ -300,6 +300,12 @@ def made_once(name: str, is_current: Callable[[], bool], make: Callable[[], int]
         if group is not None:
             group.close()
         return Group(make(), name)
+
+
+def _is_process_group(group: Any) -> bool:
+    """By its class, which Dynamo traces in every PyTorch; 2.11 refuses to ask for an attribute."""
+    torch_groups = sys.modules.get("torch.distributed.distributed_c10d")
+    return torch_groups is not None and isinstance(group, torch_groups.ProcessGroup)
 
 
 def _torch_process_group(name: str) -> Any:
