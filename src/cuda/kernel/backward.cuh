@@ -471,11 +471,9 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     backward(const __grid_constant__ BackwardParams params) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& smem = *reinterpret_cast<BackwardShared<Config>*>(raw);
-  if (ptx::thread_idx() == 0) {
-    set_mark_of_first(params.forward, Mark::kStart);
-    smem.init();
-  }
+  if (ptx::thread_idx() == 0) smem.init();
   if (!take_scratch(params.forward, smem)) return;
+  if (ptx::thread_idx() == 0) set_mark_of_first(params.forward, Mark::kStart);
   tell_pair(smem.extra.here, plan_rows<Config>(params, smem));
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();

@@ -380,13 +380,13 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& smem = *reinterpret_cast<ForwardShared<Config>*>(raw);
   if (ptx::thread_idx() == 0) {
-    set_mark_of_first(params, Mark::kStart);
     smem.init();
     smem.extra.ranks.post.init();
     ptx::prefetch_tensormap(&params.up_weights[0]);
     ptx::prefetch_tensormap(&params.down_weights);
   }
   if (!take_scratch(params, smem)) return;
+  if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kStart);
   tell_pair(smem.extra.here, route_and_plan<Config>(params, smem));
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();

@@ -9,28 +9,11 @@
 #include "cuda/config/forward.h"
 #include "cuda/config/ranks.h"
 #include "cuda/kernel/grouped_product.h"
+#include "cuda/kernel/mark.h"
 #include "cuda/sync/grid_barrier.h"
 #include "cuda/sync/report.h"
 
 namespace flashmoe::cuda::kernel {
-
-// When the launch passed what; nanoseconds of the GPU's global timer, written by the first cluster.
-enum class Mark : int32_t {
-  kStart,
-  kRouted,    // its tiles are routed
-  kPlanned,   // all CTAs have the plan
-  kUp,        // its first up tile may start; backward: its first tile of hidden gradients
-  kDownGrad,  // backward: of the gradient of w_down
-  kDown,      // its first down tile may start; backward: of input gradients
-  kUpGrad,    // backward: of the gradient of w_up
-  kLastTile,  // no tile is left
-  kEnd,       // all tokens are combined
-  kDone,      // backward: gradients of the router are there
-  // Several ranks, beside the tiles:
-  kRowsIn,    // all rows that came are in expert order
-  kFirstSum,  // the first column block may be summed
-  kCount
-};
 
 // The head of the scratch: zero when made, and left by every launch as the next one needs it.
 struct ForwardState {

@@ -26,8 +26,6 @@ struct TokenRows {
 using tile::CombineUnit;
 
 class CombineUnits {
-  static constexpr int32_t kFirstCommThread = config::kForwardThreads - config::kWarpgroup;
-
  public:
   // num_blocks: where the number of all experts' blocks is.
   FM_DEVICE CombineUnits(const kernel::ForwardParams& params, const RankState& state,
@@ -47,8 +45,8 @@ class CombineUnits {
       const int32_t tiles = num_blocks_ * params_.sizes.pairs_of_column_block(ready);
       waiter.wait_word(&params_.memory.down_done[ready], tiles * config::kClusterSize,
                        sync::WaitTag::kDownDone);
-      if (ready == 0 && ptx::thread_idx() == kFirstCommThread) {
-        kernel::set_mark_of_first(params_, kernel::Mark::kFirstSum);
+      if (is_first(unit) && ptx::lane_idx() == 0) {
+        kernel::set_mark(params_, kernel::Mark::kFirstSum);
       }
     }
   }
@@ -111,6 +109,11 @@ class CombineUnits {
             .tokens = state_.tokens,
             .num_tokens = sizes.tokens,
             .unit_tokens = sizes.combine_tokens};
+  }
+  // The unit of ticket 0, if the rank of step 1 has tokens.
+  FM_DEVICE bool is_first(const CombineUnit& unit) const {
+    return unit.column_block == 0 && unit.token == 0 &&
+           unit.source == source_of_step(params_.ranks, 1);
   }
   FM_DEVICE int32_t tokens_of(const CombineUnit& unit) const {
     return is_alone(params_) ? params_.sizes.tokens : state_.tokens[unit.source];
