@@ -28,6 +28,8 @@ struct Backward {
   }
 };
 inline constexpr int32_t kBackwardCommRegisters = 64;
+// Sums over few rows are loaded sooner than a ticket and its tile come.
+inline constexpr int32_t kBackwardTicketLead = 2;
 
 // Most rows of a block.
 inline constexpr int32_t kBackwardBlockRows = Backward{}.product(Major::kDepth).max_tokens;
@@ -41,6 +43,9 @@ inline constexpr int32_t kHiddenBytes = kHiddenRows * kHalfRows * kElementBytes;
 inline constexpr int32_t kHiddenSets = 4;
 inline constexpr int32_t kHiddenBuffers = 3;  // gate (or x), up, A
 inline constexpr int32_t kBackwardStagingBytes = kHiddenSets * kHiddenBuffers * kHiddenBytes;
+inline constexpr int32_t kGradStoreColumns = 64;  // a weight gradient's epilogue chunk: by 64 of M
+inline constexpr int32_t kGradStoreBytes = kGradStoreColumns * kHalfRows * kElementBytes;
+static_assert(kStoreBuffers * kGradStoreBytes <= kBackwardStagingBytes);
 // Gradients of the router are sums over this many ranges of tokens, whoever makes them.
 inline constexpr int32_t kRouterSegments = 8;
 

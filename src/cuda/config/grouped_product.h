@@ -36,6 +36,7 @@ inline constexpr int32_t kClusterSize = 2;
 inline constexpr int32_t kWeightRows = 128;  // M of a CTA's tile: two products of 64
 inline constexpr int32_t kHalfRows = 64;
 inline constexpr int32_t kDepthStep = 64;    // k of a stage: 128 bytes, one row of the swizzle
+inline constexpr int32_t kTicketLead = 1;    // tiles that a pair knows beside the one it loads
 inline constexpr int32_t kTileSlots = 4;     // messages under way between the ticket warp and roles
 inline constexpr int32_t kStoreTokens = 32;  // an epilogue chunk: 32 tokens by 64 columns
 inline constexpr int32_t kStoreBytes = kStoreTokens * kHalfRows * kElementBytes;

@@ -50,7 +50,7 @@ struct BackwardShared {
   alignas(1024) uint8_t staging[2][config::kBackwardStagingBytes];
   sync::RingBarriers<kShape.num_stages> stage_barriers;
   sync::MessageRing<tile::Tile, config::kTileSlots> tiles;
-  uint64_t pace;
+  uint64_t pace[config::kBackwardTicketLead];
   sync::TurnBarriers turns;
   BackwardExtra extra;
 
@@ -60,7 +60,7 @@ struct BackwardShared {
     constexpr int kTileReaders = 8 + 2;
     stage_barriers.init(kMathWarps * config::kClusterSize);
     tiles.init(kTileReaders * config::kClusterSize);
-    ptx::mbarrier_init(&pace, 1);
+    for (uint64_t& barrier : pace) ptx::mbarrier_init(&barrier, 1);
     turns.init();
     for (int i = 0; i < 2; ++i) extra.hidden_grad[i].init(staging[i]);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
@@ -120,6 +120,7 @@ struct BackwardJob {
   using WeightLoad = tile::BackwardWeightLoad;
   using TokenLoad = tile::BackwardTokenLoad;
   static constexpr config::GroupedProduct kShape = Shared::kShape;
+  static constexpr uint32_t kTicketLead = config::kBackwardTicketLead;
   template <config::Major kMajor>
   using Rows = config::BackwardProductOf<Config, kMajor>;
   using Sums = config::BackwardProductOf<Config, config::Major::kColumns, config::Major::kColumns>;
@@ -145,6 +146,7 @@ struct BackwardJob {
         is_ready = ptx::ld_acquire_gpu(word) == (lane == 0 ? rows.expected[0] : rows.expected[1]);
       }
       tile.is_ready = __all_sync(0xFFFFFFFF, is_ready);
+      if (!tile.is_end()) tile.num_k_blocks = num_k_blocks(params_, tile);
       mark(tile);
       return tile;
     }
@@ -175,20 +177,6 @@ struct BackwardJob {
 
   FM_DEVICE static TicketCounter& tickets(const Params& params) {
     return params.forward.memory.state->tickets;
-  }
-  // At least one: an expert without rows has a step of zeros.
-  FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile& tile) {
-    const ForwardSizes& sizes = params.forward.sizes;
-    switch (product_of(tile)) {
-      case BackwardProduct::kPreActivation:
-      case BackwardProduct::kHiddenGrad:
-        return sizes.hidden / config::kDepthStep;
-      case BackwardProduct::kInputGrad:
-        return params.sizes.up_columns / config::kDepthStep;
-      default:
-        const int32_t rows = table_of(params).rows(tile.local_expert_idx);
-        return max((rows + config::kDepthStep - 1) / config::kDepthStep, 1);
-    }
   }
 
   FM_DEVICE static uint32_t stage_bytes(const tile::Tile& tile) {
@@ -235,8 +223,7 @@ struct BackwardJob {
   class Output {
    public:
     FM_DEVICE Output(Shared& smem, int warpgroup_idx)
-        : staging_(*reinterpret_cast<StoreBuffers*>(smem.staging[warpgroup_idx]), warpgroup_idx),
-          smem_(smem) {}
+        : staging_(smem.staging[warpgroup_idx], warpgroup_idx), smem_(smem) {}
     FM_DEVICE bool all(bool vote) { return staging_.all(vote); }
     FM_DEVICE void prepare(const Params& params, const tile::Tile& tile, sync::Waiter& waiter) {
       if (product_of(tile) == BackwardProduct::kHiddenGrad) {
@@ -267,8 +254,6 @@ struct BackwardJob {
 
    private:
     using Row = Rows<config::Major::kDepth>;
-    using StoreBuffers = uint8_t[config::kStoreBuffers][config::kStoreBytes];
-    static_assert(sizeof(StoreBuffers) <= config::kBackwardStagingBytes);
 
     // Found where it is used: no register holds it while products run.
     FM_DEVICE tile::HiddenGrad hidden_grad() const {
@@ -305,6 +290,20 @@ struct BackwardJob {
 
  private:
   using ForwardSizes = config::ForwardSizes;
+  // At least one: an expert without rows has a step of zeros.
+  FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile& tile) {
+    const ForwardSizes& sizes = params.forward.sizes;
+    switch (product_of(tile)) {
+      case BackwardProduct::kPreActivation:
+      case BackwardProduct::kHiddenGrad:
+        return sizes.hidden / config::kDepthStep;
+      case BackwardProduct::kInputGrad:
+        return params.sizes.up_columns / config::kDepthStep;
+      default:
+        const int32_t rows = table_of(params).rows(tile.local_expert_idx);
+        return max((rows + config::kDepthStep - 1) / config::kDepthStep, 1);
+    }
+  }
   FM_DEVICE static void wait_for_rows(const Params& params, const tile::Tile& tile,
                                       sync::Waiter& waiter) {
     if (!tile.is_ready) {

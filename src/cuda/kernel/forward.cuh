@@ -70,6 +70,7 @@ struct ForwardJob {
   using Up = config::UpOf<Config>;
   using Down = config::DownOf<Config>;
   static constexpr config::GroupedProduct kShape = Config::value.up();
+  static constexpr uint32_t kTicketLead = config::kTicketLead;
 
   // What a tile's tokens wait for: a count, and where it is.
   struct Dependency {
@@ -94,9 +95,10 @@ struct ForwardJob {
                 params.sizes.down_pairs, params.sizes.column_pairs} {}
     FM_DEVICE tile::Tile tile_of(int32_t ticket) {
       tile::Tile tile = walk_.tile_at(ticket);
-      if (params_.sizes.source_groups > 1) {
-        tile.local_expert_idx %= params_.sizes.local_experts;
-      }
+      const auto& sizes = params_.sizes;
+      const bool is_up = tile.product == tile::kUpProduct;
+      tile.num_k_blocks = (is_up ? sizes.hidden : sizes.intermediate) / config::kDepthStep;
+      if (sizes.source_groups > 1) tile.local_expert_idx %= sizes.local_experts;
       bool is_ready = false;
       if (ptx::lane_idx() == 0 && !tile.is_end()) {
         const Dependency tokens(params_, tile);
@@ -123,11 +125,6 @@ struct ForwardJob {
 
   FM_DEVICE static TicketCounter& tickets(const Params& params) {
     return params.memory.state->tickets;
-  }
-  FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile& tile) {
-    const auto& sizes = params.sizes;
-    return (tile.product == tile::kUpProduct ? sizes.hidden : sizes.intermediate) /
-           config::kDepthStep;
   }
   // A ticket, its tile and the look at what the tile waits for take as long as a few k-blocks.
   FM_DEVICE static int32_t pace_block(int32_t num_k_blocks) {

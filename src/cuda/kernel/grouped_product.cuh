@@ -25,27 +25,28 @@ struct ProductJob {
   using Params = GroupedProductParams;
   using Shared = ProductShared<Config>;
   static constexpr config::GroupedProduct kShape = Config::value;
+  static constexpr uint32_t kTicketLead = config::kTicketLead;
 
   class Source {
    public:
     FM_DEVICE Source(const Params& params, Shared&)
         : experts_(params.expert_begin, params.expert_rows, params.num_experts,
-                   {kShape.max_tokens, params.num_weight_pairs}) {}
+                   {kShape.max_tokens, params.num_weight_pairs}),
+          num_k_blocks_(params.num_k_blocks) {}
     FM_DEVICE tile::Tile tile_of(int32_t ticket) {
       tile::Tile tile = experts_.find(ticket);
       tile.is_ready = true;
+      tile.num_k_blocks = num_k_blocks_;
       return tile;
     }
 
    private:
     tile::ExpertWindow experts_;
+    int32_t num_k_blocks_;
   };
 
   FM_DEVICE static TicketCounter& tickets(const Params& params) {
     return params.workspace->tickets;
-  }
-  FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile&) {
-    return params.num_k_blocks;
   }
   FM_DEVICE static uint32_t stage_bytes(const tile::Tile& tile) {
     constexpr config::GroupedProduct kOne = kShape;  // device code has no address of the member

@@ -7,24 +7,24 @@
 //                                          epilogue (ping-pong)
 //
 // A Job says what a kernel's tiles are and what becomes of them; the roles own rings, phases and
-// turns. It names Params, Shared, kShape (the geometry of the stages), and has static functions of
-// the launch's parameters:
+// turns. It names Params, Shared, kShape (the geometry of the stages), kTicketLead (tiles that a
+// pair has tickets of beside the one that it loads), and has static functions of the launch's
+// parameters:
 //   tickets(params)                         the counter
-//   num_k_blocks(params, tile)              steps of 64 k
 //   stage_bytes(tile)                       of one step's operands
-//   pace_block(num_k_blocks)                the step at whose load the next ticket is due
+//   pace_block(num_k_blocks)                the step at whose load a later ticket is due
 //   wait_for_weights(params, tile, waiter)  the copy engine may read the tile's weights
 //   wait_for_tokens(params, tile, waiter)   and its tokens
 //   multiply(params, tile, operands...)     tile::multiply_steps of the tile's configuration
 // and classes, which a role makes for itself or for a tile:
 //   Source(params, smem)                    the ticket warp's
-//     tile_of(ticket)                       whole warp; tickets do not decrease. Says also whether
-//                                           the tile's tokens are there already
+//     tile_of(ticket)                       whole warp; tickets do not decrease. Says also how many
+//                                           steps of 64 k it has, and whether its tokens are there
 //   WeightLoad(params, tile, cta_rank)      load(to, full, k): this CTA's weights of one step
 //   TokenLoad(params, tile, cta_rank)       likewise its half of the tokens, for both CTAs
 //   Output(smem, warpgroup_idx)             a math warpgroup's; all of it calls
 //     all(vote)                             whether the vote holds in all threads
-//     prepare(params, tile, waiter)         before the tile's products
+//     prepare(params, tile, waiter)         before its turn to make the tile's products
 //     finish(params, sums, tile, waiter)    stores the results
 //     drain()                               all stores are in global memory
 #pragma once
@@ -38,9 +38,9 @@
 
 namespace flashmoe::cuda::kernel {
 
-// Whole warp of the leader. The next ticket is taken when about half of a tile is loaded: early
-// enough to hide the counter's latency, late enough that no pair sits on a tile that another could
-// start.
+// Whole warp of the leader. The ticket of the kTicketLead'th tile after it is taken when about half
+// of a tile is loaded: early enough to hide the counter's latency, late enough that no pair sits on
+// tiles that others could start.
 template <class Job>
 FM_DEVICE void tickets_role(const typename Job::Params& params, typename Job::Shared& smem,
                             sync::Waiter waiter) {
@@ -48,14 +48,14 @@ FM_DEVICE void tickets_role(const typename Job::Params& params, typename Job::Sh
   const bool is_taker = ptx::lane_idx() == 0;
   TileWriter tiles(smem.tiles);
   typename Job::Source source(params, smem);
-  uint32_t pace_parity = 0;
-  for (bool is_first = true;; is_first = false) {
-    if (!is_first) {
-      waiter.wait(&smem.pace, pace_parity, sync::WaitTag::kPace);
-      pace_parity ^= 1;
+  for (uint32_t tile_idx = 0;; ++tile_idx) {
+    if (tile_idx >= Job::kTicketLead) {
+      const uint32_t paced = tile_idx - Job::kTicketLead;
+      waiter.wait(&smem.pace[paced % Job::kTicketLead], paced / Job::kTicketLead % 2,
+                  sync::WaitTag::kPace);
     }
     int32_t ticket = 0;
-    if (is_taker) ticket = take_ticket(Job::tickets(params), is_first, num_clusters);
+    if (is_taker) ticket = take_ticket(Job::tickets(params), tile_idx == 0, num_clusters);
     ticket = __shfl_sync(0xFFFFFFFF, ticket, 0);
     const bool alive = __all_sync(0xFFFFFFFF, waiter.alive());
     const tile::Tile tile = alive ? source.tile_of(ticket) : tile::Tile{};
@@ -80,8 +80,7 @@ FM_DEVICE void weights_role(const typename Job::Params& params, typename Job::Sh
     if (!waiter.alive()) break;
     typename Job::WeightLoad weights(params, tile, cta_rank);
     const uint32_t num_bytes = Job::stage_bytes(tile);
-    const int32_t num_k_blocks = Job::num_k_blocks(params, tile);
-    for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
+    for (int32_t k_block = 0; k_block < tile.num_k_blocks; ++k_block) {
       stages.acquire(waiter);
       stages.announce(num_bytes);
       weights.load(smem.stages[stages.slot()].weights, stages.full(), k_block * config::kDepthStep);
@@ -98,20 +97,20 @@ FM_DEVICE void tokens_role(const typename Job::Params& params, typename Job::Sha
   if (!ptx::elect_one()) return;
   sync::StageWriter<Job::kShape.num_stages> stages(smem.stage_barriers);
   TileReader tiles(smem.tiles);
-  while (true) {
+  for (uint32_t tile_idx = 0;; ++tile_idx) {
     const tile::Tile tile = tiles.take_alone(waiter);
     if (tile.is_end() || !waiter.alive()) break;
     Job::wait_for_tokens(params, tile, waiter);
     if (!waiter.alive()) break;
     typename Job::TokenLoad tokens(params, tile, cta_rank);
-    const int32_t num_k_blocks = Job::num_k_blocks(params, tile);
-    const int32_t pace_block = Job::pace_block(num_k_blocks);
-    for (int32_t k_block = 0; k_block < num_k_blocks; ++k_block) {
+    const int32_t pace_block = Job::pace_block(tile.num_k_blocks);
+    for (int32_t k_block = 0; k_block < tile.num_k_blocks; ++k_block) {
       stages.acquire(waiter);
       tokens.load(smem.stages[stages.slot()].tokens, stages.full(), k_block * config::kDepthStep);
       stages.advance();
       if (k_block == pace_block && cta_rank == 0) {
-        ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &smem.pace);
+        ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
+                             &smem.pace[tile_idx % Job::kTicketLead]);
       }
     }
   }
@@ -131,7 +130,7 @@ FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Share
   tile::Tile tile = tiles.take(waiter);
   const auto pass_over = [&] {  // from the other's tile to the own one after it
     if (tile.is_end()) return;
-    stages.skip(Job::num_k_blocks(params, tile));
+    stages.skip(tile.num_k_blocks);
     tile = tiles.take(waiter);
   };
   if (warpgroup_idx == 1) {
@@ -144,9 +143,9 @@ FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Share
   while (true) {
     if (threadIdx.x % config::kWarpgroup == 0) current = tile;
     if (!output.all(!tile.is_end() && waiter.alive())) break;
-    turns.wait(waiter);
     output.prepare(params, current, waiter);
-    Job::multiply(params, tile, sums, smem.stages, stages, Job::num_k_blocks(params, tile), waiter,
+    turns.wait(waiter);
+    Job::multiply(params, tile, sums, smem.stages, stages, tile.num_k_blocks, waiter,
                   [&] { turns.pass(); });
     output.finish(params, sums, current, waiter);
     tile = tiles.take(waiter);

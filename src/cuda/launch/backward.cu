@@ -325,7 +325,7 @@ class Builder {
   CUtensorMap gradient_map(const fm_tensor& gradient, const kernel::WeightGradOut& out,
                            int n_dim) const {
     TensorView view = window_view(gradient.data, gradient.shape[n_dim], out.n_stride,
-                                  config::kBoxColumns, config::kStoreTokens);
+                                  config::kBoxColumns, config::kGradStoreColumns);
     view.sizes[0] = static_cast<uint64_t>(out.m_columns);
     view.num_dims = 5;
     view.sizes[4] = static_cast<uint64_t>(gradient.shape[0]);

@@ -53,11 +53,12 @@ struct WeightGrid {
     const int32_t begin = block * units / blocks;
     const int32_t end = (block + 1) * units / blocks;
     return {.row_begin = begin * kTokenStep,
+            .num_k_blocks = 0,
             .num_rows = static_cast<int16_t>((end - begin) * kTokenStep),
+            .local_expert_idx = static_cast<int16_t>(local_expert_idx),
+            .weight_pair_idx = static_cast<int16_t>(pairs_inner ? inner : outer),
             .product = static_cast<int8_t>(product),
-            .is_ready = false,
-            .local_expert_idx = local_expert_idx,
-            .weight_pair_idx = pairs_inner ? inner : outer};
+            .is_ready = false};
   }
 };
 

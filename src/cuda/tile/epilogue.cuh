@@ -14,42 +14,34 @@
 
 namespace flashmoe::cuda::tile {
 
-// One math warpgroup's staging buffers. Whole warpgroup, converged.
+// One math warpgroup's staging buffers: kStoreBuffers of kBytes, which a tile chooses. Between
+// tiles of different kBytes there is a drain(). Whole warpgroup, converged.
 class Staging {
  public:
-  FM_DEVICE Staging(uint8_t (&buffers)[config::kStoreBuffers][config::kStoreBytes],
-                    int warpgroup_idx)
+  FM_DEVICE Staging(uint8_t* buffers, int warpgroup_idx)
       : buffers_(buffers), barrier_idx_(kFirstBarrier + warpgroup_idx) {}
 
   // Address of a buffer whose last store has been read out.
+  template <int kBytes = config::kStoreBytes>
   FM_DEVICE uint32_t acquire() {
     if (is_storer()) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<config::kStoreBuffers - 1>());
     sync();
-    return ptx::shared_address(buffers_[buffer_idx_]);
+    return ptx::shared_address(buffers_ + buffer_idx_ * kBytes);
   }
 
   // Stores what the warpgroup has written: rows [row, row + num_rows) of `out`, 64 columns.
   FM_DEVICE void store(const CUtensorMap& out, int32_t column, int32_t row, int32_t num_rows) {
-    ptx::fence_proxy_async(ptx::space_shared);
-    sync();
-    if (is_storer()) {
-      const int32_t at[4] = {column, kWindow - num_rows, row + num_rows, kWindow};
-      ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at,
-                                buffers_[buffer_idx_]);
-      ptx::cp_async_bulk_commit_group();
-    }
-    buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
+    const int32_t at[4] = {column, kWindow - num_rows, row + num_rows, kWindow};
+    store_at<config::kStoreBytes>(out, at);
   }
-
-  // The same into rows of an expert's matrix; `out` has the experts as a fifth dimension.
-  FM_DEVICE void store(const CUtensorMap& out, int32_t column, int32_t row, int32_t num_rows,
-                       int32_t local_expert_idx) {
+  // at: coordinates of the buffer's first element in `out`.
+  template <int kBytes, int kDims>
+  FM_DEVICE void store_at(const CUtensorMap& out, const int32_t (&at)[kDims]) {
     ptx::fence_proxy_async(ptx::space_shared);
     sync();
     if (is_storer()) {
-      const int32_t at[5] = {column, kWindow - num_rows, row + num_rows, kWindow, local_expert_idx};
       ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at,
-                                buffers_[buffer_idx_]);
+                                buffers_ + buffer_idx_ * kBytes);
       ptx::cp_async_bulk_commit_group();
     }
     buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
@@ -61,6 +53,13 @@ class Staging {
     drain();
     ptx::fence_proxy_async(ptx::space_global);
     ptx::add_release_gpu(done, 1);
+  }
+
+  // All stores of all threads are in global memory, and everybody knows.
+  FM_DEVICE void drain_all() {
+    ptx::cp_async_bulk_wait_group(ptx::n32_t<0>());
+    ptx::fence_proxy_async(ptx::space_global);
+    sync();
   }
 
   // Before the kernel ends: all stores are in global memory.
@@ -82,7 +81,7 @@ class Staging {
  private:
   static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads
 
-  uint8_t (&buffers_)[config::kStoreBuffers][config::kStoreBytes];
+  uint8_t* buffers_;
   int barrier_idx_;
   int buffer_idx_ = 0;
 };
@@ -107,7 +106,7 @@ struct StagedOutput {
 
   FM_DEVICE StagedOutput(uint8_t (&buffers)[config::kStoreBuffers][config::kStoreBytes],
                          int warpgroup_idx)
-      : staging(buffers, warpgroup_idx) {}
+      : staging(buffers[0], warpgroup_idx) {}
   FM_DEVICE bool all(bool vote) { return staging.all(vote); }
   template <class Params>
   FM_DEVICE void prepare(const Params&, const Tile&, sync::Waiter&) {}
@@ -123,9 +122,9 @@ FM_DEVICE void write_chunk_part(uint32_t chunk, int lane, int first_token, int u
   ptx::stmatrix_x4_trans(chunk + token * 128 + ((unit ^ (token & 7)) << 4), packed);
 }
 
-// Rounds the sums of 32 tokens (of fewer at the end of the widest tile) into a chunk.
+// Rounds the sums of kTokens tokens (of fewer at the end of the widest tile) into a chunk.
 // results(half, i): see activation.cuh.
-template <class Config, class Results>
+template <class Config, int kTokens = config::kStoreTokens, class Results>
 FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, int half, const Results& results) {
   using Element = ElementOf<Config::value.element>;
   constexpr bool kPairs = Config::value.epilogue == config::Epilogue::kGatedPairs;
@@ -133,8 +132,8 @@ FM_DEVICE void fill_chunk(uint32_t chunk, int chunk_idx, int half, const Results
   const int thread_idx = ptx::thread_idx();
   const int warp_idx = thread_idx % config::kWarpgroup / 32;
   FM_UNROLL
-  for (int part = 0; part < config::kStoreTokens / 16; ++part) {
-    const int first = (chunk_idx * config::kStoreTokens / 16 + part) * 8;
+  for (int part = 0; part < kTokens / 16; ++part) {
+    const int first = (chunk_idx * kTokens / 16 + part) * 8;
     if (first >= Config::value.max_tokens / 2) break;
     uint32_t packed[4];
     FM_UNROLL

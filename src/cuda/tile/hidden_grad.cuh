@@ -2,7 +2,8 @@
 //
 // Z comes chunk by chunk (16 rows by 64 columns of A: one or two boxes) into shared memory, dZ
 // takes its place there, and all goes out by the copy engine. Four sets of buffers: two chunks are
-// on their way in and one out while another is worked on.
+// on their way in and one out while another is worked on. Each warp starts the copies of one set,
+// and no warp waits for the others but to store what all have put.
 //
 // One body serves all chunks of a tile, which takes its sums out of the registers by a switch:
 // unrolled, it is more instructions than any instruction cache holds (docs/backward_pass.md).
@@ -20,28 +21,29 @@ namespace flashmoe::cuda::tile {
 // [set][gate (or x), up, A]
 using HiddenChunks = uint8_t[config::kHiddenSets][config::kHiddenBuffers][config::kHiddenBytes];
 
-// Of one math warpgroup.
+inline constexpr int32_t kGroupRows = 8;
+inline constexpr int kGroupSums = 4;  // of a thread: two of 8 rows by two columns
+inline constexpr int kChunkGroups = config::kHiddenRows / kGroupRows;
+inline constexpr int kMathWarpsOfGroup = config::kWarpgroup / 32;
+static_assert(config::kHiddenSets == kMathWarpsOfGroup && kChunkGroups == 2);
+
+// Of one math warpgroup. Chunk n, counted over all its tiles, has set n % kHiddenSets.
 struct HiddenGradMemory {
   HiddenChunks* chunks;
   uint64_t z_full[config::kHiddenSets];  // phase n: the set's n-th chunk of Z is there
-  uint32_t phases;                       // bit s: parity of set s's next phase
-  alignas(8) float weights[config::kBackwardBlockRows];  // of the tile's rows
-  // [row chunk % 2][half][warp][row]: sums over the warp's 16 columns of the half.
-  float dots[2][2][4][config::kHiddenRows];
+  uint64_t filled[config::kHiddenSets];  // phase n: all warps have put its n-th gradients
+  uint32_t num_chunks;                   // of the tiles before
+  alignas(8) float weights[config::kBackwardBlockRows];       // of the tile's rows
+  float dots[kMathWarpsOfGroup][config::kBackwardBlockRows];  // sums over the warp's columns
 
   // One thread of the CTA, before the cluster is synchronised.
   FM_DEVICE void init(uint8_t* staging) {
     for (uint64_t& barrier : z_full) ptx::mbarrier_init(&barrier, 1);
+    for (uint64_t& barrier : filled) ptx::mbarrier_init(&barrier, kMathWarpsOfGroup);
     chunks = reinterpret_cast<HiddenChunks*>(staging);
-    phases = 0;
+    num_chunks = 0;
   }
 };
-
-// Chunks (row_chunk, half) follow each other half first; those of even and odd row_chunk have sets
-// of their own.
-FM_DEVICE constexpr int32_t set_of(int32_t row_chunk, int32_t half) {
-  return row_chunk % 2 * 2 + half;
-}
 
 // First column of Z of a chunk's buffer 0 (gates, or all) or 1 (ups).
 FM_DEVICE int32_t z_column(const kernel::BackwardParams& params, int32_t column, int buffer) {
@@ -85,9 +87,6 @@ class HiddenPlace {
 
 // As ptx::lane_idx(), whose divisions need not mind a sign.
 FM_DEVICE uint32_t lane_of_warp() { return static_cast<uint32_t>(ptx::thread_idx()) % 32; }
-
-inline constexpr int32_t kGroupRows = 8;
-inline constexpr int kGroupSums = 4;  // of a thread: two of 8 rows by two columns
 
 // Of a thread's two columns (8 apart, of the warp's 16) and two of 8 tokens (2 q and 2 q + 1): a
 // word a column, its low half the first token.
@@ -171,48 +170,80 @@ class ChunkAccess {
   uint32_t buffers_;
 };
 
-// Sums over the warp's 16 columns of two tokens' values (of tokens 2 q and 2 q + 1 of a group of
-// 8). Every lane gets that of token 2 (lane % 4) + lane / 4 % 2.
-FM_DEVICE float sum_of_columns(float even, float odd) {
+// Sums over the warp's 16 columns of the values of tokens 2 q and 2 q + 1 of two groups of 8, q =
+// lane % 4. Every lane gets that of token 2 q + lane / 4 % 2 of group lane / 8 % 2.
+FM_DEVICE float sum_of_columns(const float (&even)[kChunkGroups],
+                               const float (&odd)[kChunkGroups]) {
   constexpr uint32_t kAll = 0xFFFFFFFF;
   const bool is_odd = (lane_of_warp() >> 2 & 1) != 0;
-  float sum = is_odd ? odd : even;
-  sum += __shfl_xor_sync(kAll, is_odd ? even : odd, 4);
-  sum += __shfl_xor_sync(kAll, sum, 8);
+  const bool is_second = (lane_of_warp() >> 3 & 1) != 0;
+  float sums[kChunkGroups];
+  FM_UNROLL
+  for (int group = 0; group < kChunkGroups; ++group) {
+    sums[group] = is_odd ? odd[group] : even[group];
+    sums[group] += __shfl_xor_sync(kAll, is_odd ? even[group] : odd[group], 4);
+  }
+  float sum = is_second ? sums[1] : sums[0];
+  sum += __shfl_xor_sync(kAll, is_second ? sums[0] : sums[1], 8);
   sum += __shfl_xor_sync(kAll, sum, 16);
   return sum;
 }
 
-// 64 columns of 8 rows. buffers: address of their first in the chunk's buffers; grads: their dA';
-// weights: of the rows. Returns the lane's sum of <A, dA'>, as sum_of_columns().
+// One chunk: 64 columns of 16 rows. buffers: address of the chunk's first; grads: their dA';
+// weights: of the rows. Returns the lane's sum of <A, dA'>, as sum_of_columns(). Both groups'
+// chains of operations run side by side: one warp a scheduler has nothing else to hide them.
 template <class Element, ZOrder kOrder, class Function>
-FM_DEVICE float differentiate_group(const config::Activation& activation, const Function& function,
-                                    uint32_t buffers, const float (&grads)[kGroupSums],
+FM_DEVICE float differentiate_chunk(const config::Activation& activation, const Function& function,
+                                    uint32_t buffers,
+                                    const float (&grads)[kChunkGroups * kGroupSums],
                                     const float* weights) {
   constexpr bool kGated = is_gated(kOrder);
-  const ChunkAccess<kOrder> access(buffers);
-  const float2 weight = *reinterpret_cast<const float2*>(weights + lane_of_warp() % 4 * 2);
-  HiddenWords z = access.load();
-  uint32_t activated[2];
-  float even = 0.0f, odd = 0.0f;
+  constexpr uint32_t kGroupBytes = kGroupRows * config::kHalfRows * config::kElementBytes;
+  HiddenWords z[kChunkGroups];
+  float even[kChunkGroups] = {}, odd[kChunkGroups] = {};
   FM_UNROLL
-  for (int column = 0; column < 2; ++column) {
-    const float* grad = grads + column * 2;
-    const float2 gate = Element::widen(z.gate[column]);
-    const float2 up = Element::widen(z.up[column]);
-    const HiddenSlopes first =
-        differentiate<kGated>(activation, function, gate.x, up.x, weight.x * grad[0]);
-    even = fmaf(first.activated, grad[0], even);
-    const HiddenSlopes second =
-        differentiate<kGated>(activation, function, gate.y, up.y, weight.y * grad[1]);
-    odd = fmaf(second.activated, grad[1], odd);
-    z.gate[column] = Element::pack(first.grad_gate, second.grad_gate);
-    z.up[column] = Element::pack(first.grad_up, second.grad_up);
-    activated[column] = Element::pack(weight.x * first.activated, weight.y * second.activated);
+  for (int group = 0; group < kChunkGroups; ++group) {
+    z[group] = ChunkAccess<kOrder>(buffers + group * kGroupBytes).load();
   }
-  access.store(z, activated);
+  FM_UNROLL
+  for (int group = 0; group < kChunkGroups; ++group) {
+    const float2 weight =
+        *reinterpret_cast<const float2*>(weights + group * kGroupRows + lane_of_warp() % 4 * 2);
+    uint32_t activated[2];
+    FM_UNROLL
+    for (int column = 0; column < 2; ++column) {
+      const float* grad = grads + group * kGroupSums + column * 2;
+      const float2 gate = Element::widen(z[group].gate[column]);
+      const float2 up = Element::widen(z[group].up[column]);
+      const HiddenSlopes first =
+          differentiate<kGated>(activation, function, gate.x, up.x, weight.x * grad[0]);
+      even[group] = fmaf(first.activated, grad[0], even[group]);
+      const HiddenSlopes second =
+          differentiate<kGated>(activation, function, gate.y, up.y, weight.y * grad[1]);
+      odd[group] = fmaf(second.activated, grad[1], odd[group]);
+      z[group].gate[column] = Element::pack(first.grad_gate, second.grad_gate);
+      z[group].up[column] = Element::pack(first.grad_up, second.grad_up);
+      activated[column] = Element::pack(weight.x * first.activated, weight.y * second.activated);
+    }
+    ChunkAccess<kOrder>(buffers + group * kGroupBytes).store(z[group], activated);
+  }
   return sum_of_columns(even, odd);
 }
+
+// Where chunk c of a tile is, and which of its warpgroup's chunks it is.
+struct HiddenChunk {
+  int32_t row_chunk;
+  int32_t half;
+  uint32_t idx;  // over all tiles
+
+  // num_halves: 1 or 2. before: chunks of the tiles before.
+  FM_DEVICE HiddenChunk(uint32_t c, int32_t num_halves, uint32_t before)
+      : row_chunk(static_cast<int32_t>(num_halves == 2 ? c / 2 : c)),
+        half(static_cast<int32_t>(num_halves == 2 ? c % 2 : 0)),
+        idx(before + c) {}
+  FM_DEVICE uint32_t set() const { return idx % config::kHiddenSets; }
+  FM_DEVICE uint32_t parity() const { return idx / config::kHiddenSets % 2; }
+};
 
 // One math warpgroup's chunks of Z. Whole warpgroup, converged.
 class HiddenGrad {
@@ -227,16 +258,15 @@ class HiddenGrad {
                                  ? 1.0f
                                  : params.forward.memory.row_weight[place.row_begin() + row];
     }
-    if (!Staging::is_storer()) return;
+    if (lane_of_warp() != 0) return;
     if (params.sizes.pre_activation_pairs > 0) {
       waiter.wait_word(&params.counters.z_done[place.row_begin() / config::kRowGroup],
                        params.sizes.pre_activation_pairs * config::kClusterSize,
                        sync::WaitTag::kGradDone);
       ptx::fence_proxy_async(ptx::space_global);
     }
-    ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
-    const int32_t num_halves = place.num_halves(params.forward.sizes.intermediate);
-    for (int32_t half = 0; half < num_halves; ++half) request_z(params, place, 0, half);
+    const uint32_t c = (warp_idx() - num_chunks_before()) % config::kHiddenSets;
+    if (c < chunks_of(params, place)) request_z(params, place, chunk_at(params, place, c));
   }
 
   template <class Config>
@@ -245,148 +275,142 @@ class HiddenGrad {
     staging.sync();  // the weights are there
     with_slope(params.forward.activation, [&](const auto& function) {
       if (params.sizes.interleaved) {
-        finish_chunks<Config, ZOrder::kInterleaved>(params, function, sums, staging, place, waiter);
+        finish_chunks<Config, ZOrder::kInterleaved>(params, function, sums, place, waiter);
       } else if (params.sizes.gated) {
-        finish_chunks<Config, ZOrder::kHalves>(params, function, sums, staging, place, waiter);
+        finish_chunks<Config, ZOrder::kHalves>(params, function, sums, place, waiter);
       } else {
-        finish_chunks<Config, ZOrder::kPlain>(params, function, sums, staging, place, waiter);
+        finish_chunks<Config, ZOrder::kPlain>(params, function, sums, place, waiter);
       }
     });
+    store_if_due(params, place, chunks_of(params, place), waiter);
+    staging.sync();  // the dots are there, and nobody reads num_chunks
+    write_parts(params, place);
+    if (Staging::is_storer()) memory_.num_chunks = num_chunks_before() + chunks_of(params, place);
+    staging.drain_all();
   }
 
  private:
   FM_DEVICE static uint32_t thread_of_warpgroup() {
     return static_cast<uint32_t>(ptx::thread_idx()) % config::kWarpgroup;
   }
+  FM_DEVICE static uint32_t warp_idx() { return thread_of_warpgroup() / 32; }
 
-  // Starts the copy of a chunk of Z. The storer; its last stores out of this set have been read.
+  FM_DEVICE uint32_t num_chunks_before() const {
+    return *const_cast<const volatile uint32_t*>(&memory_.num_chunks);
+  }
+  FM_DEVICE static uint32_t chunks_of(const kernel::BackwardParams& params,
+                                      const HiddenPlace& place) {
+    const int32_t row_chunks = (place.num_rows() + config::kHiddenRows - 1) / config::kHiddenRows;
+    return row_chunks * place.num_halves(params.forward.sizes.intermediate);
+  }
+  FM_DEVICE HiddenChunk chunk_at(const kernel::BackwardParams& params, const HiddenPlace& place,
+                                 uint32_t c) const {
+    return {c, place.num_halves(params.forward.sizes.intermediate), num_chunks_before()};
+  }
+
+  // Starts the copy of a chunk of Z into its set, whose stores have been read. The set's thread.
   FM_DEVICE void request_z(const kernel::BackwardParams& params, const HiddenPlace& place,
-                           int32_t row_chunk, int32_t half) {
-    const int32_t set = set_of(row_chunk, half);
+                           const HiddenChunk& chunk) {
+    uint64_t* full = &memory_.z_full[chunk.set()];
     const int num_buffers = params.sizes.gated ? 2 : 1;
-    const int32_t column = place.column() + half * config::kHalfRows;
-    const int32_t row = place.row_begin() + row_chunk * config::kHiddenRows;
-    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
-                                   &memory_.z_full[set], num_buffers * config::kHiddenBytes);
+    const int32_t column = place.column() + chunk.half * config::kHalfRows;
+    const int32_t row = place.row_begin() + chunk.row_chunk * config::kHiddenRows;
+    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full,
+                                   num_buffers * config::kHiddenBytes);
 #pragma unroll 1
     for (int buffer = 0; buffer < num_buffers; ++buffer) {
       const int32_t at[2] = {z_column(params, column, buffer), row};
       ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
-                                (*memory_.chunks)[set][buffer], &params.z_in, at,
-                                &memory_.z_full[set]);
+                                (*memory_.chunks)[chunk.set()][buffer], &params.z_in, at, full);
     }
   }
 
   template <class Config, ZOrder kOrder, class Function>
   FM_DEVICE void finish_chunks(const kernel::BackwardParams& params, const Function& function,
-                               const float* sums, Staging& staging, const HiddenPlace& place,
-                               sync::Waiter& waiter) {
+                               const float* sums, const HiddenPlace& place, sync::Waiter& waiter) {
     constexpr config::GroupedProduct kConfig = Config::value;
     static_assert(kConfig.max_tokens % config::kHiddenRows == 0);
     constexpr int32_t kRowChunks = kConfig.max_tokens / config::kHiddenRows;
-    constexpr int32_t kGroups = config::kHiddenRows / kGroupRows;
-    constexpr int32_t kGroupBytes = kGroupRows * config::kHalfRows * config::kElementBytes;
     using Element = ElementOf<kConfig.element>;
 #pragma unroll 1
-    for (int32_t row_chunk = 0; row_chunk * config::kHiddenRows < place.num_rows(); ++row_chunk) {
-#pragma unroll 1
-      for (int32_t half = 0; half < place.num_halves(params.forward.sizes.intermediate); ++half) {
-        const int32_t set = set_of(row_chunk, half);
-        request_next(params, place, row_chunk, half);
-        waiter.wait(&memory_.z_full[set], (phases() >> set ^ row_chunk / 2) & 1,
-                    sync::WaitTag::kStageFull);
-#pragma unroll 1
-        for (int32_t group = 0; group < kGroups; ++group) {
-          float grads[kGroupSums];
-          take_sums<2 * kRowChunks * kGroups>(
-              sums, (half * kRowChunks + row_chunk) * kGroups + group, grads);
-          const float dot = differentiate_group<Element, kOrder>(
-              params.forward.activation, function,
-              ptx::shared_address((*memory_.chunks)[set]) + group * kGroupBytes, grads,
-              memory_.weights + row_chunk * config::kHiddenRows + group * kGroupRows);
-          put_dots(row_chunk, half, group, dot);
-        }
-        ptx::fence_proxy_async(ptx::space_shared);
-        staging.sync();
-        if (Staging::is_storer()) store<is_gated(kOrder)>(params, place, row_chunk, half);
+    for (uint32_t c = 0; c < chunks_of(params, place); ++c) {
+      store_if_due(params, place, c, waiter);
+      request_if_due(params, place, c);
+      const HiddenChunk chunk = chunk_at(params, place, c);
+      float grads[kChunkGroups * kGroupSums];
+      take_sums<2 * kRowChunks>(sums, chunk.half * kRowChunks + chunk.row_chunk, grads);
+      waiter.wait(&memory_.z_full[chunk.set()], chunk.parity(), sync::WaitTag::kStageFull);
+      const float dot = differentiate_chunk<Element, kOrder>(
+          params.forward.activation, function, ptx::shared_address((*memory_.chunks)[chunk.set()]),
+          grads, memory_.weights + chunk.row_chunk * config::kHiddenRows);
+      put_dots(chunk, dot);
+      ptx::fence_proxy_async(ptx::space_shared);
+      __syncwarp();
+      if (lane_of_warp() == 0) {
+        ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
+                             &memory_.filled[chunk.set()]);
       }
-      write_parts(params, place, row_chunk);
     }
-    staging.sync();  // all have read the phases and weights
-    if (Staging::is_storer()) pass_phases(params, place);
   }
 
-  // Bit s: parity of set s's phase at the tile's first chunk of it.
-  FM_DEVICE uint32_t phases() const {
-    return *const_cast<const volatile uint32_t*>(&memory_.phases);
+  // Stores chunk c - 1, once all warps have put its gradients: the thread of its set.
+  FM_DEVICE void store_if_due(const kernel::BackwardParams& params, const HiddenPlace& place,
+                              uint32_t c, sync::Waiter& waiter) {
+    if (c == 0 || lane_of_warp() != 0) return;
+    const HiddenChunk chunk = chunk_at(params, place, c - 1);
+    if (chunk.set() != warp_idx()) return;
+    waiter.wait(&memory_.filled[chunk.set()], chunk.parity(), sync::WaitTag::kStageFull);
+    store(params, place, chunk);
   }
-  FM_DEVICE void pass_phases(const kernel::BackwardParams& params, const HiddenPlace& place) {
-    const int32_t num_chunks = (place.num_rows() + config::kHiddenRows - 1) / config::kHiddenRows;
-    const int32_t num_halves = place.num_halves(params.forward.sizes.intermediate);
-    uint32_t flips = 0;
-    for (int32_t half = 0; half < num_halves; ++half) {
-      flips |= ((num_chunks + 1) / 2 & 1) << set_of(0, half);
-      flips |= (num_chunks / 2 & 1) << set_of(1, half);
-    }
-    memory_.phases = phases() ^ flips;
-  }
-
-  // Asks for the same half of the next rows: its set was stored from two chunks ago (one, where
-  // there is one half).
-  FM_DEVICE void request_next(const kernel::BackwardParams& params, const HiddenPlace& place,
-                              int32_t row_chunk, int32_t half) {
-    if (!Staging::is_storer()) return;
-    if ((row_chunk + 1) * config::kHiddenRows >= place.num_rows()) return;
-    if (place.num_halves(params.forward.sizes.intermediate) == 2) {
-      ptx::cp_async_bulk_wait_group_read(ptx::n32_t<1>());
-    } else {
-      ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
-    }
-    request_z(params, place, row_chunk + 1, half);
+  // Asks for chunk c + 2, whose set was stored from a chunk ago: likewise.
+  FM_DEVICE void request_if_due(const kernel::BackwardParams& params, const HiddenPlace& place,
+                                uint32_t c) {
+    if (c < 2 || lane_of_warp() != 0 || c + 2 >= chunks_of(params, place)) return;
+    const HiddenChunk chunk = chunk_at(params, place, c + 2);
+    if (chunk.set() != warp_idx()) return;
+    ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
+    request_z(params, place, chunk);
   }
 
-  // The storer.
-  template <bool kGated>
   FM_DEVICE void store(const kernel::BackwardParams& params, const HiddenPlace& place,
-                       int32_t row_chunk, int32_t half) {
-    auto& buffers = (*memory_.chunks)[set_of(row_chunk, half)];
-    const int32_t first = row_chunk * config::kHiddenRows;
+                       const HiddenChunk& chunk) {
+    auto& buffers = (*memory_.chunks)[chunk.set()];
+    const int32_t first = chunk.row_chunk * config::kHiddenRows;
     const int32_t num_rows = min(config::kHiddenRows, place.num_rows() - first);
     const int32_t row = place.row_begin() + first;
-    const int32_t column = place.column() + half * config::kHalfRows;
+    const int32_t column = place.column() + chunk.half * config::kHalfRows;
     const auto store_to = [&](const CUtensorMap& out, int32_t first_column, int buffer) {
       const int32_t at[4] = {first_column, kWindow - num_rows, row + num_rows, kWindow};
       ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at, buffers[buffer]);
     };
-    store_to(params.grad_z_out, z_column(params, column, 0), 0);
-    if constexpr (kGated) store_to(params.grad_z_out, z_column(params, column, 1), 1);
+    const int num_buffers = params.sizes.gated ? 2 : 1;
+#pragma unroll 1
+    for (int buffer = 0; buffer < num_buffers; ++buffer) {
+      store_to(params.grad_z_out, z_column(params, column, buffer), buffer);
+    }
     store_to(params.hidden_out, column, 2);
     ptx::cp_async_bulk_commit_group();
   }
 
-  // dot: of row 2 (lane % 4) + lane / 4 % 2 of the group.
-  FM_DEVICE void put_dots(int32_t row_chunk, int32_t half, int32_t group, float dot) {
+  // dot: as sum_of_columns() says. The second half of a row follows the first, in the same lane.
+  FM_DEVICE void put_dots(const HiddenChunk& chunk, float dot) {
     const uint32_t lane = lane_of_warp();
-    if (lane >= kGroupRows) return;
-    const uint32_t row = group * kGroupRows + lane % 4 * 2 + lane / 4;
-    memory_.dots[row_chunk % 2][half][thread_of_warpgroup() / 32][row] = dot;
+    if (lane >= config::kHiddenRows) return;
+    const uint32_t row =
+        chunk.row_chunk * config::kHiddenRows + lane / 8 * kGroupRows + lane % 4 * 2 + lane / 4 % 2;
+    float& sum = memory_.dots[warp_idx()][row];
+    sum = chunk.half == 0 ? dot : sum + dot;
   }
-  // The halves' and warps' sums of a chunk's rows, which all have put; the first warp adds them.
-  FM_DEVICE void write_parts(const kernel::BackwardParams& params, const HiddenPlace& place,
-                             int32_t row_chunk) {
-    const uint32_t thread = thread_of_warpgroup();
-    if (thread >= config::kHiddenRows) return;
-    const int32_t row = row_chunk * config::kHiddenRows + static_cast<int32_t>(thread);
-    if (row >= place.num_rows() || place.column() >= params.forward.sizes.intermediate) return;
-    float sum = 0.0f;
+  // Adds the warps' sums of the tile's rows.
+  FM_DEVICE void write_parts(const kernel::BackwardParams& params, const HiddenPlace& place) {
+    if (place.column() >= params.forward.sizes.intermediate) return;
+    float* parts =
+        params.parts + int64_t{place.weight_tile_idx()} * params.sizes.max_rows + place.row_begin();
 #pragma unroll 1
-    for (int32_t half = 0; half < place.num_halves(params.forward.sizes.intermediate); ++half) {
-      const auto& dots = memory_.dots[row_chunk % 2][half];
-      sum += ((dots[0][thread] + dots[1][thread]) + dots[2][thread]) + dots[3][thread];
+    for (int32_t row = thread_of_warpgroup(); row < place.num_rows(); row += config::kWarpgroup) {
+      const auto& dots = memory_.dots;
+      parts[row] = ((dots[0][row] + dots[1][row]) + dots[2][row]) + dots[3][row];
     }
-    params
-        .parts[int64_t{place.weight_tile_idx()} * params.sizes.max_rows + place.row_begin() + row] =
-        sum;
   }
 
   HiddenGradMemory& memory_;

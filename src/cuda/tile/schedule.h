@@ -19,11 +19,12 @@ inline constexpr int32_t kTokenStep = 16;  // granularity of a block's rows, pla
 // One task, as the ticket warp sends it to the other roles: 16 bytes.
 struct alignas(16) Tile {
   int32_t row_begin;
-  int16_t num_rows;  // 0: no more tiles
-  int8_t product;    // of a kernel that has several
-  bool is_ready;     // its tokens are known to be in global memory
-  int32_t local_expert_idx;
-  int32_t weight_pair_idx;
+  int32_t num_k_blocks;  // steps of 64 k; set by the ticket warp
+  int16_t num_rows;      // 0: no more tiles
+  int16_t local_expert_idx;
+  int16_t weight_pair_idx;
+  int8_t product;  // of a kernel that has several
+  bool is_ready;   // its tokens are known to be in global memory
 
   FM_HD constexpr bool is_end() const { return num_rows == 0; }
   FM_HD constexpr int32_t num_steps() const { return plan::ceil_div(num_rows, kTokenStep); }
@@ -66,11 +67,12 @@ struct TileGrid {
     const int32_t first = block_idx * height;
     const int32_t left = expert_rows - first;
     return {.row_begin = expert_begin + first,
+            .num_k_blocks = 0,
             .num_rows = static_cast<int16_t>(left < height ? left : height),
+            .local_expert_idx = static_cast<int16_t>(local_expert_idx),
+            .weight_pair_idx = static_cast<int16_t>(weight_pair_idx),
             .product = 0,
-            .is_ready = false,
-            .local_expert_idx = local_expert_idx,
-            .weight_pair_idx = weight_pair_idx};
+            .is_ready = false};
   }
 };
 

@@ -22,8 +22,8 @@ struct SharedMemory {
   alignas(1024) uint8_t staging[2][config::kStoreBuffers][config::kStoreBytes];
   sync::RingBarriers<kStages> stage_barriers;
   sync::MessageRing<Tile, config::kTileSlots> tiles;
-  // Completed by the leader's tokens thread in the middle of each tile: the next ticket is due.
-  uint64_t pace;
+  // Completed by the leader's tokens thread in the middle of each tile: a later ticket is due.
+  uint64_t pace[config::kTicketLead];
   sync::TurnBarriers turns;
   Extra extra;
 
@@ -33,7 +33,7 @@ struct SharedMemory {
     constexpr int kTileReaders = 8 + 2;  // but both, and the threads that load, read each tile
     stage_barriers.init(kMathWarps * config::kClusterSize);
     tiles.init(kTileReaders * config::kClusterSize);
-    ptx::mbarrier_init(&pace, 1);
+    for (uint64_t& barrier : pace) ptx::mbarrier_init(&barrier, 1);
     turns.init();
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
   }

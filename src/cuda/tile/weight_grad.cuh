@@ -8,23 +8,26 @@
 
 namespace flashmoe::cuda::tile {
 
-// By the copy engine, in chunks of 32 n by 64 m.
+// By the copy engine, in chunks of 64 n by 64 m.
 template <class Config>
 FM_DEVICE void store_weight_grad(const float* sums, Staging& staging, const CUtensorMap& out,
                                  const Tile& tile, int32_t weight_tile_idx) {
   constexpr config::GroupedProduct kConfig = Config::value;
-  constexpr int kChunks = (kConfig.max_tokens + config::kStoreTokens - 1) / config::kStoreTokens;
+  constexpr int kChunks = kGradColumns / config::kGradStoreColumns;
   const Results<Config, Identity> results{sums, RowBias{}, config::Activation{}, Identity{}};
   const int32_t column = weight_tile_idx * config::kWeightRows;
   FM_UNROLL
   for (int chunk_idx = 0; chunk_idx < kChunks; ++chunk_idx) {
-    const int32_t first = chunk_idx * config::kStoreTokens;
+    const int32_t first = chunk_idx * config::kGradStoreColumns;
     if (first >= tile.num_rows) break;
+    const int32_t num_rows = min(config::kGradStoreColumns, tile.num_rows - first);
     FM_UNROLL
     for (int half = 0; half < 2; ++half) {
-      fill_chunk<Config>(staging.acquire(), chunk_idx, half, results);
-      staging.store(out, column + half * config::kHalfRows, tile.row_begin + first,
-                    min(config::kStoreTokens, tile.num_rows - first), tile.local_expert_idx);
+      fill_chunk<Config, config::kGradStoreColumns>(staging.acquire<config::kGradStoreBytes>(),
+                                                    chunk_idx, half, results);
+      const int32_t at[5] = {column + half * config::kHalfRows, kWindow - num_rows,
+                             tile.row_begin + first + num_rows, kWindow, tile.local_expert_idx};
+      staging.store_at<config::kGradStoreBytes>(out, at);
     }
   }
 }
