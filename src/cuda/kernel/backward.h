@@ -12,6 +12,7 @@ namespace flashmoe::cuda::kernel {
 
 // Rows that communication warps copy into expert order.
 struct RowCopy {
+  config::RowKind kind;
   const void* from;  // [T, H]
   int64_t stride;
   void* to;             // [rows, H]
@@ -65,9 +66,8 @@ struct RoutingGrads {
   StridedView grad_b_up;          // [E, G * I] out
   StridedView grad_b_down;        // [E, H] out
 
-  FM_HD bool any() const {
-    return w_router != nullptr || grad_topk_weights.data != nullptr || any_bias();
-  }
+  FM_HD bool any() const { return any_slot() || any_bias(); }
+  FM_HD bool any_slot() const { return w_router != nullptr || grad_topk_weights.data != nullptr; }
   FM_HD bool any_bias() const { return grad_b_up.data != nullptr || grad_b_down.data != nullptr; }
 };
 

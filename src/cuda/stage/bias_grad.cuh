@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/kernel/backward.h"
-#include "cuda/stage/copy_rows.cuh"
+#include "cuda/stage/slot_exchange.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/strided.cuh"
 #include "cuda/tile/walk.h"
@@ -72,11 +72,21 @@ FM_DEVICE void sum_biases(const kernel::BackwardParams& params, const tile::Expe
           routing.grad_b_up, e, piece * kBiasColumns, up, begin, end,
           [&](int32_t r) { return grad_z + int64_t{r} * up; }, [](int32_t) { return 1.0f; });
     } else {
-      const auto* grad_y = static_cast<const uint16_t*>(params.grad_y);
-      sum_rows<Element>(
-          routing.grad_b_down, e, (piece - of_up) * kBiasColumns, hidden, begin, end,
-          [&](int32_t r) { return grad_y + memory.row_token[r] * params.grad_y_stride; },
-          [&](int32_t r) { return on_input ? 1.0f : memory.row_weight[r]; });
+      const OwnGrads grads{params};
+      const auto weight = [&](int32_t r) {
+        return on_input ? 1.0f : memory.row_weight[r];
+      };
+      const int32_t column = (piece - of_up) * kBiasColumns;
+      if (is_alone(params.forward)) {
+        sum_rows<Element>(
+            routing.grad_b_down, e, column, hidden, begin, end,
+            [&](int32_t r) { return grads.row(memory.row_token[r]); }, weight);
+      } else {
+        sum_rows<Element>(
+            routing.grad_b_down, e, column, hidden, begin, end,
+            [&](int32_t r) { return row_by_word(params.forward, grads, memory.row_token[r]); },
+            weight);
+      }
     }
   }
 }

@@ -10,7 +10,7 @@
 namespace flashmoe::cuda::tile {
 
 FM_DEVICE ExpertTable table_of(const kernel::BackwardParams& params) {
-  return {params.forward.memory.experts, params.forward.sizes.num_experts};
+  return {params.forward.memory.experts, params.forward.sizes.local_experts};
 }
 
 // Which gradient a tile of a sum over rows is of: an index of kernel::BackwardParams::weight_grads.
