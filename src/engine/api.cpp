@@ -247,7 +247,6 @@ void run_backward(fm_group_s& g, const fm_layer* layer, const fm_backward_args* 
   const auto given = checked(g, [&] { return take_versioned(args, "fm_backward_args"); });
   g.is_on_cuda = checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); });
   if (g.is_on_cuda) {
-    flashmoe::engine::refuse_ranks_in_backward(g.group);
     const auto call = checked(g, [&] {
       return naming(known,
                     [&] { return flashmoe::engine::make_cuda_backward(g.group, known, given); });

@@ -10,6 +10,7 @@
 #include "cuda/launch/forward.h"
 #include "cuda/launch/operands.h"
 #include "cuda/launch/pairs.h"
+#include "cuda/launch/ranks.h"
 #include "cuda/launch/tensor_map.h"
 #include "cuda/tile/window.h"
 #include "plan/routing.h"
@@ -33,7 +34,8 @@ bool has_contiguous_rows(const fm_tensor& tensor) { return tensor.stride[2] == 1
 
 // The forward's sizes, whose down product is the input gradient; weight_on_input says what the
 // combine weighs, which is the reverse here.
-config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operands) {
+config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operands,
+                                   const RankArguments& ranks) {
   const plan::Problem problem = problem_of(layer, operands.x.shape[0]);
   config::ForwardSizes sizes = routed_sizes(layer, problem);
   sizes.down_pairs = pairs_of(problem.hidden);
@@ -41,10 +43,12 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
   sizes.column_pairs = sizes.down_pairs;
   sizes.column_blocks = 1;
   sizes.column_width = sizes.column_pairs * config::kWeightRows * config::kClusterSize;
-  sizes.row_groups = static_cast<int32_t>(
-      config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
-  sizes.local_experts = sizes.num_experts;
+  sizes.row_groups =
+      static_cast<int32_t>(rows_of(layer, problem.tokens, ranks) / config::kRowGroup);
+  sizes.local_experts = sizes.num_experts / ranks.world;
+  // A weight's gradient is one sum over the rows of all sources.
   sizes.source_groups = 1;
+  sizes.has_few_slots = sizes.has_few_slots && ranks.world == 1;
   sizes.weight_on_input = layer.weight_on_input == 0;
   return sizes;
 }
@@ -53,15 +57,18 @@ int64_t num_counters(const config::ForwardSizes& sizes) {
   return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 3;
 }
 
-config::BackwardTable table_of(const fm_layer& layer, const Operands& operands) {
+config::BackwardTable table_of(const fm_layer& layer, const Operands& operands,
+                               const RankArguments& ranks) {
   return config::backward_table({.tokens = operands.x.shape[0],
                                  .hidden = layer.hidden,
                                  .intermediate = layer.intermediate,
                                  .up_columns = up_columns_of(layer),
                                  .num_experts = layer.num_experts,
                                  .top_k = layer.top_k,
+                                 .rows = rows_of(layer, operands.x.shape[0], ranks),
+                                 .rank_slots = rank_slots_of(layer, ranks),
                                  .state_bytes = sizeof(kernel::ForwardState),
-                                 .num_counters = num_counters(forward_sizes(layer, operands)),
+                                 .num_counters = num_counters(forward_sizes(layer, operands, ranks)),
                                  .has_router = present(operands.w_router)});
 }
 
@@ -73,10 +80,10 @@ class Builder {
         o_(arguments.operands),
         layer_(arguments.layer),
         element_(element_of(arguments.layer)),
-        table_(table_of(arguments.layer, arguments.operands)) {}
+        table_(table_of(arguments.layer, arguments.operands, arguments.ranks)) {}
 
   kernel::BackwardParams build() {
-    p_.forward.sizes = forward_sizes(layer_, o_);
+    p_.forward.sizes = forward_sizes(layer_, o_, a_.ranks);
     set_sizes();
     set_memory();
     set_counters();
@@ -122,6 +129,7 @@ class Builder {
     memory.row_token = region<int32_t>(BackwardScratch::kRowToken);
     memory.row_weight = region<float>(BackwardScratch::kRowWeight);
     memory.slot_row = region<int32_t>(BackwardScratch::kSlotRow);
+    memory.slot_owner = region<int32_t>(BackwardScratch::kSlotOwner);
     memory.rows = region<void>(BackwardScratch::kRows);
     p_.parts = region<float>(BackwardScratch::kParts);
     p_.grad_logits = region<float>(BackwardScratch::kGradLogits);
@@ -170,14 +178,10 @@ class Builder {
     forward.x_stride = o_.x.stride[0];
     forward.y = o_.grad_x.data;
     forward.y_stride = o_.grad_x.stride[0];
-    const uint32_t bound = sync::microseconds(a_.timeout_ns);
     forward.notice = &a_.reports->notice;
-    forward.waits = {.report = &a_.reports->failure,
-                     .timeout_us = bound,
-                     .local_timeout_us = bound,
-                     .abort = nullptr,
-                     .own_mark = 0};
-    forward.ranks.world = 1;
+    forward.waits = waits_of(a_.ranks, *a_.reports, a_.timeout_ns);
+    forward.ranks = rank_params(layer_, o_.x.shape[0], a_.ranks, p_.sizes.max_rows,
+                                config::Direction::kBackward);
     forward.launch_id = a_.launch_id;
     forward.may_run_beside = a_.max_sms > 0;
     p_.grad_y = o_.grad_y.data;
@@ -187,13 +191,15 @@ class Builder {
   // Rows of tokens come first where pre-activations are made of them.
   void set_copies() {
     const int x_place = present(o_.z) ? 1 : 0;
-    p_.copies[x_place] = {.from = o_.x.data,
+    p_.copies[x_place] = {.kind = config::RowKind::kToken,
+                          .from = o_.x.data,
                           .stride = o_.x.stride[0],
                           .to = region<void>(BackwardScratch::kXRows),
                           .of_block = p_.counters.x_ready,
                           .of_expert = p_.counters.x_of_expert,
                           .is_weighted = layer_.weight_on_input != 0};
-    p_.copies[1 - x_place] = {.from = o_.grad_y.data,
+    p_.copies[1 - x_place] = {.kind = config::RowKind::kGrad,
+                              .from = o_.grad_y.data,
                               .stride = o_.grad_y.stride[0],
                               .to = region<void>(BackwardScratch::kRows),
                               .of_block = p_.counters.grad_y_ready,
@@ -372,19 +378,21 @@ fm_forward_args shared_operands(const Operands& operands) {
 
 }  // namespace
 
-void check_supported(const fm_layer& layer, const fm_backward_args& operands) {
-  check_supported(layer, shared_operands(operands));
+void check_supported(const fm_layer& layer, const fm_backward_args& operands,
+                     const RankArguments& ranks) {
+  check_supported(layer, shared_operands(operands), ranks);
   std::string reason = refuse_rows("grad_y", operands.grad_y, config::kElementBytes);
   if (reason.empty()) reason = refuse_z(layer, operands.x.shape[0], operands.z);
   if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
 }
 
-int64_t backward_scratch_bytes(const fm_layer& layer, const fm_backward_args& operands) {
-  return table_of(layer, operands).total;
+int64_t backward_scratch_bytes(const fm_layer& layer, const fm_backward_args& operands,
+                               const RankArguments& ranks) {
+  return table_of(layer, operands, ranks).total;
 }
 
 void launch_backward(const BackwardArguments& arguments) {
-  check_supported(arguments.layer, arguments.operands);
+  check_supported(arguments.layer, arguments.operands, arguments.ranks);
   const kernel::BackwardEntry entry = element_of(arguments.layer) == config::Element::kBf16
                                           ? kernel::backward_bf16()
                                           : kernel::backward_fp16();
