@@ -16,9 +16,14 @@ namespace flashmoe::cuda::stage {
 struct RankState {
   uint32_t epoch;
   int32_t tokens[config::kMaxRanks];
-  // Of the communication warps, then of the math warps.
-  sync::PostOffice<config::kCommWarps + config::kMathWarps> post;
+  sync::PostOffice<config::kMathWarps + config::kCommWarps> post;  // by post_box()
 };
+
+// The box of a math or communication warp: of each its own, since both may send at a time.
+FM_DEVICE int32_t post_box() {
+  constexpr int32_t kFirstSender = config::kForwardWarps - config::kMathWarps - config::kCommWarps;
+  return ptx::thread_idx() / 32 - kFirstSender;
+}
 
 FM_DEVICE bool is_alone(const kernel::ForwardParams& params) { return params.ranks.world == 1; }
 

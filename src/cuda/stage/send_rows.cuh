@@ -55,10 +55,10 @@ FM_DEVICE void send_row(const kernel::ForwardParams& params, const Rows& rows, i
 }
 
 // Sends the rows of tokens from `token` on that share a flag, and has it raised at every other rank.
-// warp_idx: of the communication warp.
+// Whole warp.
 template <class Rows>
 FM_DEVICE void send_unit(const kernel::ForwardParams& params, RankState& state, const Rows& rows,
-                         int32_t warp_idx, int32_t token) {
+                         int32_t token) {
   const auto& ranks = params.ranks;
   const int32_t end = min(token + config::kPushTokens, params.sizes.tokens);
 #pragma unroll 1
@@ -66,7 +66,7 @@ FM_DEVICE void send_unit(const kernel::ForwardParams& params, RankState& state, 
     send_row(params, rows, t, owners_of(params, t) & ~(1u << ranks.rank));
   }
   const uint32_t others = ((1u << ranks.world) - 1) & ~(1u << ranks.rank);
-  state.post.send(warp_idx, {Regions{ranks}.push_word(rows.kind(), ranks.rank, token), others});
+  state.post.send(post_box(), {Regions{ranks}.push_word(rows.kind(), ranks.rank, token), others});
 }
 
 // The row of a source's token, which has come: here, or where its source sent it.
@@ -127,7 +127,7 @@ FM_DEVICE void send_and_copy_rows(const kernel::ForwardParams& params, RankState
       break;
     }
     if (!sends) continue;
-    send_unit(params, state, rows, ptx::thread_idx() / 32 % config::kCommWarps, token);
+    send_unit(params, state, rows, token);
     token += num_workers() * config::kPushTokens;
   }
 }

@@ -73,7 +73,7 @@ FM_DEVICE void send_slots(const kernel::BackwardParams& params, RankState& state
       }
       const uint32_t word =
           Regions{ranks}.slot_word(ranks.rank, forward.sizes.column_blocks, unit);
-      state.post.send(ptx::thread_idx() / 32 % config::kCommWarps, {word, 1u << source});
+      state.post.send(post_box(), {word, 1u << source});
     }
   }
 }
