@@ -126,16 +126,22 @@ TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
   EXPECT_EQ(tile::product_of(walk.tile_at(0)), BackwardProduct::kDownGrad);
 }
 
+config::BackwardTable table_of(int64_t rank_slots) {
+  return config::backward_table({.tokens = 1000,
+                                 .hidden = 192,
+                                 .intermediate = 128,
+                                 .up_columns = 256,
+                                 .num_experts = 65,
+                                 .top_k = 3,
+                                 .rows = 4000,
+                                 .rank_slots = rank_slots,
+                                 .state_bytes = 24,
+                                 .num_counters = 77,
+                                 .has_router = true});
+}
+
 TEST(CudaBackward, RegionsOfTheScratchDoNotOverlap) {
-  const auto table = config::backward_table({.tokens = 1000,
-                                             .hidden = 192,
-                                             .intermediate = 128,
-                                             .up_columns = 256,
-                                             .num_experts = 65,
-                                             .top_k = 3,
-                                             .state_bytes = 24,
-                                             .num_counters = 77,
-                                             .has_router = true});
+  const auto table = table_of(2 * 3000);
   int64_t end = 0;
   for (const plan::Region& region : table.regions) {
     EXPECT_GE(region.offset, end) << region.name;
@@ -144,6 +150,11 @@ TEST(CudaBackward, RegionsOfTheScratchDoNotOverlap) {
     end = region.offset + region.bytes;
   }
   EXPECT_GE(table.total, end);
+  using config::BackwardScratch;
+  EXPECT_EQ(table[BackwardScratch::kSlotRow].bytes, 2 * 3000 * 4) << "slots of all ranks";
+  EXPECT_EQ(table[BackwardScratch::kSlotOwner].bytes, 3000 * 4) << "own slots";
+  EXPECT_EQ(table_of(0)[BackwardScratch::kSlotRow].bytes, 3000 * 4);
+  EXPECT_EQ(table_of(0)[BackwardScratch::kSlotOwner].bytes, 0) << "a rank alone has all experts";
   const auto forward = config::forward_table({.tokens = 1000,
                                               .hidden = 192,
                                               .intermediate = 128,

@@ -131,6 +131,30 @@ FM_HD constexpr int64_t push_stride(int64_t token_cap) {
   return (token_cap + kPushTokens - 1) / kPushTokens;
 }
 
+// The words of kFlags, numbered from the first push flag on: push flags | return flags | slot flags.
+struct FlagWords {
+  int32_t world;
+  int32_t token_cap;          // most tokens of a rank
+  int32_t num_column_blocks;  // of the launch
+
+  FM_HD constexpr int32_t push(RowKind kind, int32_t source, int32_t token) const {
+    return (static_cast<int32_t>(kind) * world + source) * of_source() + token / kPushTokens;
+  }
+  FM_HD constexpr int32_t returned(int32_t owner, int32_t column_block, int32_t unit) const {
+    return first_return() + (owner * num_column_blocks + column_block) * of_owner() + unit;
+  }
+  FM_HD constexpr int32_t slot(int32_t owner, int32_t unit) const {
+    return first_return() + (world * num_column_blocks + owner) * of_owner() + unit;
+  }
+
+ private:
+  FM_HD constexpr int32_t of_source() const { return static_cast<int32_t>(push_stride(token_cap)); }
+  FM_HD constexpr int32_t of_owner() const {
+    return static_cast<int32_t>(return_stride(token_cap));
+  }
+  FM_HD constexpr int32_t first_return() const { return kRowKinds * world * of_source(); }
+};
+
 // What one layer needs of a region.
 FM_HD constexpr SymmetricCapacity needed_capacity(int32_t world, int64_t token_cap, int64_t hidden,
                                                   int64_t top_k, int64_t local_experts) {

@@ -122,7 +122,7 @@ std::optional<Error> Workspace::raise_earlier(const RankView& view, bool capturi
 template <class Args>
 Workspace::Ranks Workspace::join(const fm_layer& layer, const Args& args,
                                  const LaunchOptions& options, const RankView& view,
-                                 bool capturing) const {
+                                 bool capturing) {
   Ranks ranks;
   launch::RankArguments& known = ranks.arguments;
   known.rank = view.rank;
@@ -134,6 +134,10 @@ Workspace::Ranks Workspace::join(const fm_layer& layer, const Args& args,
   known.capacity = ranks.memory->capacity();
   known.regions = ranks.memory->regions();
   launch::check_supported(layer, args, known);
+  // Not in the first backward: this rank's launches before it may wait for a rank that this thread
+  // has still to call.
+  if (!has_joined_) launch::load_backward();
+  has_joined_ = true;
   return ranks;
 }
 

@@ -93,7 +93,7 @@ class Workspace {
   std::optional<Error> raise_earlier(const RankView& view, bool capturing);
   template <class Args>
   Ranks join(const fm_layer& layer, const Args& args, const LaunchOptions& options,
-             const RankView& view, bool capturing) const;
+             const RankView& view, bool capturing);
   // The part of forward() and backward() that is the same: Arguments of the launch, their scratch.
   template <class Arguments, class Args, class Bytes, class Launch>
   Launched run(const fm_layer& layer, const Args& args, const LaunchOptions& options,
@@ -118,6 +118,7 @@ class Workspace {
   cudaEvent_t last_ = nullptr;    // end of the last use of scratch that was not captured
   unsigned long long last_stream_ = 0;
   bool has_last_ = false;
+  bool has_joined_ = false;       // others in a launch
   bool has_failed_ = false;       // of several ranks: told once, no launch follows
   uint32_t launch_id_ = 0;        // of the last launch
   double timeout_seconds_ = 0;    // likewise

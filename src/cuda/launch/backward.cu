@@ -391,6 +391,13 @@ int64_t backward_scratch_bytes(const fm_layer& layer, const fm_backward_args& op
   return table_of(layer, operands, ranks).total;
 }
 
+void load_backward() {
+  for (const kernel::BackwardEntry& entry : {kernel::backward_bf16(), kernel::backward_fp16()}) {
+    cudaFuncAttributes unused{};
+    check(cudaFuncGetAttributes(&unused, entry.function), "cudaFuncGetAttributes(backward)");
+  }
+}
+
 void launch_backward(const BackwardArguments& arguments) {
   check_supported(arguments.layer, arguments.operands, arguments.ranks);
   const kernel::BackwardEntry entry = element_of(arguments.layer) == config::Element::kBf16

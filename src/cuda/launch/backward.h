@@ -36,6 +36,10 @@ void check_supported(const fm_layer& layer, const fm_backward_args& operands,
 int64_t backward_scratch_bytes(const fm_layer& layer, const fm_backward_args& operands,
                                const RankArguments& ranks = {});
 
+// Loads the kernels on the current device, which may wait for its launches: before a launch that
+// waits for another rank.
+void load_backward();
+
 // Launches one kernel on the current device. Throws Error: FM_UNSUPPORTED as check_supported() does
 // or on a device without these instructions.
 void launch_backward(const BackwardArguments& arguments);

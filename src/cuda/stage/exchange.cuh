@@ -48,21 +48,9 @@ struct Regions {
     return of<config::RankSlot>(at, ranks.slots_offset) +
            int64_t{bank(epoch, source)} * ranks.bank_slots;
   }
-  // Flag words are numbered from the first push flag on.
+  // word: of config::FlagWords.
   FM_DEVICE uint32_t* flag(int32_t at, uint32_t word) const {
     return of<uint32_t>(at, ranks.flags_offset) + word;
-  }
-  FM_DEVICE uint32_t push_word(config::RowKind kind, int32_t source, int32_t token) const {
-    return (static_cast<int32_t>(kind) * ranks.world + source) * push_stride() +
-           token / config::kPushTokens;
-  }
-  FM_DEVICE uint32_t return_word(int32_t owner, int32_t num_column_blocks, int32_t column_block,
-                                 int32_t unit) const {
-    return first_return() + (owner * num_column_blocks + column_block) * return_stride() + unit;
-  }
-  // Behind the return flags.
-  FM_DEVICE uint32_t slot_word(int32_t owner, int32_t num_column_blocks, int32_t unit) const {
-    return first_return() + (ranks.world * num_column_blocks + owner) * return_stride() + unit;
   }
   // Row of a source's token among those received, or of an owner's part of the token's sum.
   FM_DEVICE uint16_t* received(config::RowKind kind, int32_t at, int32_t source, int32_t token,
@@ -83,19 +71,14 @@ struct Regions {
   FM_DEVICE int32_t bank(uint32_t epoch, int32_t source) const {
     return plan::bank_of(epoch) * ranks.world + source;
   }
-  FM_DEVICE int32_t push_stride() const {
-    return static_cast<int32_t>(config::push_stride(ranks.token_cap));
-  }
-  FM_DEVICE int32_t return_stride() const {
-    return static_cast<int32_t>(config::return_stride(ranks.token_cap));
-  }
-  FM_DEVICE int32_t first_return() const {
-    return config::kRowKinds * ranks.world * push_stride();
-  }
   FM_DEVICE int64_t row_of(int32_t rank, int32_t token) const {
     return int64_t{rank} * ranks.token_cap + token;
   }
 };
+
+FM_DEVICE config::FlagWords flag_words(const kernel::ForwardParams& params) {
+  return {params.ranks.world, params.ranks.token_cap, params.sizes.column_blocks};
+}
 
 // The posting warp's part.
 FM_DEVICE void post_flags(const kernel::ForwardParams& params, RankState& state) {

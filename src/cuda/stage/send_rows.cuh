@@ -66,7 +66,8 @@ FM_DEVICE void send_unit(const kernel::ForwardParams& params, RankState& state, 
     send_row(params, rows, t, owners_of(params, t) & ~(1u << ranks.rank));
   }
   const uint32_t others = ((1u << ranks.world) - 1) & ~(1u << ranks.rank);
-  state.post.send(post_box(), {Regions{ranks}.push_word(rows.kind(), ranks.rank, token), others});
+  const int32_t word = flag_words(params).push(rows.kind(), ranks.rank, token);
+  state.post.send(post_box(), {static_cast<uint32_t>(word), others});
 }
 
 // The row of a source's token, which has come: here, or where its source sent it.
@@ -94,9 +95,8 @@ FM_DEVICE const uint16_t* arrived_row(const kernel::ForwardParams& params, const
   const int32_t source = row_token / ranks.token_cap;
   const int32_t token = row_token - source * ranks.token_cap;
   if (source != ranks.rank) {
-    const Regions regions{ranks};
-    waiter.wait_flag(regions.flag(ranks.rank, regions.push_word(rows.kind(), source, token)), epoch,
-                     sync::WaitTag::kPushed, source);
+    const int32_t word = flag_words(params).push(rows.kind(), source, token);
+    waiter.wait_flag(Regions{ranks}.flag(ranks.rank, word), epoch, sync::WaitTag::kPushed, source);
   }
   return row_of_source(params, rows, source, token);
 }

@@ -71,9 +71,8 @@ FM_DEVICE void send_slots(const kernel::BackwardParams& params, RankState& state
       for (int32_t token = unit * unit_tokens; token < end; ++token) {
         send_slots_of_token<Element>(params, state, source, token);
       }
-      const uint32_t word =
-          Regions{ranks}.slot_word(ranks.rank, forward.sizes.column_blocks, unit);
-      state.post.send(post_box(), {word, 1u << source});
+      const int32_t word = flag_words(forward).slot(ranks.rank, unit);
+      state.post.send(post_box(), {static_cast<uint32_t>(word), 1u << source});
     }
   }
 }
@@ -102,10 +101,10 @@ FM_DEVICE void take_slots(const kernel::BackwardParams& params, const RankState&
   for (int32_t unit = worker_idx(); unit * unit_tokens < tokens; unit += num_workers()) {
     const int32_t peer = ptx::lane_idx();
     if (peer < ranks.world) {
-      const uint32_t word = regions.slot_word(peer, forward.sizes.column_blocks, unit);
-      waiter.wait_flag(regions.flag(ranks.rank, word), state.epoch, sync::WaitTag::kSlotGrads,
-                       peer);
+      waiter.wait_flag(regions.flag(ranks.rank, flag_words(forward).slot(peer, unit)), state.epoch,
+                       sync::WaitTag::kSlotGrads, peer);
     }
+    __syncwarp();
     if (!__all_sync(kAllLanes, waiter.alive())) return;
     const int32_t end = min((unit + 1) * unit_tokens, tokens);
 #pragma unroll 1
