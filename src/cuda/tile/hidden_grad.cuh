@@ -260,7 +260,7 @@ class HiddenGrad {
     }
     if (lane_of_warp() != 0) return;
     if (params.sizes.pre_activation_pairs > 0) {
-      waiter.wait_word(&params.counters.z_done[place.row_begin() / config::kRowGroup],
+      waiter.wait_rows(&params.counters.z_done[place.row_begin() / config::kRowGroup],
                        params.sizes.pre_activation_pairs * config::kClusterSize,
                        sync::WaitTag::kGradDone);
       ptx::fence_proxy_async(ptx::space_global);
