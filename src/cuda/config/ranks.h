@@ -10,7 +10,8 @@
 //                             copies into expert order: the rows are in kReceived, or kReceivedGrad
 //   return flag [d][c][unit]  written by d behind the sums of a warp; read where the owner adds up
 //                             its tokens' parts: the rows are in kPartial
-//   slot flag [d][unit]       backward: written by d behind the gradients of the weights of a unit's
+//   slot flag [d][unit]       backward: written by d behind the gradients of the weights of a
+//   unit's
 //                             slots; read where their source makes the router's gradients of them
 //   abort                     written by a rank that gives up, or by the host: 1 + that rank; read
 //                             by every wait for a rank or a counter
@@ -131,7 +132,8 @@ FM_HD constexpr int64_t push_stride(int64_t token_cap) {
   return (token_cap + kPushTokens - 1) / kPushTokens;
 }
 
-// The words of kFlags, numbered from the first push flag on: push flags | return flags | slot flags.
+// The words of kFlags, numbered from the first push flag on: push flags | return flags | slot
+// flags.
 struct FlagWords {
   int32_t world;
   int32_t token_cap;          // most tokens of a rank

@@ -46,8 +46,9 @@ class Engine {
   // Waits for the launches of forward() (not for replays), then throws the failure of one, once;
   // the engine can be used again afterwards, unless it was one that stopped the group.
   void finish();
-  // After an Error of forward(), backward(), finish() or reserve(): whether this rank has left a launch, or not
-  // made one, that the others still wait for. An error that left all ranks in step does not.
+  // After an Error of forward(), backward(), finish() or reserve(): whether this rank has left a
+  // launch, or not made one, that the others still wait for. An error that left all ranks in step
+  // does not.
   bool breaks_group() const;
 
   // After finish(): where the time of the last launch went, seconds and phase_seconds.

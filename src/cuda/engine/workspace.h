@@ -89,7 +89,8 @@ class Workspace {
     std::shared_ptr<RankMemory> memory;
   };
 
-  // The notice of an earlier launch, which comes after the one to be made; throws what comes before.
+  // The notice of an earlier launch, which comes after the one to be made; throws what comes
+  // before.
   std::optional<Error> raise_earlier(const RankView& view, bool capturing);
   template <class Args>
   Ranks join(const fm_layer& layer, const Args& args, const LaunchOptions& options,

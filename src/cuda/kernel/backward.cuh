@@ -26,6 +26,7 @@
 namespace flashmoe::cuda::kernel {
 
 using tile::BackwardProduct;
+using tile::parts_of;
 using tile::product_of;
 using tile::table_of;
 
@@ -79,8 +80,7 @@ struct BackwardDependency {
     const int32_t e = tile.local_expert_idx;
     const uint32_t ctas_of_hidden = params.sizes.hidden_pairs * config::kClusterSize;
     const auto blocks = [&] {
-      const tile::ExpertTable experts = table_of(params);
-      return experts.blocks_before(e + 1) - experts.blocks_before(e);
+      return parts_of(params, tile).blocks();
     };
     switch (product_of(tile)) {
       case BackwardProduct::kPreActivation:
@@ -102,7 +102,7 @@ struct BackwardDependency {
         return;
       default:
         set(0, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
-        set(1, &counters.x_of_expert[e], table_of(params).rows(e));
+        set(1, &counters.x_of_expert[e], parts_of(params, tile).rows());
     }
   }
 
@@ -133,12 +133,16 @@ struct BackwardJob {
       const config::BackwardSizes& sizes = params_.sizes;
       const tile::BackwardWalk walk{
           table_of(params_),
+          params_.forward.sizes.local_experts,
           config::kBackwardBlockRows,
           sizes.pre_activation_pairs,
           sizes.hidden_pairs,
           params_.forward.sizes.down_pairs,
           {sizes.weight_grads[0], sizes.weight_grads[1], sizes.weight_grads[2]}};
       tile::Tile tile = walk.tile_at(ticket);
+      if (params_.forward.sizes.source_groups > 1) {
+        tile.local_expert_idx %= params_.forward.sizes.local_experts;
+      }
       bool is_ready = true;
       const int32_t lane = ptx::lane_idx();
       if (lane < 2 && !tile.is_end()) {
@@ -291,7 +295,6 @@ struct BackwardJob {
 
  private:
   using ForwardSizes = config::ForwardSizes;
-  // At least one: an expert without rows has a step of zeros.
   FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile& tile) {
     const ForwardSizes& sizes = params.forward.sizes;
     switch (product_of(tile)) {
@@ -301,8 +304,7 @@ struct BackwardJob {
       case BackwardProduct::kInputGrad:
         return params.sizes.up_columns / config::kDepthStep;
       default:
-        const int32_t rows = table_of(params).rows(tile.local_expert_idx);
-        return max((rows + config::kDepthStep - 1) / config::kDepthStep, 1);
+        return parts_of(params, tile).num_steps(config::kDepthStep);
     }
   }
   FM_DEVICE static void wait_for_rows(const Params& params, const tile::Tile& tile,
@@ -360,20 +362,21 @@ FM_DEVICE bool meet_math(sync::GridBarrier* barrier, sync::Waiter& waiter) {
 }
 
 // Gradients of the slots' weights and of the biases, of a rank alone. Whole warp.
-template <class Config>
-FM_DEVICE void differentiate_routing(const BackwardParams& params, int32_t worker_idx,
-                                     int32_t num_workers) {
+template <class Config, class Index, class Count>
+FM_DEVICE void differentiate_routing(const BackwardParams& params, const Index& worker_idx,
+                                     const Count& num_workers) {
   using Element = tile::ElementOf<Config::value.element>;
-  stage::differentiate_slots<Element>(params, worker_idx, num_workers);
+  stage::differentiate_slots<Element>(params, worker_idx(), num_workers());
   if (params.routing.any_bias()) {
     stage::sum_biases<Element>(params, table_of(params), worker_idx, num_workers);
   }
 }
 
 // The same as soon as all hidden gradients are there, if they are made of nothing else. Whole warp.
-template <class Config>
+template <class Config, class Index, class Count>
 FM_DEVICE void differentiate_alone(const BackwardParams& params, BackwardShared<Config>& smem,
-                                   int32_t worker_idx, int32_t num_workers, sync::Waiter& waiter) {
+                                   const Index& worker_idx, const Count& num_workers,
+                                   sync::Waiter& waiter) {
   if (!params.routing.any() || params.sizes.weight_on_input) return;
   waiter.wait_word(params.counters.hidden_of_all,
                    smem.extra.num_blocks * params.sizes.hidden_pairs * config::kClusterSize,
@@ -396,7 +399,7 @@ FM_DEVICE void exchange_routing(const BackwardParams& params, BackwardShared<Con
   if (!__all_sync(stage::kAllLanes, waiter.alive())) return;
   stage::send_slots<Element>(params, smem.extra.ranks, worker_idx, num_workers);
   if (params.routing.any_bias()) {
-    stage::sum_biases<Element>(params, table_of(params), worker_idx(), num_workers());
+    stage::sum_biases<Element>(params, table_of(params), worker_idx, num_workers);
   }
   stage::take_slots(params, smem.extra.ranks, worker_idx, num_workers, waiter);
 }
@@ -419,9 +422,11 @@ FM_DEVICE void finish_routing(const BackwardParams& params, BackwardShared<Confi
   if (!ptx::barrier_sync_and(kMathMeets, kMathThreads, waiter.alive())) return;
   sync::GridBarrier* barrier = &params.forward.memory.state->barrier;
   if (slots_are_last) {
-    const int32_t warp_idx = (ptx::thread_idx() - config::kWarpgroup) / 32;
-    differentiate_routing<Config>(params, warp_idx * gridDim.x + ptx::block_idx(),
-                                  gridDim.x * config::kMathWarps);
+    const auto worker_idx = [] {
+      return (ptx::thread_idx() - config::kWarpgroup) / 32 * gridDim.x + ptx::block_idx();
+    };
+    differentiate_routing<Config>(params, worker_idx,
+                                  [] { return gridDim.x * config::kMathWarps; });
     if (!has_router || !meet_math(barrier, waiter)) return;
   }
   stage::multiply_router<Element>(params, reinterpret_cast<float*>(smem.stages), kMathMeets);
@@ -453,7 +458,7 @@ FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config
   };
   if (stage::is_alone(params.forward)) {
     stage::copy_operands<Config>(params, table_of(params), worker_idx(), num_workers());
-    differentiate_alone<Config>(params, smem, worker_idx(), num_workers(), waiter);
+    differentiate_alone<Config>(params, smem, worker_idx, num_workers, waiter);
   } else {
     stage::exchange_operands<Config>(params, smem.extra.ranks, table_of(params), worker_idx,
                                      num_workers, waiter);

@@ -248,8 +248,8 @@ FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena) {
   return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, params.waits);
 }
 
-// Every CTA of a launch whose ranks differ; the last one gives the scratch free, as the combine does
-// of others.
+// Every CTA of a launch whose ranks differ; the last one gives the scratch free, as the combine
+// does of others.
 FM_DEVICE void leave_without_roles(const ForwardParams& params) {
   if (ptx::thread_idx() == 0 && finish_tickets(params.memory.state->combine, gridDim.x)) {
     stage::release_scratch(params);
@@ -320,8 +320,7 @@ FM_DEVICE void forward_comm(const ForwardParams& params, ForwardShared<Config>& 
   } else {
     const tile::ExpertTable experts = table_of(params, smem);
     stage::send_and_copy_rows(params, smem.extra.ranks, stage::OwnTokens{params}, experts,
-                              worker_idx, num_workers, waiter,
-                              [&](int32_t row, const auto& find) {
+                              worker_idx, num_workers, waiter, [&](int32_t row, const auto& find) {
                                 stage::copy_unit<Config, 4>(params, experts, row, find);
                               });
     if (ptx::lane_idx() == 0) set_mark_of_first(params, Mark::kRowsIn);

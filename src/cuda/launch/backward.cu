@@ -46,8 +46,7 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
   sizes.row_groups =
       static_cast<int32_t>(rows_of(layer, problem.tokens, ranks) / config::kRowGroup);
   sizes.local_experts = sizes.num_experts / ranks.world;
-  // A weight's gradient is one sum over the rows of all sources.
-  sizes.source_groups = 1;
+  sizes.source_groups = source_groups_of(layer, problem.tokens, ranks);
   sizes.has_few_slots = sizes.has_few_slots && ranks.world == 1;
   sizes.weight_on_input = layer.weight_on_input == 0;
   return sizes;
@@ -59,17 +58,18 @@ int64_t num_counters(const config::ForwardSizes& sizes) {
 
 config::BackwardTable table_of(const fm_layer& layer, const Operands& operands,
                                const RankArguments& ranks) {
-  return config::backward_table({.tokens = operands.x.shape[0],
-                                 .hidden = layer.hidden,
-                                 .intermediate = layer.intermediate,
-                                 .up_columns = up_columns_of(layer),
-                                 .num_experts = layer.num_experts,
-                                 .top_k = layer.top_k,
-                                 .rows = rows_of(layer, operands.x.shape[0], ranks),
-                                 .rank_slots = rank_slots_of(layer, ranks),
-                                 .state_bytes = sizeof(kernel::ForwardState),
-                                 .num_counters = num_counters(forward_sizes(layer, operands, ranks)),
-                                 .has_router = present(operands.w_router)});
+  return config::backward_table(
+      {.tokens = operands.x.shape[0],
+       .hidden = layer.hidden,
+       .intermediate = layer.intermediate,
+       .up_columns = up_columns_of(layer),
+       .num_experts = layer.num_experts,
+       .top_k = layer.top_k,
+       .rows = rows_of(layer, operands.x.shape[0], ranks),
+       .rank_slots = rank_slots_of(layer, ranks),
+       .state_bytes = sizeof(kernel::ForwardState),
+       .num_counters = num_counters(forward_sizes(layer, operands, ranks)),
+       .has_router = present(operands.w_router)});
 }
 
 // A launch's parameters as they are filled in.

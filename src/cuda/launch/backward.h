@@ -23,7 +23,7 @@ struct BackwardArguments {
   uint64_t timeout_ns = ~uint64_t{0};      // of every wait in the kernel
   int32_t max_sms = 0;                     // most SMs to use, 0: all
   RankArguments ranks{};
-  uint32_t launch_id = 2;                  // as ForwardArguments::launch_id
+  uint32_t launch_id = 2;  // as ForwardArguments::launch_id
   cudaStream_t stream = nullptr;
 };
 

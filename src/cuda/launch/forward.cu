@@ -57,15 +57,6 @@ int32_t choose_column_pairs(const plan::Problem& problem, int64_t token_cap) {
   return token_cap * problem.top_k / problem.num_experts <= kFewRows ? 4 : 2;
 }
 
-// Each source's rows get blocks of their own, in the order in which they come, if that leaves whole
-// blocks; experts of few rows have those of all sources together.
-int32_t choose_source_groups(const fm_layer& layer, const Operands& operands,
-                             const RankArguments& ranks) {
-  constexpr int64_t kRowsOfBlock = 128;
-  const int64_t rows = operands.x.shape[0] * layer.top_k / layer.num_experts;
-  return rows >= kRowsOfBlock ? ranks.world : 1;
-}
-
 config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
                               const RankArguments& ranks, const config::Forward& config,
                               int32_t column_pairs) {
@@ -78,12 +69,14 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
   sizes.up_pairs = pairs(problem.intermediate, config.up());
   sizes.down_pairs = pairs(problem.hidden, config.down());
   sizes.column_pairs = std::min(
-      column_pairs > 0 ? column_pairs : choose_column_pairs(problem, token_cap_of(operands.x.shape[0], ranks)),
+      column_pairs > 0 ? column_pairs
+                       : choose_column_pairs(problem, token_cap_of(operands.x.shape[0], ranks)),
       sizes.down_pairs);
   sizes.column_blocks = tile::ColumnBlocks{sizes.down_pairs, sizes.column_pairs}.count();
   sizes.column_width = sizes.column_pairs * config.down().out_columns() * config::kClusterSize;
-  sizes.row_groups = static_cast<int32_t>(rows_of(layer, operands.x.shape[0], ranks) / config::kRowGroup);
-  sizes.source_groups = choose_source_groups(layer, operands, ranks);
+  sizes.row_groups =
+      static_cast<int32_t>(rows_of(layer, operands.x.shape[0], ranks) / config::kRowGroup);
+  sizes.source_groups = source_groups_of(layer, problem.tokens, ranks);
   sizes.local_experts = static_cast<int32_t>(problem.num_experts / ranks.world);
   sizes.has_few_slots = sizes.has_few_slots && ranks.world == 1;
   sizes.weight_on_input = layer.weight_on_input != 0;

@@ -67,6 +67,11 @@ int64_t rows_of(const fm_layer& layer, int64_t tokens, const RankArguments& rank
   return config::forward_rows(slots * std::min(ranks.world, 2), layer.num_experts);
 }
 
+int32_t source_groups_of(const fm_layer& layer, int64_t tokens, const RankArguments& ranks) {
+  constexpr int64_t kRowsOfBlock = 128;
+  return tokens * layer.top_k / layer.num_experts >= kRowsOfBlock ? ranks.world : 1;
+}
+
 int64_t rank_slots_of(const fm_layer& layer, const RankArguments& ranks) {
   return ranks.world == 1 ? 0 : ranks.world * ranks.capacity.tokens * layer.top_k;
 }

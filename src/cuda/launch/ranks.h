@@ -29,6 +29,11 @@ int64_t token_cap_of(int64_t tokens, const RankArguments& ranks);
 // Rows of all ranks that scratch holds: twice the average, which for two ranks is all there can be.
 int64_t rows_of(const fm_layer& layer, int64_t tokens, const RankArguments& ranks);
 
+// Each source's rows get blocks of their own, in the order in which they come, if that leaves whole
+// blocks; experts of few rows have those of all sources together. The same in both directions: a Z
+// that the forward kept lies as its rows did.
+int32_t source_groups_of(const fm_layer& layer, int64_t tokens, const RankArguments& ranks);
+
 // Most slots of all ranks together; 0 for a rank alone.
 int64_t rank_slots_of(const fm_layer& layer, const RankArguments& ranks);
 

@@ -65,7 +65,8 @@ FM_DEVICE void copy_operand_unit(const kernel::ForwardParams& params, const kern
   const int32_t block = block_begin_of(experts, {kMaxRows, 1}, row);
   ptx::add_release_gpu(&copy.of_block[block / config::kRowGroup], num_rows);
   if (copy.of_expert != nullptr) {
-    ptx::add_release_gpu(&copy.of_expert[experts.expert_of_row(row)], num_rows);
+    const int32_t e = experts.expert_of_row(row) % params.sizes.local_experts;
+    ptx::add_release_gpu(&copy.of_expert[e], num_rows);
   }
 }
 

@@ -1,5 +1,5 @@
-// Rows of tokens travel to the ranks that hold their experts: each of them once, however many of its
-// experts are there. Behind them the rows of all sources are copied into expert order.
+// Rows of tokens travel to the ranks that hold their experts: each of them once, however many of
+// its experts are there. Behind them the rows of all sources are copied into expert order.
 //
 // `Rows`: the rows of one kind that this rank's tokens have. It has kind(), and row(token).
 #pragma once
@@ -43,9 +43,8 @@ FM_DEVICE void send_row(const kernel::ForwardParams& params, const Rows& rows, i
     }
 #pragma unroll 1
     for (uint32_t left = owners; left != 0; left &= left - 1) {
-      auto* to = reinterpret_cast<int4*>(
-          Regions{ranks}.received(rows.kind(), __ffs(static_cast<int>(left)) - 1, ranks.rank, token,
-                                  params.sizes.hidden));
+      auto* to = reinterpret_cast<int4*>(Regions{ranks}.received(
+          rows.kind(), __ffs(static_cast<int>(left)) - 1, ranks.rank, token, params.sizes.hidden));
       FM_UNROLL
       for (int i = 0; i < kBatch; ++i) {
         if (first + i * 32 < num_vectors) to[first + i * 32] = vectors[i];
@@ -54,8 +53,8 @@ FM_DEVICE void send_row(const kernel::ForwardParams& params, const Rows& rows, i
   }
 }
 
-// Sends the rows of tokens from `token` on that share a flag, and has it raised at every other rank.
-// Whole warp.
+// Sends the rows of tokens from `token` on that share a flag, and has it raised at every other
+// rank. Whole warp.
 template <class Rows>
 FM_DEVICE void send_unit(const kernel::ForwardParams& params, RankState& state, const Rows& rows,
                          int32_t token) {

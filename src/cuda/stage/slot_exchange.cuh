@@ -1,5 +1,5 @@
-// Several ranks: gradients of the slots' weights are made by the ranks of their experts, and go home
-// as a float a slot, where those of the router follow from them.
+// Several ranks: gradients of the slots' weights are made by the ranks of their experts, and go
+// home as a float a slot, where those of the router follow from them.
 #pragma once
 
 #include "cuda/stage/send_rows.cuh"
@@ -47,8 +47,8 @@ FM_DEVICE void send_slots_of_token(const kernel::BackwardParams& params, const R
     local_expert_idx = static_cast<int32_t>(place >> config::kPlaceBits);
   }
   if (!__any_sync(kAllLanes, row >= 0)) return;
-  const float gradient = gradient_of_row<Element>(params, SourceOperands{params, source, token}, row,
-                                                  local_expert_idx);
+  const float gradient = gradient_of_row<Element>(params, SourceOperands{params, source, token},
+                                                  row, local_expert_idx);
   if (row >= 0) regions.slot_grads(source)[slot] = gradient;
 }
 
@@ -62,14 +62,17 @@ FM_DEVICE void send_slots(const kernel::BackwardParams& params, RankState& state
 #pragma unroll 1
   for (int32_t step = 1; step <= ranks.world; ++step) {
     const int32_t source = source_of_step(ranks, step < ranks.world ? step : 0);
-    const int32_t tokens = state.tokens[source];
-    const int32_t unit_tokens = config::return_tokens(tokens);
+    const auto tokens = [&] {  // read where it is used: no register holds it in between
+      return state.tokens[source];
+    };
 #pragma unroll 1
-    for (int32_t unit = worker_idx(); unit * unit_tokens < tokens; unit += num_workers()) {
-      const int32_t end = min((unit + 1) * unit_tokens, tokens);
+    for (int32_t unit = worker_idx(); unit < config::return_units(tokens());
+         unit += num_workers()) {
+      const int32_t begin = unit * config::return_tokens(tokens());
 #pragma unroll 1
-      for (int32_t token = unit * unit_tokens; token < end; ++token) {
-        send_slots_of_token<Element>(params, state, source, token);
+      for (int32_t i = 0; i < config::return_tokens(tokens()); ++i) {
+        if (begin + i >= tokens()) break;
+        send_slots_of_token<Element>(params, state, source, begin + i);
       }
       const int32_t word = flag_words(forward).slot(ranks.rank, unit);
       state.post.send(post_box(), {static_cast<uint32_t>(word), 1u << source});

@@ -30,6 +30,7 @@ FM_DEVICE float warp_max(float x) {
 template <class Element>
 FM_DEVICE float dot_rows(const uint16_t* a, const uint16_t* b, int32_t columns) {
   float sum = 0.0f;
+#pragma unroll 2
   for (int32_t i = ptx::lane_idx() * kVector; i < columns; i += 32 * kVector) {
     const int4 left = *reinterpret_cast<const int4*>(a + i);
     const int4 right = *reinterpret_cast<const int4*>(b + i);
@@ -61,17 +62,19 @@ struct OwnOperands {
 // Share of a slot's weight gradient that is a product of two rows: <b_down[e], dY>, or with the
 // weight on the input <x, dX of the row>. Whole warp.
 template <class Element, class Operands>
-FM_DEVICE float row_share(const kernel::BackwardParams& params, const Operands& token,
-                          int32_t row, int32_t local_expert_idx) {
+FM_DEVICE float row_share(const kernel::BackwardParams& params, const Operands& token, int32_t row,
+                          int32_t local_expert_idx) {
   const auto& forward = params.forward;
   const int32_t hidden = forward.sizes.hidden;
   if (params.sizes.weight_on_input) {
     return dot_rows<Element>(
-        token.x(), static_cast<const uint16_t*>(forward.memory.rows) + int64_t{row} * hidden, hidden);
+        token.x(), static_cast<const uint16_t*>(forward.memory.rows) + int64_t{row} * hidden,
+        hidden);
   }
   const auto& bias = params.routing.b_down;
   const uint16_t* grad_y = token.grad_y();
   float sum = 0.0f;
+#pragma unroll 2
   for (int32_t i = ptx::lane_idx(); i < hidden; i += 32) {
     const float g = Element::unpack(grad_y[i]).x;
     sum = fmaf(g, tile::read_real(bias, local_expert_idx, i), sum);
@@ -114,8 +117,7 @@ FM_DEVICE float slot_gradient(const kernel::BackwardParams& params, int32_t toke
   const bool has_slot = lane < forward.sizes.top_k;
   const int32_t row = has_slot ? forward.memory.slot_row[slot] : kNoExpert;
   const int32_t expert_idx = has_slot ? forward.memory.ids[slot] : kNoExpert;
-  const float sum =
-      gradient_of_row<Element>(params, OwnOperands{params, token}, row, expert_idx);
+  const float sum = gradient_of_row<Element>(params, OwnOperands{params, token}, row, expert_idx);
   return row == kUndefined ? not_a_number() : sum;
 }
 
