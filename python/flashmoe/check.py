@@ -130,8 +130,8 @@ def missing_for(case, dtype, ranks, device):
         return missing
     if case.refused:
         return "" if ranks in case.ranks else f"needs {' or '.join(map(str, case.ranks))} ranks"
-    if case.save_z and ranks > 1:
-        return "saving Z needs one rank"
+    if case.save_z and ranks > 1 and device == "cpu":
+        return "saving Z on the CPU needs one rank"
     if case.ids == "one_rank" and ranks == 1:
         return "needs more than one rank"
     return ""

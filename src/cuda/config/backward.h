@@ -82,9 +82,10 @@ struct BackwardProductOf {
 struct BackwardSizes {
   int32_t up_columns;            // G * I
   int32_t pre_activation_pairs;  // pairs of 128 of G * I, 0: kept by the forward
-  int32_t hidden_pairs;          // of I
-  int32_t hidden_tiles;          // of 128 of I: parts of a slot's weight gradient
-  int32_t max_rows;              // rows that scratch has
+  int32_t z_rows;        // of several ranks: rows that the kept Z has; below 0: none is kept
+  int32_t hidden_pairs;  // of I
+  int32_t hidden_tiles;  // of 128 of I: parts of a slot's weight gradient
+  int32_t max_rows;      // rows that scratch has
   tile::WeightGrid weight_grads[3];
   bool gated;
   bool interleaved;      // gate column i of Z at 2 i, up column at 2 i + 1

@@ -27,6 +27,7 @@ namespace flashmoe::cuda::kernel {
 
 using tile::BackwardProduct;
 using tile::parts_of;
+using tile::pre_activation_pairs;
 using tile::product_of;
 using tile::table_of;
 
@@ -89,7 +90,7 @@ struct BackwardDependency {
         return;
       case BackwardProduct::kHiddenGrad:
         set(0, &counters.grad_y_ready[group], tile.num_rows);
-        set(1, &counters.z_done[group], params.sizes.pre_activation_pairs * config::kClusterSize);
+        set(1, &counters.z_done[group], pre_activation_pairs(params) * config::kClusterSize);
         return;
       case BackwardProduct::kInputGrad:
         set(0, &counters.hidden_done[group], ctas_of_hidden);
@@ -135,7 +136,7 @@ struct BackwardJob {
           table_of(params_),
           params_.forward.sizes.local_experts,
           config::kBackwardBlockRows,
-          sizes.pre_activation_pairs,
+          pre_activation_pairs(params_),
           sizes.hidden_pairs,
           params_.forward.sizes.down_pairs,
           {sizes.weight_grads[0], sizes.weight_grads[1], sizes.weight_grads[2]}};

@@ -81,8 +81,8 @@ struct BackwardParams {
   CUtensorMap up_weights[2];  // boxes of 64 x 64; one, or (separate) gate and up
   CUtensorMap down_weights;
   CUtensorMap pre_activation_out;
-  CUtensorMap z_in;     // boxes of 64 columns by 16 rows
-  CUtensorMap z_ahead;  // by a block's rows
+  CUtensorMap z_in[2];     // [makes_z]: boxes of 64 columns by 16 rows
+  CUtensorMap z_ahead[2];  // by a block's rows
   CUtensorMap grad_z_out;
   CUtensorMap hidden_out;
   CUtensorMap grad_m[2];  // operands of the weight gradients (down, up): M side, N side

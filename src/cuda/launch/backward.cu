@@ -1,6 +1,7 @@
 #include "cuda/launch/backward.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -27,6 +28,10 @@ int64_t up_columns_of(const fm_layer& layer) {
 
 int32_t pairs_of(int64_t columns) {
   return static_cast<int32_t>(plan::ceil_div(columns, config::kWeightRows * config::kClusterSize));
+}
+
+int32_t clamped(int64_t size) {
+  return static_cast<int32_t>(std::min<int64_t>(size, std::numeric_limits<int32_t>::max()));
 }
 
 // Whether the last dimension of a weight, or of its gradient, is the contiguous one.
@@ -106,7 +111,9 @@ class Builder {
     config::BackwardSizes& sizes = p_.sizes;
     const int64_t up = up_columns_of(layer_);
     sizes.up_columns = static_cast<int32_t>(up);
-    sizes.pre_activation_pairs = present(o_.z) ? 0 : pairs_of(up);
+    const bool is_alone = a_.ranks.world == 1;
+    sizes.pre_activation_pairs = is_alone && present(o_.z) ? 0 : pairs_of(up);
+    sizes.z_rows = !is_alone && present(o_.z) ? clamped(o_.z.shape[0]) : -1;
     sizes.hidden_pairs = pairs_of(layer_.intermediate);
     sizes.hidden_tiles =
         static_cast<int32_t>(plan::ceil_div(layer_.intermediate, config::kWeightRows));
@@ -253,14 +260,19 @@ class Builder {
     p_.hidden_out =
         window(region<void>(BackwardScratch::kHidden), layer_.intermediate, config::kHiddenRows);
     TensorView z = rows_view(grad_z, rows, up, config::kHalfRows, config::kHiddenRows);
+    set_z(1, z);
     if (present(o_.z)) {
       z.base = o_.z.data;
       z.sizes[1] = static_cast<uint64_t>(std::max<int64_t>(o_.z.shape[0], 1));
       z.strides[1] = static_cast<uint64_t>(o_.z.stride[0]) * config::kElementBytes;
+      set_z(0, z);
     }
-    p_.z_in = encode(z, element_, "z");
+  }
+  // is_made: by this launch.
+  void set_z(int is_made, TensorView z) {
+    p_.z_in[is_made] = encode(z, element_, "z");
     z.box[1] = config::Backward{}.product(config::Major::kDepth).max_tokens;
-    p_.z_ahead = encode(z, element_, "z");
+    p_.z_ahead[is_made] = encode(z, element_, "z");
   }
   CUtensorMap window(const void* base, int64_t columns, uint32_t box_rows) const {
     return encode(window_view(base, p_.sizes.max_rows, columns, config::kBoxColumns, box_rows),
@@ -382,7 +394,9 @@ void check_supported(const fm_layer& layer, const fm_backward_args& operands,
                      const RankArguments& ranks) {
   check_supported(layer, shared_operands(operands), ranks);
   std::string reason = refuse_rows("grad_y", operands.grad_y, config::kElementBytes);
-  if (reason.empty()) reason = refuse_z(layer, operands.x.shape[0], operands.z);
+  if (reason.empty()) {
+    reason = refuse_z(layer, operands.x.shape[0], operands.z, ranks.world);
+  }
   if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
 }
 

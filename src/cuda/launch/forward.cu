@@ -207,6 +207,7 @@ void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
   params.keeps_z = present(z);
   params.z_is_interleaved = gate_order_of(layer) == GateOrder::kInterleaved && layer.gated != 0;
   if (present(z)) {
+    // Of several ranks more rows may come than it has: a copy past the last one stores nothing.
     TensorView view =
         window_view(z.data, z.shape[0], z.stride[0], config::kHalfRows, config::kStoreTokens);
     view.sizes[0] = static_cast<uint64_t>(z.shape[1]);
@@ -276,7 +277,8 @@ std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& opera
   if (is_separate(layer) && major_of(operands.w_gate) != major_of(operands.w_up)) {
     return "w_gate and w_up differ in which dimension is contiguous; accepted on CUDA: the same";
   }
-  if (std::string reason = refuse_z(layer, operands.x.shape[0], operands.z); !reason.empty()) {
+  if (std::string reason = refuse_z(layer, operands.x.shape[0], operands.z, ranks.world);
+      !reason.empty()) {
     return reason;
   }
   return refuse_rows("w_router", operands.w_router, router_bytes);
@@ -284,9 +286,10 @@ std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& opera
 
 }  // namespace
 
-std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z) {
+std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z, int32_t world) {
   if (!present(z)) return {};
-  const int64_t rows = config::forward_rows(tokens * layer.top_k, layer.num_experts);
+  const int64_t rows =
+      world == 1 ? config::forward_rows(tokens * layer.top_k, layer.num_experts) : 0;
   if (z.shape[0] < rows) {
     return text_of("z has ", z.shape[0], " rows, expected ", rows, " (fm_z_rows)");
   }

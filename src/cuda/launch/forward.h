@@ -33,8 +33,9 @@ struct ForwardArguments {
   cudaStream_t stream = nullptr;
 };
 
-// Why the kernels cannot write or read a z of so many tokens, or an empty text.
-std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z);
+// Why the kernels cannot write or read a z of so many tokens, or an empty text. Of several ranks it
+// may have any number of rows.
+std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z, int32_t world);
 
 // Throws FM_UNSUPPORTED with the reason if the kernels cannot run this layer on these operands.
 // Looks at sizes, strides and addresses only; never at a device.

@@ -16,6 +16,17 @@ FM_DEVICE ExpertParts parts_of(const kernel::BackwardParams& params, const Tile&
   return {table_of(params), params.forward.sizes.local_experts, tile.local_expert_idx};
 }
 
+// Whether the launch computes Z: it was not kept, or of several ranks more rows came than it has.
+FM_DEVICE bool makes_z(const kernel::BackwardParams& params) {
+  const config::BackwardSizes& sizes = params.sizes;
+  if (sizes.pre_activation_pairs == 0 || sizes.z_rows < 0) return sizes.pre_activation_pairs > 0;
+  const ExpertTable experts = table_of(params);
+  return experts.begin(experts.num_experts) > sizes.z_rows;
+}
+FM_DEVICE int32_t pre_activation_pairs(const kernel::BackwardParams& params) {
+  return makes_z(params) ? params.sizes.pre_activation_pairs : 0;
+}
+
 // Which gradient a tile of a sum over rows is of: an index of kernel::BackwardParams::weight_grads.
 FM_DEVICE int32_t gradient_of(const Tile& tile) {
   return tile.product - static_cast<int32_t>(BackwardProduct::kDownGrad);
