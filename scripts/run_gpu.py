@@ -14,8 +14,8 @@ training on the GPU; not by default), `sanitize` (compute-sanitizer's four tools
 not by default), `bench` (records, a table and a roofline PNG), `backward_bench` (records of the
 backward, tables and a PNG of ratios). On a machine of several GPUs, and not by default: `ranks`
 (values, state and faults of two ranks), `ranks_backward` (the same of their backward), `ranks_more`
-(graphs, torch.compile, other work beside them), `ranks_bench` (the benchmark of --ranks ranks: records, tables, PNGs of ratios, a timeline
-and the scaling study).
+(graphs, torch.compile, other work beside them), `ranks_bench` (the benchmark of --ranks ranks:
+records, tables, PNGs of ratios, a timeline and the scaling study).
 --quick takes a part of each. The logs, the records and the PNGs go to --out.
 """
 

@@ -230,10 +230,10 @@ def keeps_z(
 ) -> bool:
     """Whether a forward whose gradients are wanted keeps its pre-activations z.
 
-    ``"auto"`` keeps them where I <= H, on the CPU on one rank. To compute an element of z again costs 2 H
-    operations, so a byte of it buys more time the larger H is, while a token has k * G * I of them:
-    the many narrow experts of Qwen3 or DeepSeek-V3 keep z, the wide ones of Mixtral or Llama-4
-    compute it again. Several ranks on the CPU always do.
+    ``"auto"`` keeps them where I <= H. To compute an element of z again costs 2 H operations, so a
+    byte of it buys more time the larger H is, while a token has k * G * I of them: the many narrow
+    experts of Qwen3 or DeepSeek-V3 keep z, the wide ones of Mixtral or Llama-4 compute it again.
+    Several ranks on the CPU always do.
     """
     if save_z == "auto":
         return (world == 1 or on_cuda) and intermediate <= hidden

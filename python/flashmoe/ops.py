@@ -68,8 +68,8 @@ def _empty_outputs(tensors: Tensors, layer: str, group: str, save_z: bool) -> Te
     if save_z:
         if world > 1 and not x.is_cuda:
             raise UnsupportedError(
-                f"save_z is True on a group of {world} ranks on the CPU, where the rows of z depend "
-                "on all ranks' routing; accepted: False"
+                f"save_z is True on a group of {world} ranks on the CPU, where the rows of z "
+                "depend on all ranks' routing; accepted: False"
             )
         rows = config.z_rows(x.shape[0], decoded.top_k, w_up.shape[0], world)
         width = w_up.shape[1] * (2 if decoded.gate_layout == "separate" else 1)
