@@ -398,7 +398,7 @@ FM_DEVICE void exchange_routing(const BackwardParams& params, BackwardShared<Con
   waiter.wait_word(on_input ? params.forward.memory.down_done : params.counters.hidden_of_all,
                    smem.extra.num_blocks * pairs * config::kClusterSize, sync::WaitTag::kGradDone);
   if (!__all_sync(stage::kAllLanes, waiter.alive())) return;
-  stage::send_slots<Element>(params, smem.extra.ranks, worker_idx, num_workers);
+  stage::send_slots<Element>(params, smem.extra.ranks, worker_idx, num_workers, waiter);
   if (params.routing.any_bias()) {
     stage::sum_biases<Element>(params, table_of(params), worker_idx, num_workers);
   }

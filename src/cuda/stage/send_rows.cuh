@@ -69,6 +69,16 @@ FM_DEVICE void send_unit(const kernel::ForwardParams& params, RankState& state, 
   state.post.send(post_box(), {static_cast<uint32_t>(word), others});
 }
 
+// Returns when the row of a source's token is here. Whole warp.
+template <class Rows>
+FM_DEVICE void wait_for_row(const kernel::ForwardParams& params, const Rows& rows, uint32_t epoch,
+                            int32_t source, int32_t token, sync::Waiter& waiter) {
+  const auto& ranks = params.ranks;
+  if (source == ranks.rank) return;
+  const int32_t word = flag_words(params).push(rows.kind(), source, token);
+  waiter.wait_flag(Regions{ranks}.flag(ranks.rank, word), epoch, sync::WaitTag::kPushed, source);
+}
+
 // The row of a source's token, which has come: here, or where its source sent it.
 template <class Rows>
 FM_DEVICE const uint16_t* row_of_source(const kernel::ForwardParams& params, const Rows& rows,
@@ -90,13 +100,9 @@ FM_DEVICE const uint16_t* row_by_word(const kernel::ForwardParams& params, const
 template <class Rows>
 FM_DEVICE const uint16_t* arrived_row(const kernel::ForwardParams& params, const Rows& rows,
                                       uint32_t epoch, int32_t row_token, sync::Waiter& waiter) {
-  const auto& ranks = params.ranks;
-  const int32_t source = row_token / ranks.token_cap;
-  const int32_t token = row_token - source * ranks.token_cap;
-  if (source != ranks.rank) {
-    const int32_t word = flag_words(params).push(rows.kind(), source, token);
-    waiter.wait_flag(Regions{ranks}.flag(ranks.rank, word), epoch, sync::WaitTag::kPushed, source);
-  }
+  const int32_t source = row_token / params.ranks.token_cap;
+  const int32_t token = row_token - source * params.ranks.token_cap;
+  wait_for_row(params, rows, epoch, source, token, waiter);
   return row_of_source(params, rows, source, token);
 }
 

@@ -34,7 +34,7 @@ struct SourceOperands {
 // Sends the gradients of those slots of a source's token that have a row here. Whole warp.
 template <class Element>
 FM_DEVICE void send_slots_of_token(const kernel::BackwardParams& params, const RankState& state,
-                                   int32_t source, int32_t token) {
+                                   int32_t source, int32_t token, sync::Waiter& waiter) {
   const kernel::ForwardParams& forward = params.forward;
   const Regions regions{forward.ranks};
   const int32_t top_k = forward.sizes.top_k;
@@ -47,6 +47,10 @@ FM_DEVICE void send_slots_of_token(const kernel::BackwardParams& params, const R
     local_expert_idx = static_cast<int32_t>(place >> config::kPlaceBits);
   }
   if (!__any_sync(kAllLanes, row >= 0)) return;
+  // Where Z was kept, no tile of dX has waited for the tokens.
+  if (params.sizes.weight_on_input) {
+    wait_for_row(forward, OwnTokens{forward}, state.epoch, source, token, waiter);
+  }
   const float gradient = gradient_of_row<Element>(params, SourceOperands{params, source, token},
                                                   row, local_expert_idx);
   if (row >= 0) regions.slot_grads(source)[slot] = gradient;
@@ -56,7 +60,7 @@ FM_DEVICE void send_slots_of_token(const kernel::BackwardParams& params, const R
 // to num_workers() warps. Whole warp.
 template <class Element, class Index, class Count>
 FM_DEVICE void send_slots(const kernel::BackwardParams& params, RankState& state,
-                          const Index& worker_idx, const Count& num_workers) {
+                          const Index& worker_idx, const Count& num_workers, sync::Waiter& waiter) {
   const kernel::ForwardParams& forward = params.forward;
   const auto& ranks = forward.ranks;
 #pragma unroll 1
@@ -72,7 +76,7 @@ FM_DEVICE void send_slots(const kernel::BackwardParams& params, RankState& state
 #pragma unroll 1
       for (int32_t i = 0; i < config::return_tokens(tokens()); ++i) {
         if (begin + i >= tokens()) break;
-        send_slots_of_token<Element>(params, state, source, begin + i);
+        send_slots_of_token<Element>(params, state, source, begin + i, waiter);
       }
       const int32_t word = flag_words(forward).slot(ranks.rank, unit);
       state.post.send(post_box(), {static_cast<uint32_t>(word), 1u << source});
