@@ -13,9 +13,9 @@ whole steps, a hundred of them), `programs` (the gradient check, the example and
 training on the GPU; not by default), `sanitize` (compute-sanitizer's four tools on a small case;
 not by default), `bench` (records, a table and a roofline PNG), `backward_bench` (records of the
 backward, tables and a PNG of ratios). On a machine of several GPUs, and not by default: `ranks`
-(values, state and faults of two ranks), `ranks_more` (graphs, torch.compile, other work beside
-them), `ranks_bench` (the benchmark of --ranks ranks: records, tables, PNGs of ratios, a timeline
-and the scaling study).
+(values, state and faults of two ranks), `ranks_backward` (the same of their backward), `ranks_more`
+(graphs, torch.compile, other work beside them), `ranks_bench` (the benchmark of --ranks ranks:
+records, tables, PNGs of ratios, a timeline and the scaling study).
 --quick takes a part of each. The logs, the records and the PNGs go to --out.
 """
 
@@ -126,6 +126,13 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
             )
         ],
         "ranks": [Step("ranks", [*PYTEST, "--durations", "10", *test_files("ranks")], 240)],
+        "ranks_backward": [
+            Step(
+                "ranks_backward",
+                [*PYTEST, "--timeout", "90", "--durations", "10", *test_files("ranks_backward")],
+                240,
+            )
+        ],
         "ranks_more": [
             Step(
                 "ranks_more",

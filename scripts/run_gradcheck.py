@@ -5,10 +5,10 @@
     mpirun -np N python -u scripts/run_gradcheck.py [--quick] [--json]
 
 Without a launcher the ranks are threads, 1, 2 and 3 of them unless --ranks says otherwise; under
-torchrun, mpirun or srun they are its processes. CUDA has the backward of one rank. There, and on
-the CPU with --dtype bf16 fp16, each element is held against fp64 within a bound that follows from
-the dtype (gradcheck_rounded.py). In fp64, which only the CPU takes, each layer is checked in three
-ways:
+torchrun, mpirun or srun they are its processes. On CUDA a rank has a GPU of its own: 1 and 2 of
+them, as far as there are GPUs. There, and on the CPU with --dtype bf16 fp16, each element is held
+against fp64 within a bound that follows from the dtype (gradcheck_rounded.py). In fp64, which only
+the CPU takes, each layer is checked in three ways:
 
 reference    each element against an independent fp64 PyTorch layer (flashmoe.reference), which sums
              in another order; accepted up to 2^-26 of the tensor's largest element: half of the
@@ -255,7 +255,7 @@ def places(ranks: list[int] | None, device: str) -> Iterator[Ranks]:
             yield Ranks([], process_group)
         return
     on_cuda = device == "cuda"
-    for world in ranks or ([1] if on_cuda else [1, 2, 3]):
+    for world in ranks or ([1, 2][: torch.cuda.device_count()] if on_cuda else [1, 2, 3]):
         groups = flashmoe.local_group(world, device="cuda" if on_cuda else None)
         for group in groups:
             group.set("num_threads", 1)  # the layers are tiny
@@ -273,7 +273,9 @@ def main() -> int:
         nargs="+",
         help="default: fp64, on CUDA bf16 and fp16",
     )
-    parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 2 3, or the launcher's")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", help="default: 1 2 3, on CUDA 1 2, or the launcher's"
+    )
     parser.add_argument("--quick", action="store_true", help="few layers of each kind")
     parser.add_argument("--json", action="store_true", help="one object a row, last a summary")
     options = parser.parse_args()
@@ -281,8 +283,8 @@ def main() -> int:
     dtypes = options.dtype or (gradcheck_rounded.DTYPES if on_cuda else ("fp64",))
     if on_cuda and "fp64" in dtypes:
         parser.error("--dtype fp64: accepted with --device cuda are bf16 and fp16")
-    if on_cuda and any(world > 1 for world in options.ranks or ()):
-        parser.error("--ranks: accepted with --device cuda is 1, whose backward there is")
+    if on_cuda and max(options.ranks or [1]) > torch.cuda.device_count():
+        parser.error(f"--ranks: a rank a GPU, of which there are {torch.cuda.device_count()}")
     torch.set_num_threads(1)  # the tensors are tiny
     launched = launch.detect()
     silent = launched is not None and launched.rank > 0

@@ -272,8 +272,10 @@ FM_API fm_status fm_group_stats(fm_group group, fm_stats* out);
 FM_API fm_status fm_forward(fm_group group, const fm_layer* layer, const fm_forward_args* args);
 FM_API fm_status fm_backward(fm_group group, const fm_layer* layer, const fm_backward_args* args);
 
-/* Rows a `z` tensor must have for a launch of `tokens` tokens on one rank. With several ranks the
- * rows depend on all ranks' routing: FM_UNSUPPORTED, the backward recomputes. */
+/* Rows a `z` tensor must have for a launch of `tokens` tokens on one rank. Of several ranks, which
+ * can keep z on CUDA alone, what comes to a rank depends on all ranks' routing: this is a quarter
+ * more than an even share, any other number is accepted as well, and where more rows come than z
+ * has the backward computes them again by itself. */
 FM_API fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64_t* rows);
 
 /* How a forward of these operands would run (tiles, scratch, why not), a line for each fact;

@@ -474,7 +474,7 @@ class Layer {
     run(args);
   }
 
-  // Rows of the tensor z for `tokens` tokens. Raises UnsupportedError on several ranks.
+  // Rows of the tensor z for `tokens` tokens; of several ranks (CUDA alone) see fm_z_rows.
   int64_t z_rows(int64_t tokens) const {
     int64_t rows = 0;
     detail::check(fm_z_rows(group_.get(), &layer_, tokens, &rows));

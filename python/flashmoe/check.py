@@ -93,7 +93,7 @@ def run_checks(pattern="*", *, gradients=False, ranks=None, dtype=None, device="
     try:
         for mode, case, one_dtype, num_ranks in planned(pattern, gradients, ranks, dtype, device):
             record = Record(case.name, one_dtype, num_ranks, mode, device=device)
-            missing = missing_for(case, one_dtype, num_ranks, device, gradients)
+            missing = missing_for(case, one_dtype, num_ranks, device)
             if missing:
                 record.status, record.reason = "skipped", missing
             else:
@@ -124,27 +124,25 @@ def cuda_dtypes(case):
     return [name for name in case.dtypes if name in CUDA_DTYPES] or ["bf16"]
 
 
-def missing_for(case, dtype, ranks, device, gradients=False):
+def missing_for(case, dtype, ranks, device):
     """What a case needs and does not have; "" if it can run."""
-    if device == "cuda" and (missing := missing_on_cuda(case, dtype, ranks, gradients)):
+    if device == "cuda" and (missing := missing_on_cuda(case, dtype, ranks)):
         return missing
     if case.refused:
         return "" if ranks in case.ranks else f"needs {' or '.join(map(str, case.ranks))} ranks"
-    if case.save_z and ranks > 1:
-        return "saving Z needs one rank"
+    if case.save_z and ranks > 1 and device == "cpu":
+        return "saving Z on the CPU needs one rank"
     if case.ids == "one_rank" and ranks == 1:
         return "needs more than one rank"
     return ""
 
 
-def missing_on_cuda(case, dtype, ranks, gradients):
+def missing_on_cuda(case, dtype, ranks):
     """What a case needs and the CUDA engine does not have; "" if it can run."""
     if not torch.cuda.is_available():
         return "no CUDA device that torch can use (cuda)"
     if "built without CUDA" in _core.build_info():
         return "no CUDA engine in this build (cuda)"
-    if gradients and ranks > 1:
-        return "no backward of several ranks on CUDA yet"
     if ranks > torch.cuda.device_count():
         return f"needs {ranks} GPUs, a rank each"
     if ranks > 1 and case.refused:

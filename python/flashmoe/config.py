@@ -225,22 +225,28 @@ def gate_layout(activation: Activation, has_w_gate: bool, interleaved: bool) -> 
     return "interleaved" if interleaved else "concatenated"
 
 
-def keeps_z(save_z: bool | str, hidden: int, intermediate: int, world: int) -> bool:
+def keeps_z(
+    save_z: bool | str, hidden: int, intermediate: int, world: int, on_cuda: bool = False
+) -> bool:
     """Whether a forward whose gradients are wanted keeps its pre-activations z.
 
-    ``"auto"`` keeps them on one rank where I <= H. To compute an element of z again costs 2 H
-    operations, so a byte of it buys more time the larger H is, while a token has k * G * I of them:
-    the many narrow experts of Qwen3 or DeepSeek-V3 keep z, the wide ones of Mixtral or Llama-4
-    compute it again. Several ranks always do: their rows of z depend on all ranks' routing.
+    ``"auto"`` keeps them where I <= H. To compute an element of z again costs 2 H operations, so a
+    byte of it buys more time the larger H is, while a token has k * G * I of them: the many narrow
+    experts of Qwen3 or DeepSeek-V3 keep z, the wide ones of Mixtral or Llama-4 compute it again.
+    Several ranks on the CPU always do.
     """
     if save_z == "auto":
-        return world == 1 and intermediate <= hidden
+        return (world == 1 or on_cuda) and intermediate <= hidden
     return bool(save_z)
 
 
-def z_rows(tokens: Any, top_k: int, num_local_experts: int) -> Any:
-    """Rows of ``z`` on a group of one rank: ``fm_z_rows``, also for symbolic ``tokens``.
+def z_rows(tokens: Any, top_k: int, num_local_experts: int, world: int = 1) -> Any:
+    """Rows of ``z``: ``fm_z_rows``, also for symbolic ``tokens``.
 
-    Every expert's rows start at a multiple of 16 at most.
+    Every expert's rows start at a multiple of 16 at most. Of several ranks a quarter more than an
+    even share: where more come the backward computes them again.
     """
-    return (tokens * top_k + num_local_experts * 15 + 15) // 16 * 16
+    slots = tokens * top_k
+    if world > 1:
+        slots += slots // 4
+    return (slots + num_local_experts * world * 15 + 15) // 16 * 16

@@ -94,9 +94,9 @@ def experts(
         capacity_factor: c keeps the first ceil(c*T*k/E) slots of each (rank, expert); None: all.
         group: None, a :class:`flashmoe.Group`, a torch ProcessGroup or an mpi4py communicator; all
             its ranks call together.
-        save_z: True keeps the pre-activations for the backward (W = 1), False computes them again
-            there, "auto" chooses by the sizes (:func:`flashmoe.config.keeps_z`). Nothing is kept
-            where no gradient is wanted.
+        save_z: True keeps the pre-activations for the backward (on the CPU W = 1), False computes
+            them again there, "auto" chooses by the sizes (:func:`flashmoe.config.keeps_z`). Nothing
+            is kept where no gradient is wanted.
         weight_grad_queue: a :class:`flashmoe.WeightGradQueue`, whose ``backward_dw()`` computes the
             gradients of the expert weights after the backward.
         layer_id: a number of the layer in its model. Ranks that call layers of different numbers
@@ -227,10 +227,10 @@ def _call(
         save_z_choice(save_z)
         if weight_grad_queue is not None:
             _check_queue(library, weight_grad_queue)
-        if save_z is True and world > 1:
+        if save_z is True and world > 1 and not getattr(operands["x"], "is_cuda", False):
             raise UnsupportedError(
-                f"save_z is True on a group of {world} ranks, where the rows of z depend on all "
-                "ranks' routing; accepted: False or 'auto'"
+                f"save_z is True on a group of {world} ranks on the CPU, where the rows of z "
+                "depend on all ranks' routing; accepted: False or 'auto'"
             )
         if top_k is None:
             top_k = operands["topk_ids"].shape[-1]
@@ -386,7 +386,7 @@ def _run(
 
         inputs = [flat.get(name) for name in ops.OPERANDS]
         keep = _wants_gradients(inputs) and keeps_z(
-            save_z, flat["x"].shape[1], flat["w_down"].shape[2], world
+            save_z, flat["x"].shape[1], flat["w_down"].shape[2], world, flat["x"].is_cuda
         )
         if owners:
             from .weight_grads import forward_with_owners

@@ -66,12 +66,12 @@ def _empty_outputs(tensors: Tensors, layer: str, group: str, save_z: bool) -> Te
         outputs["topk_weights"] = x.new_empty(chosen, dtype=wide)
         outputs["logits"] = x.new_empty((x.shape[0], num_experts), dtype=wide)
     if save_z:
-        if world > 1:
+        if world > 1 and not x.is_cuda:
             raise UnsupportedError(
-                f"save_z is True on a group of {world} ranks, where the rows of z depend on all "
-                "ranks' routing; accepted: False"
+                f"save_z is True on a group of {world} ranks on the CPU, where the rows of z "
+                "depend on all ranks' routing; accepted: False"
             )
-        rows = config.z_rows(x.shape[0], decoded.top_k, w_up.shape[0])
+        rows = config.z_rows(x.shape[0], decoded.top_k, w_up.shape[0], world)
         width = w_up.shape[1] * (2 if decoded.gate_layout == "separate" else 1)
         # Not all rows are used: an output must not show what was in the memory before. On CUDA
         # that would be a second kernel.

@@ -247,7 +247,6 @@ void run_backward(fm_group_s& g, const fm_layer* layer, const fm_backward_args* 
   const auto given = checked(g, [&] { return take_versioned(args, "fm_backward_args"); });
   g.is_on_cuda = checked(g, [&] { return flashmoe::engine::is_on_cuda(given.device_type); });
   if (g.is_on_cuda) {
-    flashmoe::engine::refuse_ranks_in_backward(g.group);
     const auto call = checked(g, [&] {
       return naming(known,
                     [&] { return flashmoe::engine::make_cuda_backward(g.group, known, given); });
@@ -470,10 +469,6 @@ fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64
     const auto& g = take_group(group).group;
     const fm_layer known = take_versioned(layer, "fm_layer");
     flashmoe::engine::check_layer(known, g.world());
-    if (g.world() > 1) {
-      fail(FM_UNSUPPORTED, "z of a group of ", g.world(),
-           " ranks: its rows depend on all ranks' routing; let the backward recompute it");
-    }
     flashmoe::plan::Problem problem;
     flashmoe::engine::check_tokens(tokens, known.top_k);
     problem.tokens = tokens;
@@ -481,7 +476,9 @@ fm_status fm_z_rows(fm_group group, const fm_layer* layer, int64_t tokens, int64
     problem.intermediate = known.intermediate;
     problem.num_experts = known.num_experts;
     problem.top_k = known.top_k;
-    take_out(rows, "rows") = flashmoe::plan::max_z_rows(problem.slots(), problem.num_experts);
+    const auto rows_for =
+        g.world() == 1 ? flashmoe::plan::max_z_rows : flashmoe::plan::ample_z_rows;
+    take_out(rows, "rows") = rows_for(problem.slots(), problem.num_experts);
   });
 }
 

@@ -165,7 +165,8 @@ void check_router(const fm_layer& layer) {
 // The operands shared by both directions, checked in place.
 class Checker {
  public:
-  Checker(const fabric::Group& group, const fm_layer& layer, bool backward) {
+  Checker(const fabric::Group& group, const fm_layer& layer, int32_t device_type, bool backward)
+      : device_type_(device_type) {
     call_.layer = layer;
     call_.backward = backward;
     auto& p = call_.problem;
@@ -314,8 +315,9 @@ class Checker {
 
   void check_z() {
     fm_tensor& z = call_.operands.z;
-    if (p().world > 1) {
-      fail(FM_UNSUPPORTED, "z with ", p().world, " ranks: let the backward recompute it");
+    if (p().world > 1 && device_type_ != FM_DEVICE_CUDA) {
+      fail(FM_UNSUPPORTED, "z with ", p().world,
+           " ranks: accepted on CUDA; let the backward recompute it");
     }
     check_dtype("z", z, {layer_dtype(layer())});
     check_shape("z", z, {z.shape[0], p().up_rows()});
@@ -358,6 +360,7 @@ class Checker {
   }
 
   cpu::Call call_;
+  int32_t device_type_;
 };
 
 // The operands that both argument structs name alike.
@@ -426,7 +429,7 @@ void check_tokens(int64_t tokens, int64_t top_k) {
 cpu::Call make_forward_call(const fabric::Group& group, const fm_layer& layer,
                             const fm_forward_args& args) {
   check_layer(layer, group.world());
-  Checker checker(group, layer, false);
+  Checker checker(group, layer, args.device_type, false);
   auto& o = checker.call().operands = shared_operands(args);
   o.y = args.y;
   o.tokens_per_expert = args.tokens_per_expert;
@@ -439,7 +442,7 @@ cpu::Call make_forward_call(const fabric::Group& group, const fm_layer& layer,
 cpu::Call make_backward_call(const fabric::Group& group, const fm_layer& layer,
                              const fm_backward_args& args) {
   check_layer(layer, group.world());
-  Checker checker(group, layer, true);
+  Checker checker(group, layer, args.device_type, true);
   auto& o = checker.call().operands = shared_operands(args);
   o.grad_y = args.grad_y;
   o.grad_weights = args.grad_weights;

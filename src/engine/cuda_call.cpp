@@ -54,12 +54,6 @@ fm_forward_args make_cuda_forward(const fabric::Group& group, const fm_layer& la
   return checked;
 }
 
-void refuse_ranks_in_backward(const fabric::Group& group) {
-  if (group.world() == 1) return;
-  fail(FM_UNSUPPORTED, "grad_y is on a CUDA device in a group of ", group.world(),
-       " ranks, whose backward does not exist yet: use one rank, or the CPU");
-}
-
 fm_backward_args make_cuda_backward(const fabric::Group& group, const fm_layer& layer,
                                     const fm_backward_args& args) {
   const cpu::Operands o = make_backward_call(group, layer, args).operands;

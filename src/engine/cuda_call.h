@@ -14,9 +14,6 @@ bool is_on_cuda(int32_t device_type);
 // FM_INVALID_VALUE or FM_INVALID_TYPE, and FM_UNSUPPORTED for what only the CPU engine does.
 fm_forward_args make_cuda_forward(const fabric::Group& group, const fm_layer& layer,
                                   const fm_forward_args& args);
-
-// Throws FM_UNSUPPORTED of a group of several ranks: all of them refuse, and nobody waits.
-void refuse_ranks_in_backward(const fabric::Group& group);
 fm_backward_args make_cuda_backward(const fabric::Group& group, const fm_layer& layer,
                                     const fm_backward_args& args);
 

@@ -44,6 +44,13 @@ FM_HD constexpr int64_t max_z_rows(int64_t slots, int64_t local_experts) {
   return max_rows(slots, local_experts, kRowAlign);
 }
 
+// The same for one of several ranks (CUDA), where no number is sure to hold what comes: a quarter
+// more than an even share, if all ranks have as many slots. A Z that more rows come to is computed
+// again.
+FM_HD constexpr int64_t ample_z_rows(int64_t slots, int64_t num_experts) {
+  return max_z_rows(slots + slots / 4, num_experts);
+}
+
 // Step of the source that the expert's row `row_idx` came from.
 FM_HD inline int32_t step_of_row(const Problem& problem, const int64_t* segment_begin,
                                  int64_t local_expert_idx, int64_t row_idx) {

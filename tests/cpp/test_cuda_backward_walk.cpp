@@ -2,6 +2,7 @@
 // GPU.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <random>
@@ -59,7 +60,7 @@ class Coverage {
  private:
   int64_t of_weight(int which) const {
     const tile::WeightGrid& grid = walk_.weight_grads[which];
-    return int64_t{grid.m_pairs} * grid.n_columns * static_cast<int64_t>(table_.rows.size());
+    return int64_t{grid.m_pairs} * grid.n_columns * walk_.local_experts;
   }
   int32_t done(BackwardProduct product, int32_t row_begin) const {
     const auto found = tiles_of_block_.find({static_cast<int>(product), row_begin});
@@ -104,12 +105,14 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
   };
   for (const int32_t num_experts : {1, 2, 7, 33}) {
     for (int round = 0; round < 6; ++round) {
-      std::vector<int32_t> rows(static_cast<size_t>(num_experts));
+      const int32_t groups = 1 + round % 3;  // of sources
+      std::vector<int32_t> rows(static_cast<size_t>(groups * num_experts));
       for (int32_t& count : rows) count = from(0, 2) == 0 ? 0 : from(1, 500);
       const Table table(rows);
       const tile::WeightGrid down{from(0, 3), 16 * from(1, 30)};
       const tile::WeightGrid up{from(0, 3), 16 * from(1, 30)};
       expect_cover_and_order(table, {table.view(),
+                                     num_experts,
                                      kMaxRows,
                                      from(0, 3),
                                      from(1, 4),
@@ -121,21 +124,59 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
 
 TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
   const Table table(std::vector<int32_t>(5, 0));
-  const tile::BackwardWalk walk{table.view(), kMaxRows, 2, 2, 2, {{1, 64}, {1, 32}, {0, 0}}};
+  const tile::BackwardWalk walk{table.view(), 5, kMaxRows, 2, 2, 2, {{1, 64}, {1, 32}, {0, 0}}};
   expect_cover_and_order(table, walk);
   EXPECT_EQ(tile::product_of(walk.tile_at(0)), BackwardProduct::kDownGrad);
 }
 
+// The steps of a sum over an expert's rows take in each row once, part after part.
+TEST(ExpertParts, StepsCoverTheRowsOfEveryPart) {
+  constexpr int32_t kStep = config::kDepthStep;
+  constexpr int32_t kLocal = 4;
+  const Table table({0, 64, 65, 0, 130, 0, 1, 0, 0, 0, 63, 0});  // three parts
+  for (int32_t e = 0; e < kLocal; ++e) {
+    const tile::ExpertParts expert{table.view(), kLocal, e};
+    std::vector<int32_t> expected;
+    int32_t blocks = 0;
+    for (size_t part = static_cast<size_t>(e); part < table.rows.size(); part += kLocal) {
+      for (int32_t row = 0; row < table.rows[part]; ++row) {
+        expected.push_back(table.begin[part] + row);
+      }
+      blocks += table.blocks_before[part + 1] - table.blocks_before[part];
+    }
+    std::vector<int32_t> seen;
+    tile::StepRows rows(expert);
+    for (int32_t step = 0; step < expert.num_steps(kStep); ++step) {
+      for (int32_t row = rows.row; row < std::min(rows.end, rows.row + kStep); ++row) {
+        seen.push_back(row);
+      }
+      rows.advance(expert, kStep);
+    }
+    EXPECT_EQ(seen, expected) << e;
+    EXPECT_EQ(expert.rows(), static_cast<int32_t>(expected.size())) << e;
+    EXPECT_EQ(expert.blocks(), blocks) << e;
+  }
+  EXPECT_EQ((tile::ExpertParts{table.view(), kLocal, 0}.num_steps(kStep)), 3);
+  EXPECT_EQ((tile::ExpertParts{table.view(), kLocal, 1}.num_steps(kStep)), 1);
+  EXPECT_EQ((tile::ExpertParts{table.view(), kLocal, 3}.num_steps(kStep)), 1) << "of zeros";
+}
+
+config::BackwardTable table_of(int64_t rank_slots) {
+  return config::backward_table({.tokens = 1000,
+                                 .hidden = 192,
+                                 .intermediate = 128,
+                                 .up_columns = 256,
+                                 .num_experts = 65,
+                                 .top_k = 3,
+                                 .rows = 4000,
+                                 .rank_slots = rank_slots,
+                                 .state_bytes = 24,
+                                 .num_counters = 77,
+                                 .has_router = true});
+}
+
 TEST(CudaBackward, RegionsOfTheScratchDoNotOverlap) {
-  const auto table = config::backward_table({.tokens = 1000,
-                                             .hidden = 192,
-                                             .intermediate = 128,
-                                             .up_columns = 256,
-                                             .num_experts = 65,
-                                             .top_k = 3,
-                                             .state_bytes = 24,
-                                             .num_counters = 77,
-                                             .has_router = true});
+  const auto table = table_of(2 * 3000);
   int64_t end = 0;
   for (const plan::Region& region : table.regions) {
     EXPECT_GE(region.offset, end) << region.name;
@@ -144,6 +185,11 @@ TEST(CudaBackward, RegionsOfTheScratchDoNotOverlap) {
     end = region.offset + region.bytes;
   }
   EXPECT_GE(table.total, end);
+  using config::BackwardScratch;
+  EXPECT_EQ(table[BackwardScratch::kSlotRow].bytes, 2 * 3000 * 4) << "slots of all ranks";
+  EXPECT_EQ(table[BackwardScratch::kSlotOwner].bytes, 3000 * 4) << "own slots";
+  EXPECT_EQ(table_of(0)[BackwardScratch::kSlotRow].bytes, 3000 * 4);
+  EXPECT_EQ(table_of(0)[BackwardScratch::kSlotOwner].bytes, 0) << "a rank alone has all experts";
   const auto forward = config::forward_table({.tokens = 1000,
                                               .hidden = 192,
                                               .intermediate = 128,

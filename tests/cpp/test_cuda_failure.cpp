@@ -36,6 +36,8 @@ TEST(Failure, AWaitForAPeerNamesBothRanksPhaseEpochExpectedAndSeen) {
   expect_failure(report_of(WaitTag::kPushed, 5, 77, peer), FM_TIMEOUT, {"phase push", "rank 2"});
   expect_failure(report_of(WaitTag::kReturned, 5, 77, peer), FM_TIMEOUT,
                  {"phase combine", "rank 2"});
+  expect_failure(report_of(WaitTag::kSlotGrads, 5, 77, peer), FM_TIMEOUT,
+                 {"phase weights of slots", "gradients of slots", "rank 2"});
 }
 
 TEST(Failure, AWaitInsideARankNamesTheBlock) {

@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -87,6 +88,51 @@ TEST(RankLimits, TheLargerOfTwoHoldsBoth) {
   EXPECT_FALSE(cuda::is_within(a, b) || cuda::is_within(b, a));
   EXPECT_EQ(both.tokens * 1000000 + both.hidden * 1000 + both.top_k, 100200030);
   EXPECT_EQ(both.local_experts, 400);
+}
+
+// Each word has one writer and one meaning in a launch of either direction.
+TEST(RankLayout, FlagsOfALaunchAreApartAndHaveRoom) {
+  constexpr int64_t kHidden = 576;  // three column blocks at most
+  for (const int32_t world : {2, 3, 16}) {
+    for (const int32_t token_cap : {1, 5, 1024}) {
+      const auto capacity = cuda::config::needed_capacity(world, token_cap, kHidden, 2, 1);
+      for (const int32_t column_blocks : {1, 2, 3}) {
+        const cuda::config::FlagWords words{world, token_cap, column_blocks};
+        std::set<int32_t> seen;
+        const auto add = [&](int32_t word) {
+          EXPECT_TRUE(word >= 0 && word < capacity.flag_words) << word;
+          EXPECT_TRUE(seen.insert(word).second) << word;
+        };
+        for (int32_t rank = 0; rank < world; ++rank) {
+          for (int32_t token = 0; token < token_cap; token += cuda::config::kPushTokens) {
+            add(words.push(cuda::config::RowKind::kToken, rank, token));
+            add(words.push(cuda::config::RowKind::kGrad, rank, token));
+          }
+          for (int32_t unit = 0; unit < cuda::config::return_units(token_cap); ++unit) {
+            for (int32_t block = 0; block < column_blocks; ++block) {
+              add(words.returned(rank, block, unit));
+            }
+            add(words.slot(rank, unit));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(RankLayout, RegionsAreApart) {
+  const auto capacity = cuda::config::needed_capacity(cuda::sizes_of(2, kNeeds));
+  const auto table = cuda::config::symmetric_table(2, capacity);
+  int64_t end = 0;
+  for (const plan::Region& region : table.regions) {
+    EXPECT_GE(region.offset, end) << region.name;
+    EXPECT_GT(region.bytes, 0) << region.name;
+    end = region.offset + region.bytes;
+  }
+  EXPECT_GE(table.total, end);
+  using cuda::config::Symmetric;
+  EXPECT_EQ(table[Symmetric::kReceivedGrad].bytes, table[Symmetric::kReceived].bytes);
+  EXPECT_EQ(table[Symmetric::kSlotGrads].bytes, kNeeds.tokens * kNeeds.top_k * 4);
 }
 
 TEST(RankLayout, SaysWhatSeveralRanksShare) {

@@ -279,14 +279,14 @@ TEST(GroupArguments, ExpertsMustDivideOverTheRanks) {
   }
 }
 
-TEST(GroupArguments, ZRowsNeedARankAlone) {
+TEST(GroupArguments, ZRowsHoldTheSlotsAndOfSeveralRanksMore) {
   const fm_layer layer = plain_layer(FM_F32, 8, 4, 4, 2);
   int64_t rows = -1;
   const Ranks two(2), one(1);
-  expect_error(outcome(fm_z_rows(two[0], &layer, 10, &rows)), FM_UNSUPPORTED,
-               {"2 ranks", "recompute"});
   expect_ok(outcome(fm_z_rows(one[0], &layer, 10, &rows)));
-  EXPECT_GE(rows, 20);
+  EXPECT_EQ(rows, 80) << "20 slots, four experts that begin on multiples of 16";
+  expect_ok(outcome(fm_z_rows(two[0], &layer, 10, &rows)));
+  EXPECT_EQ(rows, 96) << "25 slots";
 }
 
 TEST(GroupArguments, ResultsNeedAPlace) {

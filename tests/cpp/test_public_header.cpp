@@ -80,7 +80,7 @@ TEST(PublicHeader, GroupsCarryTheErrorsOfTheLibrary) {
                                .experts = {.w_up = {&one, {1, 1, 1}}, .w_down = {&one, {1, 1, 1}}},
                                .y = {&one, {1, 1}}};
   EXPECT_THROW(layer.experts(call), Error);  // y is x
-  EXPECT_THROW(layer.z_rows(1), UnsupportedError);
+  EXPECT_THROW(layer.z_rows(-1), InvalidValueError);
   EXPECT_THROW(groups[1].set("speed", 1), InvalidValueError);
   layer.use_cuda(1 << 20, nullptr);
   EXPECT_THROW(layer.experts(call), Error) << "there is no such device";

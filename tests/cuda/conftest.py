@@ -1,5 +1,6 @@
 """GPU tests: `python -m pytest tests/cuda`. Each skip names what is missing."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -51,6 +52,22 @@ def pool():
     pool = check.GroupPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def poisoned_gradients(monkeypatch):
+    """Gradients hold NaN before the engine writes them."""
+    from flashmoe import ops
+
+    allocate = ops.empty_gradients
+
+    def poisoned(*args):
+        gradients = allocate(*args)
+        for tensor in gradients.values():
+            tensor.fill_(math.nan)
+        return gradients
+
+    monkeypatch.setattr(ops, "empty_gradients", poisoned)
 
 
 @pytest.fixture

@@ -13,11 +13,32 @@ import flashmoe
 import rank_process
 import torch
 from flashmoe import _core, passes
+from flashmoe.cases import Case
+from flashmoe.config import Routing
 from flashmoe.group import Group
 from flashmoe.inputs import make_operands, on_device
 from layer_common import make_layer, what_is_missing
 
 TIMEOUT_S = 1.5  # of waits that a test lets run out
+ENDS = ((0, 1), (127, 128), (129, 8191), (8191, 0), (0, 0), (1, 0), (500, 700))
+MORE_CASES = [
+    Case("ranks/tokens", tokens=ENDS, hidden=128, intermediate=192, experts=16, top_k=4),
+    Case("ranks/tokens_ids", tokens=ENDS, ids="sentinels", hidden=192, experts=6, top_k=3),
+    Case("ranks/one_rank", ids="one_rank", tokens=((1500, 900),), hidden=512, intermediate=128,
+         experts=32, top_k=4),
+    Case("ranks/one_expert", ids="one_expert", tokens=((700, 2000),), hidden=512, experts=8,
+         top_k=1),
+    Case("ranks/no_expert", ids="no_expert", tokens=((130, 1),), experts=8),
+    Case("ranks/capacity", tokens=((1000, 600),), hidden=256, experts=32, top_k=6,
+         capacity_factor=0.7, bias=True),
+    Case("ranks/groups", tokens=((800, 333),), hidden=320, experts=32, top_k=6, bias=True,
+         routing=Routing(score="sigmoid", num_groups=8, top_groups=4, scale=2.5),
+         selection_bias=True, layout="interleaved_transposed", activation="gpt_oss"),
+    Case("ranks/input_weight", tokens=((77, 300),), hidden=576, experts=10, top_k=3,
+         weight_on_input=True, layout="separate"),
+    Case("ranks/wide", tokens=((300, 500),), hidden=7168, intermediate=64, experts=8),
+    Case("ranks/k32", tokens=((70, 90),), experts=64, top_k=32),
+]  # fmt: skip
 
 _context = multiprocessing.get_context("spawn")  # CUDA survives no fork
 _tokens = (f"gpuranks{os.getpid()}-{number}" for number in itertools.count())
@@ -101,9 +122,9 @@ class Rank:
             self.group.close()
         self.group = None
 
-    def run(self, case, tokens, count=1, delay=0.0, **changes):
-        """`count` calls of a case, `delay` seconds late: arrays of the outputs of the last one.
-        `changes` replace options of the call."""
+    def run(self, case, tokens, count=1, delay=0.0, gradients=False, **changes):
+        """`count` calls of a case, `delay` seconds late: arrays of the outputs of the last one, of
+        its backward too with `gradients`. `changes` replace options of the call."""
         group = self.group
         operands = on_device(make_operands(case, tokens, "bf16"), self.device)
         call = passes.rank_call(case, operands, "bf16", group.rank, group.world, group)
@@ -111,11 +132,10 @@ class Rank:
         torch.cuda.synchronize()
         time.sleep(delay)
         for _ in range(count):
-            outputs, routed = passes.run_rank(call, False)
+            made = passes.run_rank(call, gradients)
         torch.cuda.synchronize()
         group.stats()
-        tensors = [outputs["y"], *(routed or ())]
-        return [tensor.cpu().view(torch.uint8).numpy() for tensor in tensors]
+        return arrays(*made)
 
     def reserve(self, tokens, **sizes):
         self.group.reserve(tokens, **sizes)
@@ -147,7 +167,13 @@ class Processes(rank_process.RankProcesses):
         super().join(next(_tokens), **options)
 
 
-def in_one_process(case, tokens):
+def arrays(outputs, routed):
+    """The bytes of what `passes.run_rank` returns."""
+    tensors = [*outputs.values(), *(routed or ())]
+    return [tensor.detach().cpu().view(torch.uint8).numpy() for tensor in tensors]
+
+
+def in_one_process(case, tokens, gradients=False):
     """What `Rank.run` gives on both ranks, by ranks as threads of this process."""
     groups = flashmoe.local_group(2, device="cuda", max_tokens=max(tokens))
     operands = make_operands(case, tokens, "bf16")
@@ -155,11 +181,9 @@ def in_one_process(case, tokens):
         passes.rank_call(case, on_device(operands, f"cuda:{rank}"), "bf16", rank, 2, group)
         for rank, group in enumerate(groups)
     ]
-    made = []
-    for outputs, routed in passes.on_all_ranks(lambda r: passes.run_rank(calls[r], False), 2):
-        tensors = [outputs["y"], *(routed or ())]
-        made.append([tensor.cpu().view(torch.uint8).numpy() for tensor in tensors])
+    results = passes.on_all_ranks(lambda rank: passes.run_rank(calls[rank], gradients), 2)
     finish_all(groups)
+    made = [arrays(*result) for result in results]
     for group in groups:
         group.close()
     return made

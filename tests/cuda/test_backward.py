@@ -32,20 +32,7 @@ SIZES = [
            tokens=(200,), save_z=True, layout=layout, bias=True)
       for layout in ("concatenated", "separate", "interleaved", "interleaved_transposed")),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def poisoned_gradients(monkeypatch):
-    """Gradients hold NaN before the engine writes them."""
-    allocate = ops.empty_gradients
-
-    def poisoned(*args):
-        gradients = allocate(*args)
-        for tensor in gradients.values():
-            tensor.fill_(math.nan)
-        return gradients
-
-    monkeypatch.setattr(ops, "empty_gradients", poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_gradients")
 
 
 def run_case(case, dtype, pool):

@@ -11,7 +11,6 @@ from cuda_products import count_graph_nodes
 from flashmoe import check
 from flashmoe.cases import Case
 from flashmoe.check import same_bits as same_tensors
-from flashmoe.config import Routing
 from flashmoe.errors import (
     GroupAbortedError,
     OutOfMemoryError,
@@ -23,6 +22,7 @@ from flashmoe.errors import (
 from flashmoe.inputs import make_operands, on_device
 from flashmoe.passes import engine_pass, reference_pass
 from gpu_ranks import (
+    MORE_CASES,
     TIMEOUT_S,
     Processes,
     call_all,
@@ -44,25 +44,6 @@ TABLE = [
     for mode, case, dtype, ranks in check.planned(device="cuda", ranks=RANKS, dtype="bf16")
     if RANKS in case.ranks and not case.refused and not case.save_z
 ]
-ENDS = ((0, 1), (127, 128), (129, 8191), (8191, 0), (0, 0), (1, 0), (500, 700))
-MORE = [
-    Case("ranks/tokens", tokens=ENDS, hidden=128, intermediate=192, experts=16, top_k=4),
-    Case("ranks/tokens_ids", tokens=ENDS, ids="sentinels", hidden=192, experts=6, top_k=3),
-    Case("ranks/one_rank", ids="one_rank", tokens=((1500, 900),), hidden=512, intermediate=128,
-         experts=32, top_k=4),
-    Case("ranks/one_expert", ids="one_expert", tokens=((700, 2000),), hidden=512, experts=8,
-         top_k=1),
-    Case("ranks/no_expert", ids="no_expert", tokens=((130, 1),), experts=8),
-    Case("ranks/capacity", tokens=((1000, 600),), hidden=256, experts=32, top_k=6,
-         capacity_factor=0.7, bias=True),
-    Case("ranks/groups", tokens=((800, 333),), hidden=320, experts=32, top_k=6, bias=True,
-         routing=Routing(score="sigmoid", num_groups=8, top_groups=4, scale=2.5),
-         selection_bias=True, layout="interleaved_transposed", activation="gpt_oss"),
-    Case("ranks/input_weight", tokens=((77, 300),), hidden=576, experts=10, top_k=3,
-         weight_on_input=True, layout="separate"),
-    Case("ranks/wide", tokens=((300, 500),), hidden=7168, intermediate=64, experts=8),
-    Case("ranks/k32", tokens=((70, 90),), experts=64, top_k=32),
-]  # fmt: skip
 PROCESS_CASE = Case("ranks/processes", hidden=256, intermediate=192, experts=16, top_k=4, bias=True)
 PROCESS_TOKENS = (300, 129)
 
@@ -90,13 +71,13 @@ def test_case_table(case, dtype, pool):
     run_case(case, dtype, pool)
 
 
-@pytest.mark.parametrize("case", MORE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.name)
 def test_more_cases(case, pool):
     run_case(case, "bf16", pool)
 
 
 def test_float16(pool):
-    run_case(MORE[0], "fp16", pool)
+    run_case(MORE_CASES[0], "fp16", pool)
 
 
 def test_the_cpu_engine_agrees():
@@ -261,7 +242,7 @@ def test_memory_is_reported_and_taken_once(groups):
     finished(call_all(layers, groups), groups)
     stats = [group.stats() for group in groups]
     free = [torch.cuda.mem_get_info(rank)[0] for rank in range(RANKS)]
-    row_bytes = 2 * RANKS * 4096 * 256 * 2  # received and partial rows, most tokens of a rank
+    row_bytes = 3 * RANKS * 4096 * 256 * 2  # received, their gradients and partial rows
     for one in stats:
         assert row_bytes <= one["symmetric_bytes"] < 2 * row_bytes + (8 << 20)
     for _ in range(20):

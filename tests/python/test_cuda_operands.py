@@ -182,15 +182,35 @@ def test_a_refusal_on_cuda_aborts_the_group(engine):
         group.close()
 
 
-def test_a_backward_on_cuda_leaves_the_group_as_it_is(engine):
-    groups = flashmoe.local_group(2)
+def backward_operands():
+    """The same of a backward."""
     tensors, claims = rank_operands()
-    tensors |= {"grad_y": tensors.pop("y"), "grad_x": claims.tensor(TOKENS, HIDDEN)}
+    return tensors | {"grad_y": tensors.pop("y"), "grad_x": claims.tensor(TOKENS, HIDDEN)}, claims
+
+
+def test_several_ranks_learn_why_the_first_backward_could_not_launch(engine):
+    groups = flashmoe.local_group(2)
+    operands = [backward_operands() for _ in groups]
+    layer = make_layer(engine)
+    with pytest.raises(flashmoe.errors.UnsupportedError, match=NO_GPU):
+        engine.backward(groups[0].handle, layer, operands[0][0], 0, 0)
+    with pytest.raises(flashmoe.errors.GroupAbortedError, match=rf"rank 0: .*({NO_GPU})"):
+        engine.backward(groups[1].handle, layer, operands[1][0], 0, 0)
     for group in groups:
-        with pytest.raises(flashmoe.errors.UnsupportedError, match="backward does not exist yet"):
-            engine.backward(group.handle, make_layer(engine), tensors, 0, 0)
+        group.close()
+
+
+def test_a_backward_that_is_refused_aborts_the_group(engine):
+    groups = flashmoe.local_group(2)
+    tensors, claims = backward_operands()
+    tensors["grad_x"] = claims.tensor(TOKENS, HIDDEN + 64)
+    with pytest.raises(ValueError, match=r"grad_x has shape \[5, 128\]"):
+        engine.backward(groups[0].handle, make_layer(engine), tensors, 0, 0)
+    others, kept = backward_operands()
+    with pytest.raises(flashmoe.errors.GroupAbortedError, match=r"rank 0 refused.*grad_x has sh"):
+        engine.backward(groups[1].handle, make_layer(engine), others, 0, 0)
+    assert kept
     for group in groups:
-        group.stats()
         group.close()
 
 

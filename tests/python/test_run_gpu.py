@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STEPS = ["values", "behaviour", "products", "backward", "training", "programs", "ranks",
-         "ranks_more", "sanitize", "bench", "backward_bench", "ranks_bench"]  # fmt: skip
+         "ranks_backward", "ranks_more", "sanitize", "bench", "backward_bench",
+         "ranks_bench"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

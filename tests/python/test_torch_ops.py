@@ -264,21 +264,25 @@ def test_z_is_saved_only_when_asked_for():
     assert sizes[True] == sorted([*sizes[False], (config.z_rows(50, 2, 6), 48)])
 
 
-AUTO = {  # hidden, intermediate, ranks: kept
-    "qwen3-30b": (2048, 768, 1, True),
-    "deepseek-v3": (7168, 2048, 1, True),
-    "square": (64, 64, 1, True),
-    "mixtral": (4096, 14336, 1, False),
-    "scout": (5120, 8192, 1, False),
-    "ranks": (2048, 768, 2, False),
+AUTO = {  # hidden, intermediate, ranks, on CUDA: kept
+    "qwen3-30b": (2048, 768, 1, False, True),
+    "deepseek-v3": (7168, 2048, 1, False, True),
+    "square": (64, 64, 1, False, True),
+    "mixtral": (4096, 14336, 1, True, False),
+    "scout": (5120, 8192, 1, False, False),
+    "ranks": (2048, 768, 2, False, False),
+    "ranks-on-cuda": (2048, 768, 2, True, True),
+    "mixtral-on-ranks": (4096, 14336, 8, True, False),
 }
 
 
-@pytest.mark.parametrize(("hidden", "intermediate", "world", "kept"), AUTO.values(), ids=AUTO)
-def test_z_is_kept_by_size(hidden, intermediate, world, kept):
-    assert config.keeps_z("auto", hidden, intermediate, world) is kept
-    assert config.keeps_z(True, hidden, intermediate, world) is True
-    assert config.keeps_z(False, hidden, intermediate, world) is False
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "world", "cuda", "kept"), AUTO.values(), ids=AUTO
+)
+def test_z_is_kept_by_size(hidden, intermediate, world, cuda, kept):
+    assert config.keeps_z("auto", hidden, intermediate, world, cuda) is kept
+    assert config.keeps_z(True, hidden, intermediate, world, cuda) is True
+    assert config.keeps_z(False, hidden, intermediate, world, cuda) is False
 
 
 def keeps(monkeypatch, layer, **options):
@@ -368,6 +372,18 @@ def test_z_rows_are_those_of_the_engine():
         expected = _core.engine().z_rows(group, handle, tokens)
         assert config.z_rows(tokens, 2, 4) == expected
     _core.engine().group_destroy(group)
+
+
+def test_z_rows_of_several_ranks_are_those_of_the_engine():
+    world = 3
+    x, w_up, w_down = torch.zeros(1, 8), torch.zeros(4, 12, 8), torch.zeros(4, 8, 6)
+    handle = _core.layer(CONFIG, world, x, w_up, w_down)
+    groups = flashmoe.local_group(world)
+    for tokens in (0, 1, 7, 8, 9, 1000, 12345):
+        expected = _core.engine().z_rows(groups[0].handle, handle, tokens)
+        assert config.z_rows(tokens, 2, 4, world) == expected > 2 * tokens
+    for group in groups:
+        group.close()
 
 
 def test_inputs_are_not_changed():

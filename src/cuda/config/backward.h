@@ -82,9 +82,10 @@ struct BackwardProductOf {
 struct BackwardSizes {
   int32_t up_columns;            // G * I
   int32_t pre_activation_pairs;  // pairs of 128 of G * I, 0: kept by the forward
-  int32_t hidden_pairs;          // of I
-  int32_t hidden_tiles;          // of 128 of I: parts of a slot's weight gradient
-  int32_t max_rows;              // rows that scratch has
+  int32_t z_rows;        // of several ranks: rows that the kept Z has; below 0: none is kept
+  int32_t hidden_pairs;  // of I
+  int32_t hidden_tiles;  // of 128 of I: parts of a slot's weight gradient
+  int32_t max_rows;      // rows that scratch has
   tile::WeightGrid weight_grads[3];
   bool gated;
   bool interleaved;      // gate column i of Z at 2 i, up column at 2 i + 1
@@ -96,7 +97,7 @@ struct BackwardSizes {
 enum class BackwardScratch : int {
   kState,     // kernel::ForwardState
   kCounters,  // u32, cleared by the launch: kernel::BackwardCounters
-  kIds,       // from here to kSlotRow as in ForwardScratch
+  kIds,       // from here to kSlotOwner as in ForwardScratch
   kWeights,
   kSlotRanks,
   kHistograms,
@@ -105,6 +106,7 @@ enum class BackwardScratch : int {
   kRowToken,
   kRowWeight,
   kSlotRow,
+  kSlotOwner,
   kParts,        // f32 [tiles of I][rows]: of <A, dA'>
   kGradLogits,   // f32 [T][E], fused router
   kRouterParts,  // f32 [kRouterSegments][router_part_words], fused router
@@ -124,6 +126,8 @@ struct BackwardTableShape {
   int64_t up_columns;
   int64_t num_experts;
   int64_t top_k;
+  int64_t rows;        // that a launch may have
+  int64_t rank_slots;  // most slots of all ranks together, 0 for a rank alone
   int64_t state_bytes;
   int64_t num_counters;
   bool has_router;
@@ -132,7 +136,6 @@ struct BackwardTableShape {
 FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
   BackwardTable table;
   const int64_t slots = s.tokens * s.top_k;
-  const int64_t rows = forward_rows(slots, s.num_experts);
   const int64_t tiles = plan::num_chunks(s.tokens);
   const int64_t parts = plan::ceil_div(s.intermediate, kWeightRows);
   const int64_t router_words =
@@ -145,17 +148,19 @@ FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
   table.add(BackwardScratch::kHistograms, "histograms", tiles * s.num_experts * 4);
   table.add(BackwardScratch::kTotals, "totals", s.num_experts * 4);
   table.add(BackwardScratch::kExperts, "experts", (3 * s.num_experts + 2) * 4);
-  table.add(BackwardScratch::kRowToken, "row token", rows * 4);
-  table.add(BackwardScratch::kRowWeight, "row weight", rows * 4);
-  table.add(BackwardScratch::kSlotRow, "slot row", slots * 4);
-  table.add(BackwardScratch::kParts, "weight parts", rows * parts * 4);
+  table.add(BackwardScratch::kRowToken, "row token", s.rows * 4);
+  table.add(BackwardScratch::kRowWeight, "row weight", s.rows * 4);
+  const bool is_alone = s.rank_slots == 0;
+  table.add(BackwardScratch::kSlotRow, "slot row", (is_alone ? slots : s.rank_slots) * 4);
+  table.add(BackwardScratch::kSlotOwner, "slot owner", is_alone ? 0 : slots * 4);
+  table.add(BackwardScratch::kParts, "weight parts", s.rows * parts * 4);
   table.add(BackwardScratch::kGradLogits, "grad logits",
             s.has_router ? s.tokens * s.num_experts * 4 : 0);
   table.add(BackwardScratch::kRouterParts, "router parts", router_words * 4);
-  table.add(BackwardScratch::kXRows, "x rows", rows * s.hidden * kElementBytes);
-  table.add(BackwardScratch::kRows, "rows", rows * s.hidden * kElementBytes);
-  table.add(BackwardScratch::kGradZ, "grad z", rows * s.up_columns * kElementBytes);
-  table.add(BackwardScratch::kHidden, "hidden rows", rows * s.intermediate * kElementBytes);
+  table.add(BackwardScratch::kXRows, "x rows", s.rows * s.hidden * kElementBytes);
+  table.add(BackwardScratch::kRows, "rows", s.rows * s.hidden * kElementBytes);
+  table.add(BackwardScratch::kGradZ, "grad z", s.rows * s.up_columns * kElementBytes);
+  table.add(BackwardScratch::kHidden, "hidden rows", s.rows * s.intermediate * kElementBytes);
   return table;
 }
 

@@ -73,7 +73,8 @@ inline std::string describe(const RankLayout& layout) {
        << (s.world > 2 ? "twice an even share" : "all there can be") << "\n"
        << "region  " << table.total
        << " bytes a rank that its peers write: " << table[Symmetric::kReceived].bytes
-       << " of received rows, " << table[Symmetric::kPartial].bytes << " of partial sums\n"
+       << " of received rows and as many of their gradients, " << table[Symmetric::kPartial].bytes
+       << " of partial sums\n"
        << "experts " << s.local_experts << " here x " << layout.source_groups
        << (layout.source_groups > 1 ? " sources" : " group of all sources") << " = " << experts
        << " virtual ones, at most " << experts + layout.rows / layout.block_rows << " blocks of "

@@ -5,10 +5,14 @@
 //
 //   meta_ready[bank][s]       written by s when all its slots are routed; read by the owner's plan:
 //                             header, counts and slots of s are there
-//   push flag [s][4 tokens]   written by s behind the rows that a warp sent; read by the owner's
-//                             copies into expert order: the rows are in kReceived
+//   push flag [kind][s][4 tokens]
+//                             written by s behind the rows that a warp sent; read by the owner's
+//                             copies into expert order: the rows are in kReceived, or kReceivedGrad
 //   return flag [d][c][unit]  written by d behind the sums of a warp; read where the owner adds up
 //                             its tokens' parts: the rows are in kPartial
+//   slot flag [d][unit]       backward: written by d behind the gradients of the weights of a
+//   unit's
+//                             slots; read where their source makes the router's gradients of them
 //   abort                     written by a rank that gives up, or by the host: 1 + that rank; read
 //                             by every wait for a rank or a counter
 //
@@ -44,8 +48,11 @@ enum class RankField : int32_t {
   kCapacityFactor,
   kLayerId,
   kTokenCapacity,
+  kDirection,  // a Direction
   kCount
 };
+
+enum class Direction : int64_t { kForward, kBackward };
 
 struct RankHeader {
   int64_t tokens;  // of the sender; may differ
@@ -73,14 +80,20 @@ inline constexpr int64_t kMaxRankSlots = int64_t{1} << kPlaceBits;  // of one so
 inline constexpr int64_t kMaxLocalExperts = (1 << (32 - kPlaceBits)) - 1;
 
 enum class Symmetric : int {
-  kControl,   // RankControl
-  kCounts,    // i32 [2 banks][W source][local experts]: slots that the source sends
-  kSlots,     // RankSlot [2 banks][W source][slots]
-  kFlags,     // u32: push flags, return flags
-  kReceived,  // T [W source][tokens][H]
-  kPartial,   // T [W owner][tokens][H]
+  kControl,       // RankControl
+  kCounts,        // i32 [2 banks][W source][local experts]: slots that the source sends
+  kSlots,         // RankSlot [2 banks][W source][slots]
+  kFlags,         // u32: push flags of both kinds, return flags, slot flags
+  kReceived,      // T [W source][tokens][H]
+  kReceivedGrad,  // T [W source][tokens][H]: grad y, backward
+  kPartial,       // T [W owner][tokens][H]
+  kSlotGrads,     // f32 [slots]: gradients of the owner's top-k weights, backward
   kCount
 };
+
+// Rows that travel from the rank of a token to those of its experts.
+enum class RowKind : int32_t { kToken, kGrad, kCount };
+inline constexpr int32_t kRowKinds = static_cast<int32_t>(RowKind::kCount);
 
 using SymmetricTable = plan::RegionTable<Symmetric, static_cast<int>(Symmetric::kCount)>;
 
@@ -90,7 +103,7 @@ struct SymmetricCapacity {
   int64_t slots = 0;   // most of a rank: tokens * top_k
   int64_t local_experts = 0;
   int64_t flag_words = 0;
-  int64_t row_bytes = 0;  // of kReceived, and of kPartial
+  int64_t row_bytes = 0;  // of kReceived, kReceivedGrad and kPartial each
 };
 
 // Tokens of a source that a warp sums and sends home under one flag: few, since a warp that takes
@@ -119,6 +132,31 @@ FM_HD constexpr int64_t push_stride(int64_t token_cap) {
   return (token_cap + kPushTokens - 1) / kPushTokens;
 }
 
+// The words of kFlags, numbered from the first push flag on: push flags | return flags | slot
+// flags.
+struct FlagWords {
+  int32_t world;
+  int32_t token_cap;          // most tokens of a rank
+  int32_t num_column_blocks;  // of the launch
+
+  FM_HD constexpr int32_t push(RowKind kind, int32_t source, int32_t token) const {
+    return (static_cast<int32_t>(kind) * world + source) * of_source() + token / kPushTokens;
+  }
+  FM_HD constexpr int32_t returned(int32_t owner, int32_t column_block, int32_t unit) const {
+    return first_return() + (owner * num_column_blocks + column_block) * of_owner() + unit;
+  }
+  FM_HD constexpr int32_t slot(int32_t owner, int32_t unit) const {
+    return first_return() + (world * num_column_blocks + owner) * of_owner() + unit;
+  }
+
+ private:
+  FM_HD constexpr int32_t of_source() const { return static_cast<int32_t>(push_stride(token_cap)); }
+  FM_HD constexpr int32_t of_owner() const {
+    return static_cast<int32_t>(return_stride(token_cap));
+  }
+  FM_HD constexpr int32_t first_return() const { return kRowKinds * world * of_source(); }
+};
+
 // What one layer needs of a region.
 FM_HD constexpr SymmetricCapacity needed_capacity(int32_t world, int64_t token_cap, int64_t hidden,
                                                   int64_t top_k, int64_t local_experts) {
@@ -127,7 +165,8 @@ FM_HD constexpr SymmetricCapacity needed_capacity(int32_t world, int64_t token_c
   return {.tokens = token_cap,
           .slots = token_cap * top_k,
           .local_experts = local_experts,
-          .flag_words = world * (push_stride(token_cap) + column_blocks * return_stride(token_cap)),
+          .flag_words = world * (kRowKinds * push_stride(token_cap) +
+                                 (column_blocks + 1) * return_stride(token_cap)),
           .row_bytes = world * token_cap * hidden * 2};
 }
 
@@ -139,7 +178,9 @@ FM_HD constexpr SymmetricTable symmetric_table(int32_t world, const SymmetricCap
   table.add(Symmetric::kSlots, "slots", banks * c.slots * static_cast<int64_t>(sizeof(RankSlot)));
   table.add(Symmetric::kFlags, "flags", c.flag_words * 4);
   table.add(Symmetric::kReceived, "received rows", c.row_bytes);
+  table.add(Symmetric::kReceivedGrad, "received grad y rows", c.row_bytes);
   table.add(Symmetric::kPartial, "partial rows", c.row_bytes);
+  table.add(Symmetric::kSlotGrads, "slot gradients", c.slots * 4);
   return table;
 }
 

@@ -42,6 +42,17 @@ struct Engine::State {
     }
   }
 
+  // body(workspace, view): makes a launch of these operands, which is then the last one.
+  template <class Args, class Body>
+  void launch(const Args& args, Body&& body) {
+    contained([&] {
+      last = &of(args);
+      const Workspace::Launched made = body(*last, RankView{rank, ranks.get()});
+      if (!made.captured) epoch = plan::next_epoch(epoch);
+      if (made.notice) throw HarmlessError(*made.notice);
+    });
+  }
+
   void note_failure() {
     breaks_group = ranks != nullptr;
     cudaGetLastError();
@@ -57,20 +68,15 @@ Engine::~Engine() = default;
 
 void Engine::forward(const fm_layer& layer, const fm_forward_args& args,
                      const LaunchOptions& options) {
-  state_->contained([&] {
-    const RankView view{state_->rank, state_->ranks.get()};
-    state_->last = &state_->of(args);
-    const Workspace::Launched made = state_->last->forward(layer, args, options, view);
-    if (!made.captured) state_->epoch = plan::next_epoch(state_->epoch);
-    if (made.notice) throw HarmlessError(*made.notice);
+  state_->launch(args, [&](Workspace& workspace, const RankView& view) {
+    return workspace.forward(layer, args, options, view);
   });
 }
 
 void Engine::backward(const fm_layer& layer, const fm_backward_args& args,
                       const LaunchOptions& options) {
-  state_->contained([&] {
-    state_->last = &state_->of(args);
-    state_->last->backward(layer, args, options);
+  state_->launch(args, [&](Workspace& workspace, const RankView& view) {
+    return workspace.backward(layer, args, options, view);
   });
 }
 

@@ -40,14 +40,15 @@ class Engine {
   // that has the kernels or with the reason why they do not take the layer, FM_OUT_OF_MEMORY, what
   // RankGroup::memory() throws.
   void forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options);
-  // The same for a backward; both kinds share scratch and order.
+  // The same for a backward; both kinds share scratch, order and epochs.
   void backward(const fm_layer& layer, const fm_backward_args& args, const LaunchOptions& options);
 
   // Waits for the launches of forward() (not for replays), then throws the failure of one, once;
   // the engine can be used again afterwards, unless it was one that stopped the group.
   void finish();
-  // After an Error of forward(), finish() or reserve(): whether this rank has left a launch, or not
-  // made one, that the others still wait for. An error that left all ranks in step does not.
+  // After an Error of forward(), backward(), finish() or reserve(): whether this rank has left a
+  // launch, or not made one, that the others still wait for. An error that left all ranks in step
+  // does not.
   bool breaks_group() const;
 
   // After finish(): where the time of the last launch went, seconds and phase_seconds.

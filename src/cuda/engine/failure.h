@@ -70,6 +70,8 @@ inline const char* name_of(config::RankField field) {
       return "layer_id";
     case RankField::kTokenCapacity:
       return "token capacity";
+    case RankField::kDirection:
+      return "direction (forward or backward)";
     case RankField::kCount:
       break;
   }
@@ -83,6 +85,8 @@ inline const char* phase_of(sync::WaitTag tag) {
       return "plan";
     case sync::WaitTag::kPushed:
       return "push";
+    case sync::WaitTag::kSlotGrads:
+      return "weights of slots";
     case sync::WaitTag::kReturned:
       return "combine";
     default:

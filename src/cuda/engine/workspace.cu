@@ -52,7 +52,8 @@ uint64_t nanoseconds(double seconds) {
   return seconds > 0 ? static_cast<uint64_t>(std::min(seconds * 1e9, kMost)) : ~uint64_t{0};
 }
 
-RankNeeds needs_of(const fm_layer& layer, const fm_forward_args& args, int32_t world) {
+template <class Args>
+RankNeeds needs_of(const fm_layer& layer, const Args& args, int32_t world) {
   return {.tokens = args.x.shape[0],
           .hidden = layer.hidden,
           .top_k = layer.top_k,
@@ -110,74 +111,75 @@ void Workspace::release() noexcept {
   cudaGetLastError();
 }
 
-Workspace::Launched Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
-                                       const LaunchOptions& options, const RankView& view) {
-  const DeviceGuard guard(device_);
-  const bool capturing = is_capturing(static_cast<cudaStream_t>(args.stream));
-  std::optional<Error> notice;
-  if (is_time_to_raise(view, capturing)) {
-    const Verdict found = take_reports(view, capturing);
-    if (found.failed) throw found.error;
-    if (view.world() == 1) throw HarmlessError(found.error);
-    notice = found.error;
-  }
-  launch(layer, args, options, view, capturing);
-  return {capturing, notice};
+std::optional<Error> Workspace::raise_earlier(const RankView& view, bool capturing) {
+  if (!is_time_to_raise(view, capturing)) return std::nullopt;
+  const Verdict found = take_reports(view, capturing);
+  if (found.failed) throw found.error;
+  if (view.world() == 1) throw HarmlessError(found.error);
+  return found.error;
 }
 
-void Workspace::launch(const fm_layer& layer, const fm_forward_args& args,
-                       const LaunchOptions& options, const RankView& view, bool capturing) {
-  const auto stream = static_cast<cudaStream_t>(args.stream);
+template <class Args>
+Workspace::Ranks Workspace::join(const fm_layer& layer, const Args& args,
+                                 const LaunchOptions& options, const RankView& view,
+                                 bool capturing) {
+  Ranks ranks;
+  launch::RankArguments& known = ranks.arguments;
+  known.rank = view.rank;
+  known.world = view.world();
   launch::check_supported(layer, args);
-  launch::RankArguments ranks;
-  ranks.rank = view.rank;
-  ranks.world = view.world();
-  std::shared_ptr<RankMemory> memory;
-  if (view.ranks != nullptr) {
-    memory = view.ranks->memory({view.rank, device_, options.max_sms, capturing},
-                                needs_of(layer, args, ranks.world));
-    ranks.capacity = memory->capacity();
-    ranks.regions = memory->regions();
-    launch::check_supported(layer, args, ranks);
-  }
-  begin_launch(launch::forward_scratch_bytes(layer, args, ranks), stream, options, capturing,
-               ranks.world == 1);
-  launch::launch_forward({.layer = layer,
-                          .operands = args,
-                          .scratch = scratch_.memory,
-                          .reports = &reports(),
-                          .timeout_ns = nanoseconds(options.timeout_seconds),
-                          .max_sms = options.max_sms,
-                          .ranks = ranks,
-                          .launch_id = launch_id_,
-                          .stream = stream});
-  if (capturing && memory != nullptr) memory->keep();
-  end_launch(stream, capturing);
-  last_kind_ = {.is_backward = false, .world = ranks.world};
+  if (view.ranks == nullptr) return ranks;
+  ranks.memory = view.ranks->memory({view.rank, device_, options.max_sms, capturing},
+                                    needs_of(layer, args, known.world));
+  known.capacity = ranks.memory->capacity();
+  known.regions = ranks.memory->regions();
+  launch::check_supported(layer, args, known);
+  // Not in the first backward: this rank's launches before it may wait for a rank that this thread
+  // has still to call.
+  if (!has_joined_) launch::load_backward();
+  has_joined_ = true;
+  return ranks;
 }
 
-void Workspace::backward(const fm_layer& layer, const fm_backward_args& args,
-                         const LaunchOptions& options) {
+template <class Arguments, class Args, class Bytes, class Launch>
+Workspace::Launched Workspace::run(const fm_layer& layer, const Args& args,
+                                   const LaunchOptions& options, const RankView& view,
+                                   const Bytes& scratch_bytes, const Launch& launch) {
   const DeviceGuard guard(device_);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const bool capturing = is_capturing(stream);
-  if (is_time_to_raise({}, capturing)) {
-    const Verdict found = take_reports({}, capturing);
-    if (found.failed) throw found.error;
-    throw HarmlessError(found.error);
-  }
-  launch::check_supported(layer, args);
-  begin_launch(launch::backward_scratch_bytes(layer, args), stream, options, capturing, true);
-  launch::launch_backward({.layer = layer,
-                           .operands = args,
-                           .scratch = scratch_.memory,
-                           .reports = &reports(),
-                           .timeout_ns = nanoseconds(options.timeout_seconds),
-                           .max_sms = options.max_sms,
-                           .launch_id = launch_id_,
-                           .stream = stream});
+  const std::optional<Error> notice = raise_earlier(view, capturing);
+  const Ranks ranks = join(layer, args, options, view, capturing);
+  begin_launch(scratch_bytes(layer, args, ranks.arguments), stream, options, capturing,
+               view.world() == 1);
+  Arguments arguments{.layer = layer, .operands = args};
+  arguments.scratch = scratch_.memory;
+  arguments.reports = &reports();
+  arguments.timeout_ns = nanoseconds(options.timeout_seconds);
+  arguments.max_sms = options.max_sms;
+  arguments.ranks = ranks.arguments;
+  arguments.launch_id = launch_id_;
+  arguments.stream = stream;
+  launch(arguments);
+  if (capturing && ranks.memory != nullptr) ranks.memory->keep();
   end_launch(stream, capturing);
-  last_kind_ = {.is_backward = true, .world = 1};
+  return {capturing, notice};
+}
+
+Workspace::Launched Workspace::forward(const fm_layer& layer, const fm_forward_args& args,
+                                       const LaunchOptions& options, const RankView& view) {
+  const Launched made = run<launch::ForwardArguments>(
+      layer, args, options, view, launch::forward_scratch_bytes, launch::launch_forward);
+  last_kind_ = {.is_backward = false, .world = view.world()};
+  return made;
+}
+
+Workspace::Launched Workspace::backward(const fm_layer& layer, const fm_backward_args& args,
+                                        const LaunchOptions& options, const RankView& view) {
+  const Launched made = run<launch::BackwardArguments>(
+      layer, args, options, view, launch::backward_scratch_bytes, launch::launch_backward);
+  last_kind_ = {.is_backward = true, .world = view.world()};
+  return made;
 }
 
 void Workspace::begin_launch(int64_t scratch_bytes, cudaStream_t stream,

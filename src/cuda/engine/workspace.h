@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,8 +46,8 @@ class Workspace {
   // launch that may itself wait for a call of this thread.
   Launched forward(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options,
                    const RankView& view);
-  // Of a rank alone.
-  void backward(const fm_layer& layer, const fm_backward_args& args, const LaunchOptions& options);
+  Launched backward(const fm_layer& layer, const fm_backward_args& args,
+                    const LaunchOptions& options, const RankView& view);
 
   // Waits for the last launch that was not captured, then throws what a launch has reported:
   // HarmlessError where it is a notice alone. After a failure a rank alone can go on; of several
@@ -82,8 +83,22 @@ class Workspace {
   void wait_for_end() const;
   void clean_scratch();
   bool is_captured() const;
-  void launch(const fm_layer& layer, const fm_forward_args& args, const LaunchOptions& options,
-              const RankView& view, bool capturing);
+  // Of a launch: its ranks and the memory that they share, null for a rank alone.
+  struct Ranks {
+    launch::RankArguments arguments;
+    std::shared_ptr<RankMemory> memory;
+  };
+
+  // The notice of an earlier launch, which comes after the one to be made; throws what comes
+  // before.
+  std::optional<Error> raise_earlier(const RankView& view, bool capturing);
+  template <class Args>
+  Ranks join(const fm_layer& layer, const Args& args, const LaunchOptions& options,
+             const RankView& view, bool capturing);
+  // The part of forward() and backward() that is the same: Arguments of the launch, their scratch.
+  template <class Arguments, class Args, class Bytes, class Launch>
+  Launched run(const fm_layer& layer, const Args& args, const LaunchOptions& options,
+               const RankView& view, const Bytes& scratch_bytes, const Launch& launch);
   // Makes room and puts the launch behind those before it.
   void begin_launch(int64_t scratch_bytes, cudaStream_t stream, const LaunchOptions& options,
                     bool capturing, bool is_alone);
@@ -104,6 +119,7 @@ class Workspace {
   cudaEvent_t last_ = nullptr;    // end of the last use of scratch that was not captured
   unsigned long long last_stream_ = 0;
   bool has_last_ = false;
+  bool has_joined_ = false;       // others in a launch
   bool has_failed_ = false;       // of several ranks: told once, no launch follows
   uint32_t launch_id_ = 0;        // of the last launch
   double timeout_seconds_ = 0;    // likewise

@@ -5,7 +5,8 @@
 //   tickets, weights, tokens  as in pipeline.cuh; of a sum over rows, its M and its N side
 //   math  (two warpgroups of each CTA)  take tiles in turn; then combine the input gradients, and
 //                                       at the end make those of the router
-//   comm  (a warpgroup of each CTA)     copies grad y and tokens into expert order ahead of the
+//   comm  (a warpgroup of each CTA)     sends grad y and tokens to the other ranks that need
+//                                       them, and copies what came into expert order ahead of the
 //                                       tiles; then gradients of routing and biases, when the
 //                                       hidden gradients are there; then combines
 //
@@ -17,7 +18,7 @@
 #include "cuda/stage/bias_grad.cuh"
 #include "cuda/stage/copy_operands.cuh"
 #include "cuda/stage/router_grad.cuh"
-#include "cuda/stage/slot_grad.cuh"
+#include "cuda/stage/slot_exchange.cuh"
 #include "cuda/tile/backward_load.cuh"
 #include "cuda/tile/hidden_grad.cuh"
 #include "cuda/tile/weight_grad.cuh"
@@ -25,6 +26,8 @@
 namespace flashmoe::cuda::kernel {
 
 using tile::BackwardProduct;
+using tile::parts_of;
+using tile::pre_activation_pairs;
 using tile::product_of;
 using tile::table_of;
 
@@ -78,8 +81,7 @@ struct BackwardDependency {
     const int32_t e = tile.local_expert_idx;
     const uint32_t ctas_of_hidden = params.sizes.hidden_pairs * config::kClusterSize;
     const auto blocks = [&] {
-      const tile::ExpertTable experts = table_of(params);
-      return experts.blocks_before(e + 1) - experts.blocks_before(e);
+      return parts_of(params, tile).blocks();
     };
     switch (product_of(tile)) {
       case BackwardProduct::kPreActivation:
@@ -88,7 +90,7 @@ struct BackwardDependency {
         return;
       case BackwardProduct::kHiddenGrad:
         set(0, &counters.grad_y_ready[group], tile.num_rows);
-        set(1, &counters.z_done[group], params.sizes.pre_activation_pairs * config::kClusterSize);
+        set(1, &counters.z_done[group], pre_activation_pairs(params) * config::kClusterSize);
         return;
       case BackwardProduct::kInputGrad:
         set(0, &counters.hidden_done[group], ctas_of_hidden);
@@ -101,7 +103,7 @@ struct BackwardDependency {
         return;
       default:
         set(0, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
-        set(1, &counters.x_of_expert[e], table_of(params).rows(e));
+        set(1, &counters.x_of_expert[e], parts_of(params, tile).rows());
     }
   }
 
@@ -132,12 +134,16 @@ struct BackwardJob {
       const config::BackwardSizes& sizes = params_.sizes;
       const tile::BackwardWalk walk{
           table_of(params_),
+          params_.forward.sizes.local_experts,
           config::kBackwardBlockRows,
-          sizes.pre_activation_pairs,
+          pre_activation_pairs(params_),
           sizes.hidden_pairs,
           params_.forward.sizes.down_pairs,
           {sizes.weight_grads[0], sizes.weight_grads[1], sizes.weight_grads[2]}};
       tile::Tile tile = walk.tile_at(ticket);
+      if (params_.forward.sizes.source_groups > 1) {
+        tile.local_expert_idx %= params_.forward.sizes.local_experts;
+      }
       bool is_ready = true;
       const int32_t lane = ptx::lane_idx();
       if (lane < 2 && !tile.is_end()) {
@@ -290,7 +296,6 @@ struct BackwardJob {
 
  private:
   using ForwardSizes = config::ForwardSizes;
-  // At least one: an expert without rows has a step of zeros.
   FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile& tile) {
     const ForwardSizes& sizes = params.forward.sizes;
     switch (product_of(tile)) {
@@ -300,8 +305,7 @@ struct BackwardJob {
       case BackwardProduct::kInputGrad:
         return params.sizes.up_columns / config::kDepthStep;
       default:
-        const int32_t rows = table_of(params).rows(tile.local_expert_idx);
-        return max((rows + config::kDepthStep - 1) / config::kDepthStep, 1);
+        return parts_of(params, tile).num_steps(config::kDepthStep);
     }
   }
   FM_DEVICE static void wait_for_rows(const Params& params, const tile::Tile& tile,
@@ -337,7 +341,11 @@ FM_DEVICE bool plan_rows(const BackwardParams& params, BackwardShared<Config>& s
     if (!sync::meet_all(barrier, forward.waits)) return false;
   }
   const int32_t num_blocks =
-      stage::place_rows<config::kBackwardBlockRows>(forward, arena, forward.memory.experts);
+      stage::is_alone(forward)
+          ? stage::place_rows<config::kBackwardBlockRows>(forward, arena, forward.memory.experts)
+          : stage::plan_ranks<config::kBackwardBlockRows>(forward, arena, forward.memory.experts,
+                                                          smem.extra.ranks);
+  if (num_blocks < 0) return false;
   if (ptx::thread_idx() == 0) smem.extra.num_blocks = num_blocks;
   // The arena becomes operand stages, which the copy engine fills.
   ptx::fence_proxy_async(ptx::space_shared);
@@ -354,15 +362,47 @@ FM_DEVICE bool meet_math(sync::GridBarrier* barrier, sync::Waiter& waiter) {
   return ptx::barrier_sync_and(kMathMeets, kMathThreads, waiter.alive());
 }
 
-// Gradients of the slots' weights and of the biases. Whole warp.
-template <class Config>
-FM_DEVICE void differentiate_routing(const BackwardParams& params, int32_t worker_idx,
-                                     int32_t num_workers) {
+// Gradients of the slots' weights and of the biases, of a rank alone. Whole warp.
+template <class Config, class Index, class Count>
+FM_DEVICE void differentiate_routing(const BackwardParams& params, const Index& worker_idx,
+                                     const Count& num_workers) {
   using Element = tile::ElementOf<Config::value.element>;
-  stage::differentiate_slots<Element>(params, worker_idx, num_workers);
+  stage::differentiate_slots<Element>(params, worker_idx(), num_workers());
   if (params.routing.any_bias()) {
     stage::sum_biases<Element>(params, table_of(params), worker_idx, num_workers);
   }
+}
+
+// The same as soon as all hidden gradients are there, if they are made of nothing else. Whole warp.
+template <class Config, class Index, class Count>
+FM_DEVICE void differentiate_alone(const BackwardParams& params, BackwardShared<Config>& smem,
+                                   const Index& worker_idx, const Count& num_workers,
+                                   sync::Waiter& waiter) {
+  if (!params.routing.any() || params.sizes.weight_on_input) return;
+  waiter.wait_word(params.counters.hidden_of_all,
+                   smem.extra.num_blocks * params.sizes.hidden_pairs * config::kClusterSize,
+                   sync::WaitTag::kGradDone);
+  if (__all_sync(stage::kAllLanes, waiter.alive())) {
+    differentiate_routing<Config>(params, worker_idx, num_workers);
+  }
+}
+
+// The same of several ranks, as soon as what the slots' gradients are made of is there. Whole warp.
+template <class Config, class Index, class Count>
+FM_DEVICE void exchange_routing(const BackwardParams& params, BackwardShared<Config>& smem,
+                                const Index& worker_idx, const Count& num_workers,
+                                sync::Waiter& waiter) {
+  using Element = tile::ElementOf<Config::value.element>;
+  const bool on_input = params.sizes.weight_on_input;
+  const int32_t pairs = on_input ? params.forward.sizes.down_pairs : params.sizes.hidden_pairs;
+  waiter.wait_word(on_input ? params.forward.memory.down_done : params.counters.hidden_of_all,
+                   smem.extra.num_blocks * pairs * config::kClusterSize, sync::WaitTag::kGradDone);
+  if (!__all_sync(stage::kAllLanes, waiter.alive())) return;
+  stage::send_slots<Element>(params, smem.extra.ranks, worker_idx, num_workers, waiter);
+  if (params.routing.any_bias()) {
+    stage::sum_biases<Element>(params, table_of(params), worker_idx, num_workers);
+  }
+  stage::take_slots(params, smem.extra.ranks, worker_idx, num_workers, waiter);
 }
 
 // Gradients of the router, once all input gradients are combined. The math warps.
@@ -373,7 +413,8 @@ FM_DEVICE void finish_routing(const BackwardParams& params, BackwardShared<Confi
   static_assert(stage::RouterLayout::kBytes <= sizeof(smem.stages));
   const bool has_router = params.routing.w_router != nullptr;
   // With the weight on the input, the slots' gradients are made of the input gradients.
-  const bool slots_are_last = params.sizes.weight_on_input && params.routing.any();
+  const bool slots_are_last =
+      stage::is_alone(params.forward) && params.sizes.weight_on_input && params.routing.any();
   if (!has_router && !slots_are_last) return;
   if (ptx::thread_idx() == config::kWarpgroup) {
     waiter.wait_word(params.counters.combined, gridDim.x * stage::kCombineWarps,
@@ -382,9 +423,11 @@ FM_DEVICE void finish_routing(const BackwardParams& params, BackwardShared<Confi
   if (!ptx::barrier_sync_and(kMathMeets, kMathThreads, waiter.alive())) return;
   sync::GridBarrier* barrier = &params.forward.memory.state->barrier;
   if (slots_are_last) {
-    const int32_t warp_idx = (ptx::thread_idx() - config::kWarpgroup) / 32;
-    differentiate_routing<Config>(params, warp_idx * gridDim.x + ptx::block_idx(),
-                                  gridDim.x * config::kMathWarps);
+    const auto worker_idx = [] {
+      return (ptx::thread_idx() - config::kWarpgroup) / 32 * gridDim.x + ptx::block_idx();
+    };
+    differentiate_routing<Config>(params, worker_idx,
+                                  [] { return gridDim.x * config::kMathWarps; });
     if (!has_router || !meet_math(barrier, waiter)) return;
   }
   stage::multiply_router<Element>(params, reinterpret_cast<float*>(smem.stages), kMathMeets);
@@ -411,15 +454,17 @@ FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config
   const auto worker_idx = [] {  // read where it is used: no register holds it in between
     return ptx::thread_idx() / 32 % config::kCommWarps * gridDim.x + ptx::block_idx();
   };
-  const int32_t num_workers = gridDim.x * config::kCommWarps;
-  stage::copy_operands<Config>(params, table_of(params), worker_idx(), num_workers);
-  if (params.routing.any() && !params.sizes.weight_on_input) {
-    waiter.wait_word(params.counters.hidden_of_all,
-                     smem.extra.num_blocks * params.sizes.hidden_pairs * config::kClusterSize,
-                     sync::WaitTag::kGradDone);
-    if (__all_sync(stage::kAllLanes, waiter.alive())) {
-      differentiate_routing<Config>(params, worker_idx(), num_workers);
-    }
+  const auto num_workers = [] {
+    return static_cast<int32_t>(gridDim.x) * config::kCommWarps;
+  };
+  if (stage::is_alone(params.forward)) {
+    stage::copy_operands<Config>(params, table_of(params), worker_idx(), num_workers());
+    differentiate_alone<Config>(params, smem, worker_idx, num_workers, waiter);
+  } else {
+    stage::exchange_operands<Config>(params, smem.extra.ranks, table_of(params), worker_idx,
+                                     num_workers, waiter);
+    if (ptx::lane_idx() == 0) set_mark_of_first(params.forward, Mark::kRowsIn);
+    exchange_routing<Config>(params, smem, worker_idx, num_workers, waiter);
   }
   combine_inputs<Config, 1, 4>(params, smem, waiter);
 }
@@ -445,6 +490,8 @@ FM_DEVICE void run_backward_roles(const BackwardParams& params, BackwardShared<C
       tickets_role<Job>(params, smem, waiter);
       if (ptx::lane_idx() == 0) set_mark_of_first(params.forward, Mark::kLastTile);
     }
+    if (role() == Role::kPost && !stage::is_alone(params.forward))
+      stage::post_flags(params.forward, smem.extra.ranks);
   } else if (warpgroup_idx == 3) {
     ptx::setmaxnreg_dec<config::kBackwardCommRegisters>();
     backward_comm<Config>(params, smem, waiter);
@@ -470,7 +517,10 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     backward(const __grid_constant__ BackwardParams params) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& smem = *reinterpret_cast<BackwardShared<Config>*>(raw);
-  if (ptx::thread_idx() == 0) smem.init();
+  if (ptx::thread_idx() == 0) {
+    smem.init();
+    smem.extra.ranks.post.init();
+  }
   if (!take_scratch(params.forward, smem)) return;
   if (ptx::thread_idx() == 0) set_mark_of_first(params.forward, Mark::kStart);
   tell_pair(smem.extra.here, plan_rows<Config>(params, smem));
@@ -483,6 +533,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
   if (ptx::thread_idx() == 0) leave_backward(params);
+  if (ptx::thread_idx() == 0) stage::stop_peers(params.forward);
 }
 
 template <config::BackwardConfig Config>

@@ -12,6 +12,7 @@ namespace flashmoe::cuda::kernel {
 
 // Rows that communication warps copy into expert order.
 struct RowCopy {
+  config::RowKind kind;
   const void* from;  // [T, H]
   int64_t stride;
   void* to;             // [rows, H]
@@ -65,9 +66,8 @@ struct RoutingGrads {
   StridedView grad_b_up;          // [E, G * I] out
   StridedView grad_b_down;        // [E, H] out
 
-  FM_HD bool any() const {
-    return w_router != nullptr || grad_topk_weights.data != nullptr || any_bias();
-  }
+  FM_HD bool any() const { return any_slot() || any_bias(); }
+  FM_HD bool any_slot() const { return w_router != nullptr || grad_topk_weights.data != nullptr; }
   FM_HD bool any_bias() const { return grad_b_up.data != nullptr || grad_b_down.data != nullptr; }
 };
 
@@ -81,8 +81,8 @@ struct BackwardParams {
   CUtensorMap up_weights[2];  // boxes of 64 x 64; one, or (separate) gate and up
   CUtensorMap down_weights;
   CUtensorMap pre_activation_out;
-  CUtensorMap z_in;     // boxes of 64 columns by 16 rows
-  CUtensorMap z_ahead;  // by a block's rows
+  CUtensorMap z_in[2];     // [makes_z]: boxes of 64 columns by 16 rows
+  CUtensorMap z_ahead[2];  // by a block's rows
   CUtensorMap grad_z_out;
   CUtensorMap hidden_out;
   CUtensorMap grad_m[2];  // operands of the weight gradients (down, up): M side, N side

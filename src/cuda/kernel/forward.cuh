@@ -248,6 +248,14 @@ FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena) {
   return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, params.waits);
 }
 
+// Every CTA of a launch whose ranks differ; the last one gives the scratch free, as the combine
+// does of others.
+FM_DEVICE void leave_without_roles(const ForwardParams& params) {
+  if (ptx::thread_idx() == 0 && finish_tickets(params.memory.state->combine, gridDim.x)) {
+    stage::release_scratch(params);
+  }
+}
+
 // Routing and plan, by all threads of all CTAs. False if a CTA did not come in time.
 template <class Config>
 FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>& smem) {
@@ -272,7 +280,9 @@ FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>
   const int32_t num_blocks =
       stage::is_alone(params)
           ? stage::place_rows<config::kForwardBlockRows>(params, arena, experts_of(params, smem))
-          : stage::plan_ranks(params, arena, experts_of(params, smem), smem.extra.ranks);
+          : stage::plan_ranks<config::kForwardBlockRows>(params, arena, experts_of(params, smem),
+                                                         smem.extra.ranks);
+  if (num_blocks == stage::kRanksDiffer) leave_without_roles(params);
   if (num_blocks < 0) return false;
   if (ptx::thread_idx() == 0) smem.extra.num_blocks = num_blocks;
   // The arena becomes operand stages, which the copy engine fills.
@@ -308,8 +318,11 @@ FM_DEVICE void forward_comm(const ForwardParams& params, ForwardShared<Config>& 
   if (stage::is_alone(params)) {
     stage::copy_rows<Config>(params, table_of(params, smem), worker_idx(), num_workers());
   } else {
-    stage::send_and_copy_rows<Config>(params, smem.extra.ranks, table_of(params, smem), worker_idx,
-                                      num_workers, waiter);
+    const tile::ExpertTable experts = table_of(params, smem);
+    stage::send_and_copy_rows(params, smem.extra.ranks, stage::OwnTokens{params}, experts,
+                              worker_idx, num_workers, waiter, [&](int32_t row, const auto& find) {
+                                stage::copy_unit<Config, 4>(params, experts, row, find);
+                              });
     if (ptx::lane_idx() == 0) set_mark_of_first(params, Mark::kRowsIn);
   }
   combine_outputs<Config, 1, 4>(params, smem, waiter);

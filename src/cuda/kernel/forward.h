@@ -82,8 +82,9 @@ struct RankParams {
   int64_t counts_offset;  // of config::Symmetric's regions
   int64_t slots_offset;
   int64_t flags_offset;
-  int64_t received_offset;
+  int64_t received_offsets[config::kRowKinds];
   int64_t partial_offset;
+  int64_t slot_grads_offset;
   uint8_t* regions[config::kMaxRanks];
   config::RankHeader header;  // this rank's
 };

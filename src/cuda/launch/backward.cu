@@ -1,6 +1,7 @@
 #include "cuda/launch/backward.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -10,6 +11,7 @@
 #include "cuda/launch/forward.h"
 #include "cuda/launch/operands.h"
 #include "cuda/launch/pairs.h"
+#include "cuda/launch/ranks.h"
 #include "cuda/launch/tensor_map.h"
 #include "cuda/tile/window.h"
 #include "plan/routing.h"
@@ -28,12 +30,17 @@ int32_t pairs_of(int64_t columns) {
   return static_cast<int32_t>(plan::ceil_div(columns, config::kWeightRows * config::kClusterSize));
 }
 
+int32_t clamped(int64_t size) {
+  return static_cast<int32_t>(std::min<int64_t>(size, std::numeric_limits<int32_t>::max()));
+}
+
 // Whether the last dimension of a weight, or of its gradient, is the contiguous one.
 bool has_contiguous_rows(const fm_tensor& tensor) { return tensor.stride[2] == 1; }
 
 // The forward's sizes, whose down product is the input gradient; weight_on_input says what the
 // combine weighs, which is the reverse here.
-config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operands) {
+config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operands,
+                                   const RankArguments& ranks) {
   const plan::Problem problem = problem_of(layer, operands.x.shape[0]);
   config::ForwardSizes sizes = routed_sizes(layer, problem);
   sizes.down_pairs = pairs_of(problem.hidden);
@@ -41,10 +48,11 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
   sizes.column_pairs = sizes.down_pairs;
   sizes.column_blocks = 1;
   sizes.column_width = sizes.column_pairs * config::kWeightRows * config::kClusterSize;
-  sizes.row_groups = static_cast<int32_t>(
-      config::forward_rows(problem.slots(), problem.num_experts) / config::kRowGroup);
-  sizes.local_experts = sizes.num_experts;
-  sizes.source_groups = 1;
+  sizes.row_groups =
+      static_cast<int32_t>(rows_of(layer, problem.tokens, ranks) / config::kRowGroup);
+  sizes.local_experts = sizes.num_experts / ranks.world;
+  sizes.source_groups = source_groups_of(layer, problem.tokens, ranks);
+  sizes.has_few_slots = sizes.has_few_slots && ranks.world == 1;
   sizes.weight_on_input = layer.weight_on_input == 0;
   return sizes;
 }
@@ -53,16 +61,20 @@ int64_t num_counters(const config::ForwardSizes& sizes) {
   return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 3;
 }
 
-config::BackwardTable table_of(const fm_layer& layer, const Operands& operands) {
-  return config::backward_table({.tokens = operands.x.shape[0],
-                                 .hidden = layer.hidden,
-                                 .intermediate = layer.intermediate,
-                                 .up_columns = up_columns_of(layer),
-                                 .num_experts = layer.num_experts,
-                                 .top_k = layer.top_k,
-                                 .state_bytes = sizeof(kernel::ForwardState),
-                                 .num_counters = num_counters(forward_sizes(layer, operands)),
-                                 .has_router = present(operands.w_router)});
+config::BackwardTable table_of(const fm_layer& layer, const Operands& operands,
+                               const RankArguments& ranks) {
+  return config::backward_table(
+      {.tokens = operands.x.shape[0],
+       .hidden = layer.hidden,
+       .intermediate = layer.intermediate,
+       .up_columns = up_columns_of(layer),
+       .num_experts = layer.num_experts,
+       .top_k = layer.top_k,
+       .rows = rows_of(layer, operands.x.shape[0], ranks),
+       .rank_slots = rank_slots_of(layer, ranks),
+       .state_bytes = sizeof(kernel::ForwardState),
+       .num_counters = num_counters(forward_sizes(layer, operands, ranks)),
+       .has_router = present(operands.w_router)});
 }
 
 // A launch's parameters as they are filled in.
@@ -73,10 +85,10 @@ class Builder {
         o_(arguments.operands),
         layer_(arguments.layer),
         element_(element_of(arguments.layer)),
-        table_(table_of(arguments.layer, arguments.operands)) {}
+        table_(table_of(arguments.layer, arguments.operands, arguments.ranks)) {}
 
   kernel::BackwardParams build() {
-    p_.forward.sizes = forward_sizes(layer_, o_);
+    p_.forward.sizes = forward_sizes(layer_, o_, a_.ranks);
     set_sizes();
     set_memory();
     set_counters();
@@ -99,7 +111,9 @@ class Builder {
     config::BackwardSizes& sizes = p_.sizes;
     const int64_t up = up_columns_of(layer_);
     sizes.up_columns = static_cast<int32_t>(up);
-    sizes.pre_activation_pairs = present(o_.z) ? 0 : pairs_of(up);
+    const bool is_alone = a_.ranks.world == 1;
+    sizes.pre_activation_pairs = is_alone && present(o_.z) ? 0 : pairs_of(up);
+    sizes.z_rows = !is_alone && present(o_.z) ? clamped(o_.z.shape[0]) : -1;
     sizes.hidden_pairs = pairs_of(layer_.intermediate);
     sizes.hidden_tiles =
         static_cast<int32_t>(plan::ceil_div(layer_.intermediate, config::kWeightRows));
@@ -122,6 +136,7 @@ class Builder {
     memory.row_token = region<int32_t>(BackwardScratch::kRowToken);
     memory.row_weight = region<float>(BackwardScratch::kRowWeight);
     memory.slot_row = region<int32_t>(BackwardScratch::kSlotRow);
+    memory.slot_owner = region<int32_t>(BackwardScratch::kSlotOwner);
     memory.rows = region<void>(BackwardScratch::kRows);
     p_.parts = region<float>(BackwardScratch::kParts);
     p_.grad_logits = region<float>(BackwardScratch::kGradLogits);
@@ -170,14 +185,10 @@ class Builder {
     forward.x_stride = o_.x.stride[0];
     forward.y = o_.grad_x.data;
     forward.y_stride = o_.grad_x.stride[0];
-    const uint32_t bound = sync::microseconds(a_.timeout_ns);
     forward.notice = &a_.reports->notice;
-    forward.waits = {.report = &a_.reports->failure,
-                     .timeout_us = bound,
-                     .local_timeout_us = bound,
-                     .abort = nullptr,
-                     .own_mark = 0};
-    forward.ranks.world = 1;
+    forward.waits = waits_of(a_.ranks, *a_.reports, a_.timeout_ns);
+    forward.ranks = rank_params(layer_, o_.x.shape[0], a_.ranks, p_.sizes.max_rows,
+                                config::Direction::kBackward);
     forward.launch_id = a_.launch_id;
     forward.may_run_beside = a_.max_sms > 0;
     p_.grad_y = o_.grad_y.data;
@@ -187,13 +198,15 @@ class Builder {
   // Rows of tokens come first where pre-activations are made of them.
   void set_copies() {
     const int x_place = present(o_.z) ? 1 : 0;
-    p_.copies[x_place] = {.from = o_.x.data,
+    p_.copies[x_place] = {.kind = config::RowKind::kToken,
+                          .from = o_.x.data,
                           .stride = o_.x.stride[0],
                           .to = region<void>(BackwardScratch::kXRows),
                           .of_block = p_.counters.x_ready,
                           .of_expert = p_.counters.x_of_expert,
                           .is_weighted = layer_.weight_on_input != 0};
-    p_.copies[1 - x_place] = {.from = o_.grad_y.data,
+    p_.copies[1 - x_place] = {.kind = config::RowKind::kGrad,
+                              .from = o_.grad_y.data,
                               .stride = o_.grad_y.stride[0],
                               .to = region<void>(BackwardScratch::kRows),
                               .of_block = p_.counters.grad_y_ready,
@@ -247,14 +260,19 @@ class Builder {
     p_.hidden_out =
         window(region<void>(BackwardScratch::kHidden), layer_.intermediate, config::kHiddenRows);
     TensorView z = rows_view(grad_z, rows, up, config::kHalfRows, config::kHiddenRows);
+    set_z(1, z);
     if (present(o_.z)) {
       z.base = o_.z.data;
       z.sizes[1] = static_cast<uint64_t>(std::max<int64_t>(o_.z.shape[0], 1));
       z.strides[1] = static_cast<uint64_t>(o_.z.stride[0]) * config::kElementBytes;
+      set_z(0, z);
     }
-    p_.z_in = encode(z, element_, "z");
+  }
+  // is_made: by this launch.
+  void set_z(int is_made, TensorView z) {
+    p_.z_in[is_made] = encode(z, element_, "z");
     z.box[1] = config::Backward{}.product(config::Major::kDepth).max_tokens;
-    p_.z_ahead = encode(z, element_, "z");
+    p_.z_ahead[is_made] = encode(z, element_, "z");
   }
   CUtensorMap window(const void* base, int64_t columns, uint32_t box_rows) const {
     return encode(window_view(base, p_.sizes.max_rows, columns, config::kBoxColumns, box_rows),
@@ -372,19 +390,30 @@ fm_forward_args shared_operands(const Operands& operands) {
 
 }  // namespace
 
-void check_supported(const fm_layer& layer, const fm_backward_args& operands) {
-  check_supported(layer, shared_operands(operands));
+void check_supported(const fm_layer& layer, const fm_backward_args& operands,
+                     const RankArguments& ranks) {
+  check_supported(layer, shared_operands(operands), ranks);
   std::string reason = refuse_rows("grad_y", operands.grad_y, config::kElementBytes);
-  if (reason.empty()) reason = refuse_z(layer, operands.x.shape[0], operands.z);
+  if (reason.empty()) {
+    reason = refuse_z(layer, operands.x.shape[0], operands.z, ranks.world);
+  }
   if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
 }
 
-int64_t backward_scratch_bytes(const fm_layer& layer, const fm_backward_args& operands) {
-  return table_of(layer, operands).total;
+int64_t backward_scratch_bytes(const fm_layer& layer, const fm_backward_args& operands,
+                               const RankArguments& ranks) {
+  return table_of(layer, operands, ranks).total;
+}
+
+void load_backward() {
+  for (const kernel::BackwardEntry& entry : {kernel::backward_bf16(), kernel::backward_fp16()}) {
+    cudaFuncAttributes unused{};
+    check(cudaFuncGetAttributes(&unused, entry.function), "cudaFuncGetAttributes(backward)");
+  }
 }
 
 void launch_backward(const BackwardArguments& arguments) {
-  check_supported(arguments.layer, arguments.operands);
+  check_supported(arguments.layer, arguments.operands, arguments.ranks);
   const kernel::BackwardEntry entry = element_of(arguments.layer) == config::Element::kBf16
                                           ? kernel::backward_bf16()
                                           : kernel::backward_fp16();

@@ -1,8 +1,6 @@
 #include "cuda/launch/forward.h"
 
 #include <algorithm>
-#include <bit>
-#include <limits>
 
 #include "base/error.h"
 #include "cuda/config/rank_limits.h"
@@ -10,6 +8,7 @@
 #include "cuda/launch/check.h"
 #include "cuda/launch/operands.h"
 #include "cuda/launch/pairs.h"
+#include "cuda/launch/ranks.h"
 #include "cuda/launch/tensor_map.h"
 #include "cuda/launch/weights.h"
 #include "plan/routing.h"
@@ -58,26 +57,6 @@ int32_t choose_column_pairs(const plan::Problem& problem, int64_t token_cap) {
   return token_cap * problem.top_k / problem.num_experts <= kFewRows ? 4 : 2;
 }
 
-// Most tokens of a rank in this launch.
-int64_t token_cap_of(const Operands& operands, const RankArguments& ranks) {
-  return ranks.world == 1 ? operands.x.shape[0] : ranks.capacity.tokens;
-}
-
-// Each source's rows get blocks of their own, in the order in which they come, if that leaves whole
-// blocks; experts of few rows have those of all sources together.
-int32_t choose_source_groups(const fm_layer& layer, const Operands& operands,
-                             const RankArguments& ranks) {
-  constexpr int64_t kRowsOfBlock = 128;
-  const int64_t rows = operands.x.shape[0] * layer.top_k / layer.num_experts;
-  return rows >= kRowsOfBlock ? ranks.world : 1;
-}
-
-// Rows of all ranks that scratch holds: twice the average, which for two ranks is all there can be.
-int64_t rows_of(const fm_layer& layer, const Operands& operands, const RankArguments& ranks) {
-  const int64_t slots = token_cap_of(operands, ranks) * layer.top_k;
-  return config::forward_rows(slots * std::min(ranks.world, 2), layer.num_experts);
-}
-
 config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
                               const RankArguments& ranks, const config::Forward& config,
                               int32_t column_pairs) {
@@ -90,12 +69,14 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
   sizes.up_pairs = pairs(problem.intermediate, config.up());
   sizes.down_pairs = pairs(problem.hidden, config.down());
   sizes.column_pairs = std::min(
-      column_pairs > 0 ? column_pairs : choose_column_pairs(problem, token_cap_of(operands, ranks)),
+      column_pairs > 0 ? column_pairs
+                       : choose_column_pairs(problem, token_cap_of(operands.x.shape[0], ranks)),
       sizes.down_pairs);
   sizes.column_blocks = tile::ColumnBlocks{sizes.down_pairs, sizes.column_pairs}.count();
   sizes.column_width = sizes.column_pairs * config.down().out_columns() * config::kClusterSize;
-  sizes.row_groups = static_cast<int32_t>(rows_of(layer, operands, ranks) / config::kRowGroup);
-  sizes.source_groups = choose_source_groups(layer, operands, ranks);
+  sizes.row_groups =
+      static_cast<int32_t>(rows_of(layer, operands.x.shape[0], ranks) / config::kRowGroup);
+  sizes.source_groups = source_groups_of(layer, problem.tokens, ranks);
   sizes.local_experts = static_cast<int32_t>(problem.num_experts / ranks.world);
   sizes.has_few_slots = sizes.has_few_slots && ranks.world == 1;
   sizes.weight_on_input = layer.weight_on_input != 0;
@@ -104,16 +85,14 @@ config::ForwardSizes sizes_of(const fm_layer& layer, const Operands& operands,
 
 config::ForwardTable table_of(const fm_layer& layer, const Operands& operands,
                               const RankArguments& ranks) {
-  const int64_t rank_slots =
-      ranks.world == 1 ? 0 : ranks.world * token_cap_of(operands, ranks) * layer.top_k;
   return config::forward_table(
       {.tokens = operands.x.shape[0],
        .hidden = layer.hidden,
        .intermediate = layer.intermediate,
        .num_experts = layer.num_experts,
        .top_k = layer.top_k,
-       .rows = rows_of(layer, operands, ranks),
-       .rank_slots = rank_slots,
+       .rows = rows_of(layer, operands.x.shape[0], ranks),
+       .rank_slots = rank_slots_of(layer, ranks),
        .state_bytes = sizeof(kernel::ForwardState),
        .has_router = present(operands.w_router),
        .own_logits = present(operands.w_router) && !present(operands.logits),
@@ -228,77 +207,12 @@ void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
   params.keeps_z = present(z);
   params.z_is_interleaved = gate_order_of(layer) == GateOrder::kInterleaved && layer.gated != 0;
   if (present(z)) {
+    // Of several ranks more rows may come than it has: a copy past the last one stores nothing.
     TensorView view =
         window_view(z.data, z.shape[0], z.stride[0], config::kHalfRows, config::kStoreTokens);
     view.sizes[0] = static_cast<uint64_t>(z.shape[1]);
     params.z_out = encode(view, config.element, "z");
   }
-}
-
-int64_t bits_of(double value) { return std::bit_cast<int64_t>(value); }
-
-config::RankHeader header_of(const ForwardArguments& arguments) {
-  using config::RankField;
-  const fm_layer& layer = arguments.layer;
-  config::RankHeader header{};
-  const auto set = [&](RankField field, int64_t value) {
-    header.fields[static_cast<int>(field)] = value;
-  };
-  header.tokens = arguments.operands.x.shape[0];
-  set(RankField::kDtype, layer.dtype);
-  set(RankField::kHidden, layer.hidden);
-  set(RankField::kIntermediate, layer.intermediate);
-  set(RankField::kNumExperts, layer.num_experts);
-  set(RankField::kTopK, layer.top_k);
-  set(RankField::kActivation, layer.activation);
-  set(RankField::kGated, layer.gated);
-  set(RankField::kWeightOnInput, layer.weight_on_input);
-  set(RankField::kActAlpha, bits_of(layer.act_alpha));
-  set(RankField::kActLimit, bits_of(layer.act_limit));
-  set(RankField::kUpOffset, bits_of(layer.up_offset));
-  set(RankField::kCapacityFactor, bits_of(layer.capacity_factor));
-  set(RankField::kLayerId, layer.layer_id);
-  set(RankField::kTokenCapacity, arguments.ranks.capacity.tokens);
-  return header;
-}
-
-kernel::RankParams ranks_of(const ForwardArguments& arguments, int64_t rows) {
-  using config::Symmetric;
-  const RankArguments& given = arguments.ranks;
-  kernel::RankParams ranks{};
-  ranks.rank = given.rank;
-  ranks.world = given.world;
-  if (given.world == 1) return ranks;
-  const config::SymmetricTable table = config::symmetric_table(given.world, given.capacity);
-  ranks.token_cap = static_cast<int32_t>(given.capacity.tokens);
-  ranks.bank_experts = static_cast<int32_t>(given.capacity.local_experts);
-  ranks.bank_slots = static_cast<int32_t>(given.capacity.slots);
-  ranks.row_cap = static_cast<int32_t>(rows);
-  ranks.counts_offset = table[Symmetric::kCounts].offset;
-  ranks.slots_offset = table[Symmetric::kSlots].offset;
-  ranks.flags_offset = table[Symmetric::kFlags].offset;
-  ranks.received_offset = table[Symmetric::kReceived].offset;
-  ranks.partial_offset = table[Symmetric::kPartial].offset;
-  for (int32_t rank = 0; rank < given.world; ++rank) {
-    ranks.regions[rank] = static_cast<uint8_t*>(given.regions[rank]);
-  }
-  ranks.header = header_of(arguments);
-  return ranks;
-}
-
-sync::WaitBounds waits_of(const ForwardArguments& arguments) {
-  const uint32_t bound = sync::microseconds(arguments.timeout_ns);
-  sync::WaitBounds waits{.report = &arguments.reports->failure,
-                         .timeout_us = bound,
-                         .local_timeout_us = bound,
-                         .abort = nullptr,
-                         .own_mark = 0};
-  const RankArguments& ranks = arguments.ranks;
-  if (ranks.world == 1) return waits;
-  waits.local_timeout_us = sync::local_bound(bound);
-  waits.abort = &static_cast<config::RankControl*>(ranks.regions[ranks.rank])->abort;
-  waits.own_mark = static_cast<uint32_t>(ranks.rank) + 1;
-  return waits;
 }
 
 kernel::ForwardParams make_params(const ForwardArguments& arguments,
@@ -319,47 +233,18 @@ kernel::ForwardParams make_params(const ForwardArguments& arguments,
   params.tokens_per_expert = static_cast<int64_t*>(o.tokens_per_expert.data);
   params.tokens_per_expert_stride = o.tokens_per_expert.stride[0];
   params.dropped = static_cast<int64_t*>(o.dropped.data);
-  params.waits = waits_of(arguments);
+  params.waits = waits_of(arguments.ranks, *arguments.reports, arguments.timeout_ns);
   params.notice = &arguments.reports->notice;
-  params.ranks = ranks_of(arguments, int64_t{params.sizes.row_groups} * config::kRowGroup);
+  params.ranks = rank_params(arguments.layer, o.x.shape[0], arguments.ranks,
+                             int64_t{params.sizes.row_groups} * config::kRowGroup,
+                             config::Direction::kForward);
   params.launch_id = arguments.launch_id;
   params.may_run_beside = arguments.max_sms > 0;
   return params;
 }
 
-// The layer's part of memory that is made for so many tokens.
-config::RankSizes rank_sizes_of(const fm_layer& layer, const RankArguments& ranks) {
-  return {.world = ranks.world,
-          .tokens = ranks.capacity.tokens,
-          .hidden = layer.hidden,
-          .top_k = layer.top_k,
-          .local_experts = layer.num_experts / ranks.world};
-}
-
-// What the words that ranks exchange do not hold, or their memory has no room for.
-std::string refuse_ranks(const fm_layer& layer, const Operands& operands,
-                         const RankArguments& ranks) {
-  const config::SymmetricCapacity& has = ranks.capacity;
-  const config::RankSizes sizes = rank_sizes_of(layer, ranks);
-  if (std::string reason = config::refuse_rank_sizes(sizes); !reason.empty()) return reason;
-  if (operands.x.shape[0] > has.tokens) {
-    return text_of("x has ", operands.x.shape[0], " tokens; the group's memory is made for ",
-                   has.tokens);
-  }
-  const config::SymmetricCapacity needs = config::needed_capacity(sizes);
-  if (needs.slots > has.slots || needs.local_experts > has.local_experts ||
-      needs.flag_words > has.flag_words || needs.row_bytes > has.row_bytes) {
-    return text_of("the group's memory is made for ", has.slots, " slots, ", has.local_experts,
-                   " experts a rank and ", has.row_bytes, " bytes of rows; this layer needs ",
-                   needs.slots, ", ", needs.local_experts, " and ", needs.row_bytes);
-  }
-  return {};
-}
-
 std::string refuse_sizes(const fm_layer& layer, const Operands& operands,
                          const RankArguments& ranks) {
-  // Rows and slots are counted in 32 bits, in steps of all threads of a grid.
-  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() - (1 << 20);
   for (const auto& [name, size] :
        {std::pair{"hidden", layer.hidden}, std::pair{"intermediate", layer.intermediate}}) {
     if (size < 64 || size % 64 != 0 || size > config::kMaxWidth) {
@@ -374,11 +259,7 @@ std::string refuse_sizes(const fm_layer& layer, const Operands& operands,
   if (layer.top_k > config::kMaxTopK) {
     return text_of("top_k is ", layer.top_k, "; accepted on CUDA: to ", config::kMaxTopK);
   }
-  if (rows_of(layer, operands, ranks) > kMaxRows) {
-    return text_of("tokens * top_k is ", token_cap_of(operands, ranks) * layer.top_k,
-                   "; accepted on CUDA: to ", kMaxRows / std::min(ranks.world, 2));
-  }
-  return ranks.world == 1 ? std::string{} : refuse_ranks(layer, operands, ranks);
+  return refuse_tokens(layer, operands.x.shape[0], ranks);
 }
 
 // Why the kernels cannot run this layer on these operands, or an empty text.
@@ -396,7 +277,8 @@ std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& opera
   if (is_separate(layer) && major_of(operands.w_gate) != major_of(operands.w_up)) {
     return "w_gate and w_up differ in which dimension is contiguous; accepted on CUDA: the same";
   }
-  if (std::string reason = refuse_z(layer, operands.x.shape[0], operands.z); !reason.empty()) {
+  if (std::string reason = refuse_z(layer, operands.x.shape[0], operands.z, ranks.world);
+      !reason.empty()) {
     return reason;
   }
   return refuse_rows("w_router", operands.w_router, router_bytes);
@@ -404,9 +286,10 @@ std::string reason_to_refuse(const fm_layer& layer, const fm_forward_args& opera
 
 }  // namespace
 
-std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z) {
+std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z, int32_t world) {
   if (!present(z)) return {};
-  const int64_t rows = config::forward_rows(tokens * layer.top_k, layer.num_experts);
+  const int64_t rows =
+      world == 1 ? config::forward_rows(tokens * layer.top_k, layer.num_experts) : 0;
   if (z.shape[0] < rows) {
     return text_of("z has ", z.shape[0], " rows, expected ", rows, " (fm_z_rows)");
   }

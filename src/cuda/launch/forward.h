@@ -7,22 +7,11 @@
 #include <string>
 
 #include "cuda/config/forward.h"
-#include "cuda/config/ranks.h"
+#include "cuda/launch/ranks.h"
 #include "cuda/sync/report.h"
 #include "flashmoe/c_api.h"
 
 namespace flashmoe::cuda::launch {
-
-// The ranks of a launch, as one of them sees them.
-struct RankArguments {
-  int32_t rank = 0;
-  int32_t world = 1;  // 1: the rest is not read
-  // What the ranks' regions were made for, the same on all of them.
-  config::SymmetricCapacity capacity;
-  // [world] device addresses of the ranks' regions, zero when made, each of
-  // config::symmetric_table(world, capacity).total bytes or more.
-  void* const* regions = nullptr;
-};
 
 // What one forward runs with. The engine has checked shapes, dtypes and strides of `operands` as
 // for the CPU and that there is no z (engine/cuda_call.h); every data pointer is memory of the
@@ -44,8 +33,9 @@ struct ForwardArguments {
   cudaStream_t stream = nullptr;
 };
 
-// Why the kernels cannot write or read a z of so many tokens, or an empty text.
-std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z);
+// Why the kernels cannot write or read a z of so many tokens, or an empty text. Of several ranks it
+// may have any number of rows.
+std::string refuse_z(const fm_layer& layer, int64_t tokens, const fm_tensor& z, int32_t world);
 
 // Throws FM_UNSUPPORTED with the reason if the kernels cannot run this layer on these operands.
 // Looks at sizes, strides and addresses only; never at a device.

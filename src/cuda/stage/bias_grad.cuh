@@ -1,12 +1,13 @@
-// Gradients of the experts' biases: sums over an expert's rows, in row order and fp64 (a long fp32
+// Gradients of the experts' biases: sums over an expert's rows, in row order (source after source
+// where they have rows apart) and fp64 (a long fp32
 // sum would be less exact than the blocked sums of a plain layer). A warp takes 256 columns.
 #pragma once
 
 #include "cuda/kernel/backward.h"
-#include "cuda/stage/copy_rows.cuh"
+#include "cuda/stage/slot_exchange.cuh"
+#include "cuda/tile/backward_walk.h"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/strided.cuh"
-#include "cuda/tile/walk.h"
 
 namespace flashmoe::cuda::stage {
 
@@ -31,26 +32,30 @@ inline constexpr int32_t kBiasColumns = 32 * kVector;
 
 // Sums row(r), weight(r) over the expert's rows into `out`. Whole warp.
 template <class Element, class Row, class Weight>
-FM_DEVICE void sum_rows(const kernel::StridedView& out, int32_t expert_idx, int32_t column,
-                        int32_t columns, int32_t begin, int32_t end, const Row& row,
-                        const Weight& weight) {
+FM_DEVICE void sum_rows(const kernel::StridedView& out, const tile::ExpertParts& expert,
+                        int32_t column, int32_t columns, const Row& row, const Weight& weight) {
   const int32_t mine = column + ptx::lane_idx() * kVector;
   if (mine >= columns) return;
   WideSums sums;
+#pragma unroll 1
+  for (int32_t e = expert.local_expert_idx; e < expert.experts.num_experts;
+       e += expert.local_experts) {
+    const int32_t end = expert.experts.begin(e) + expert.experts.rows(e);
 #pragma unroll 4
-  for (int32_t r = begin; r < end; ++r) {
-    sums.template add<Element>(*reinterpret_cast<const int4*>(row(r) + mine), weight(r));
+    for (int32_t r = expert.experts.begin(e); r < end; ++r) {
+      sums.template add<Element>(*reinterpret_cast<const int4*>(row(r) + mine), weight(r));
+    }
   }
   FM_UNROLL
   for (int i = 0; i < kVector; ++i) {
-    tile::write_real(out, expert_idx, mine + i, static_cast<float>(sums.values[i]));
+    tile::write_real(out, expert.local_expert_idx, mine + i, static_cast<float>(sums.values[i]));
   }
 }
 
-// Both biases of all experts, dealt to num_workers warps. Whole warp.
-template <class Element>
+// Both biases of all experts, dealt to num_workers() warps. Whole warp.
+template <class Element, class Index, class Count>
 FM_DEVICE void sum_biases(const kernel::BackwardParams& params, const tile::ExpertTable& experts,
-                          int32_t worker_idx, int32_t num_workers) {
+                          const Index& worker_idx, const Count& num_workers) {
   const auto& routing = params.routing;
   const auto& memory = params.forward.memory;
   const int32_t hidden = params.forward.sizes.hidden;
@@ -61,22 +66,32 @@ FM_DEVICE void sum_biases(const kernel::BackwardParams& params, const tile::Expe
   };
   const int32_t of_up = pieces(routing.grad_b_up, up);
   const int32_t of_expert = of_up + pieces(routing.grad_b_down, hidden);
-  for (int32_t unit = worker_idx; unit < experts.num_experts * of_expert; unit += num_workers) {
-    const int32_t e = unit / of_expert;
-    const int32_t piece = unit - e * of_expert;
-    const int32_t begin = experts.begin(e);
-    const int32_t end = begin + experts.rows(e);
+  const int32_t local_experts = params.forward.sizes.local_experts;
+#pragma unroll 1
+  for (int32_t unit = worker_idx(); unit < local_experts * of_expert; unit += num_workers()) {
+    const tile::ExpertParts expert{experts, local_experts, unit / of_expert};
+    const int32_t piece = unit - expert.local_expert_idx * of_expert;
     if (piece < of_up) {
       const auto* grad_z = static_cast<const uint16_t*>(params.grad_z);
       sum_rows<Element>(
-          routing.grad_b_up, e, piece * kBiasColumns, up, begin, end,
+          routing.grad_b_up, expert, piece * kBiasColumns, up,
           [&](int32_t r) { return grad_z + int64_t{r} * up; }, [](int32_t) { return 1.0f; });
     } else {
-      const auto* grad_y = static_cast<const uint16_t*>(params.grad_y);
-      sum_rows<Element>(
-          routing.grad_b_down, e, (piece - of_up) * kBiasColumns, hidden, begin, end,
-          [&](int32_t r) { return grad_y + memory.row_token[r] * params.grad_y_stride; },
-          [&](int32_t r) { return on_input ? 1.0f : memory.row_weight[r]; });
+      const OwnGrads grads{params};
+      const auto weight = [&](int32_t r) {
+        return on_input ? 1.0f : memory.row_weight[r];
+      };
+      const int32_t column = (piece - of_up) * kBiasColumns;
+      if (is_alone(params.forward)) {
+        sum_rows<Element>(
+            routing.grad_b_down, expert, column, hidden,
+            [&](int32_t r) { return grads.row(memory.row_token[r]); }, weight);
+      } else {
+        sum_rows<Element>(
+            routing.grad_b_down, expert, column, hidden,
+            [&](int32_t r) { return row_by_word(params.forward, grads, memory.row_token[r]); },
+            weight);
+      }
     }
   }
 }

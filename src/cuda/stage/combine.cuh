@@ -91,8 +91,6 @@ FM_DEVICE void combine_token(const kernel::ForwardParams& params, const CombineU
 
 // Warps of a CTA that combine: the communication warps, and the math warps after their last tile.
 inline constexpr int32_t kCombineWarps = config::kCommWarps + config::kMathWarps;
-// Among them, the first warp of a CTA that does, as a warp of the CTA.
-inline constexpr int32_t kFirstCombineWarp = config::kForwardWarps - kCombineWarps;
 
 // Combines unit after unit, of the first column block to the last, until none is left. num_blocks:
 // where the number of all experts' blocks is. Whole warp; kCombineWarps of every CTA come here.
@@ -101,9 +99,6 @@ template <class Config, int kPieces, int kRows>
 FM_DEVICE bool combine(const kernel::ForwardParams& params, RankState& ranks,
                        const int32_t& num_blocks, sync::Waiter& waiter) {
   const CombineUnits units(params, ranks, num_blocks);
-  const auto box = [] {
-    return ptx::thread_idx() / 32 - kFirstCombineWarp;
-  };
   int32_t ready = -1;  // column blocks up to here are known to be stored
 #pragma unroll 1
   while (true) {
@@ -132,9 +127,9 @@ FM_DEVICE bool combine(const kernel::ForwardParams& params, RankState& ranks,
       }
       rows = next;
     }
-    if (units.has_letter(unit)) ranks.post.send(box(), units.letter_of(unit));
+    if (units.has_letter(unit)) ranks.post.send(post_box(), units.letter_of(unit));
   }
-  if (!is_alone(params)) ranks.post.close(box());
+  if (!is_alone(params)) ranks.post.close(post_box());
   if (ptx::lane_idx() != 0) return false;
   return kernel::finish_tickets(params.memory.state->combine, gridDim.x * kCombineWarps);
 }

@@ -92,9 +92,8 @@ class CombineUnits {
   FM_DEVICE sync::Letter letter_of(const CombineUnit& unit) const {
     const auto& ranks = params_.ranks;
     const int32_t idx = (unit.end - 1) / config::return_tokens(state_.tokens[unit.source]);
-    return {
-        Regions{ranks}.return_word(ranks.rank, params_.sizes.column_blocks, unit.column_block, idx),
-        1u << unit.source};
+    const int32_t word = flag_words(params_).returned(ranks.rank, unit.column_block, idx);
+    return {static_cast<uint32_t>(word), 1u << unit.source};
   }
 
  private:
@@ -142,8 +141,8 @@ class CombineUnits {
 #pragma unroll 1
     for (int32_t peer = ptx::lane_idx() / config::kHomeUnits;
          peer < ranks.world && token < unit.end; peer += 32 / config::kHomeUnits) {
-      const uint32_t word = regions.return_word(peer, params_.sizes.column_blocks,
-                                                unit.column_block, token / unit_tokens);
+      const int32_t word =
+          flag_words(params_).returned(peer, unit.column_block, token / unit_tokens);
       waiter.wait_flag(regions.flag(ranks.rank, word), state_.epoch, sync::WaitTag::kReturned,
                        peer);
     }

@@ -16,9 +16,14 @@ namespace flashmoe::cuda::stage {
 struct RankState {
   uint32_t epoch;
   int32_t tokens[config::kMaxRanks];
-  // Of the communication warps, then of the math warps.
-  sync::PostOffice<config::kCommWarps + config::kMathWarps> post;
+  sync::PostOffice<config::kMathWarps + config::kCommWarps> post;  // by post_box()
 };
+
+// The box of a math or communication warp: of each its own, since both may send at a time.
+FM_DEVICE int32_t post_box() {
+  constexpr int32_t kFirstSender = config::kForwardWarps - config::kMathWarps - config::kCommWarps;
+  return ptx::thread_idx() / 32 - kFirstSender;
+}
 
 FM_DEVICE bool is_alone(const kernel::ForwardParams& params) { return params.ranks.world == 1; }
 
@@ -43,25 +48,20 @@ struct Regions {
     return of<config::RankSlot>(at, ranks.slots_offset) +
            int64_t{bank(epoch, source)} * ranks.bank_slots;
   }
-  // Flag words are numbered from the first push flag on.
+  // word: of config::FlagWords.
   FM_DEVICE uint32_t* flag(int32_t at, uint32_t word) const {
     return of<uint32_t>(at, ranks.flags_offset) + word;
   }
-  FM_DEVICE uint32_t push_word(int32_t source, int32_t token) const {
-    return source * push_stride() + token / config::kPushTokens;
-  }
-  FM_DEVICE uint32_t return_word(int32_t owner, int32_t num_column_blocks, int32_t column_block,
-                                 int32_t unit) const {
-    const auto stride = static_cast<int32_t>(config::return_stride(ranks.token_cap));
-    return ranks.world * push_stride() + (owner * num_column_blocks + column_block) * stride + unit;
-  }
-  // Row of a source's token in kReceived, or of an owner's part of the token's sum in kPartial.
-  FM_DEVICE uint16_t* received(int32_t at, int32_t source, int32_t token, int32_t hidden) const {
-    return of<uint16_t>(at, ranks.received_offset) + row_of(source, token) * hidden;
+  // Row of a source's token among those received, or of an owner's part of the token's sum.
+  FM_DEVICE uint16_t* received(config::RowKind kind, int32_t at, int32_t source, int32_t token,
+                               int32_t hidden) const {
+    return of<uint16_t>(at, ranks.received_offsets[static_cast<int32_t>(kind)]) +
+           row_of(source, token) * hidden;
   }
   FM_DEVICE uint16_t* partial(int32_t at, int32_t owner, int32_t token, int32_t hidden) const {
     return of<uint16_t>(at, ranks.partial_offset) + row_of(owner, token) * hidden;
   }
+  FM_DEVICE float* slot_grads(int32_t at) const { return of<float>(at, ranks.slot_grads_offset); }
 
  private:
   template <class T>
@@ -71,13 +71,14 @@ struct Regions {
   FM_DEVICE int32_t bank(uint32_t epoch, int32_t source) const {
     return plan::bank_of(epoch) * ranks.world + source;
   }
-  FM_DEVICE int32_t push_stride() const {
-    return static_cast<int32_t>(config::push_stride(ranks.token_cap));
-  }
   FM_DEVICE int64_t row_of(int32_t rank, int32_t token) const {
     return int64_t{rank} * ranks.token_cap + token;
   }
 };
+
+FM_DEVICE config::FlagWords flag_words(const kernel::ForwardParams& params) {
+  return {params.ranks.world, params.ranks.token_cap, params.sizes.column_blocks};
+}
 
 // The posting warp's part.
 FM_DEVICE void post_flags(const kernel::ForwardParams& params, RankState& state) {
@@ -185,6 +186,7 @@ FM_DEVICE int32_t rows_of_group(const kernel::ForwardParams& params, uint32_t ep
 }
 
 // The table of virtual experts in `words`. All threads of the CTA.
+template <int32_t kBlockRows>
 FM_DEVICE void make_rank_table(const kernel::ForwardParams& params, uint32_t epoch,
                                int32_t* words) {
   const auto& sizes = params.sizes;
@@ -194,8 +196,7 @@ FM_DEVICE void make_rank_table(const kernel::ForwardParams& params, uint32_t epo
     experts.rows[v] = rows_of_group(params, epoch, group, v - group * sizes.local_experts);
   }
   __syncthreads();
-  if (ptx::thread_idx() < 32)
-    place_experts<config::kForwardBlockRows>(sizes.table_experts(), experts);
+  if (ptx::thread_idx() < 32) place_experts<kBlockRows>(sizes.table_experts(), experts);
   __syncthreads();
 }
 
@@ -235,13 +236,18 @@ FM_DEVICE void place_source(const kernel::ForwardParams& params, const RankState
     const int32_t row = experts.begin(v) + rows_before_step(params, state.epoch, step, e) + rank;
     slot_row[slot] = row;
     params.memory.row_token[row] = source * ranks.token_cap + slot / sizes.top_k;
-    if (sizes.weight_on_input) params.memory.row_weight[row] = found.weight;
+    if (params.memory.row_weight != nullptr) params.memory.row_weight[row] = found.weight;
   }
 }
 
+// What plan_ranks() returns if the launch cannot go on.
+inline constexpr int32_t kStopped = -1;
+inline constexpr int32_t kRanksDiffer = -2;  // in all CTAs, or in none
+
 // The plan of several ranks, after routing: what the ranks tell each other, and the rows of all
 // their slots that came here. All threads of all CTAs; arena and kept as in place_rows(). Returns
-// the number of all experts' blocks; below 0 if the launch cannot go on.
+// the number of all experts' blocks, or one of the above.
+template <int32_t kBlockRows>
 FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena, int32_t* kept,
                              RankState& state) {
   const auto& sizes = params.sizes;
@@ -253,22 +259,16 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   const uint32_t epoch = state.epoch;
   auto* words = reinterpret_cast<int32_t*>(arena);
   tell_ranks(params, epoch);
-  if (!sync::meet_all(&params.memory.state->barrier, params.waits)) return -1;
+  if (!sync::meet_all(&params.memory.state->barrier, params.waits)) return kStopped;
   // All CTAs have read it.
   if (ptx::block_idx() == 0 && thread == 0) regions.control(ranks.rank).epoch = epoch;
-  if (!meet_ranks(params, epoch)) return -1;
-  if (!check_headers(params, epoch)) {
-    // All CTAs come here, or none.
-    if (thread == 0 && kernel::finish_tickets(params.memory.state->combine, gridDim.x)) {
-      release_scratch(params);
-    }
-    return -1;
-  }
+  if (!meet_ranks(params, epoch)) return kStopped;
+  if (!check_headers(params, epoch)) return kRanksDiffer;
   if (thread < ranks.world) {
     const auto& header = regions.control(ranks.rank).headers[plan::bank_of(epoch)][thread];
     state.tokens[thread] = static_cast<int32_t>(header.tokens);
   }
-  make_rank_table(params, epoch, words);
+  make_rank_table<kBlockRows>(params, epoch, words);
   const tile::ExpertTable experts{words, sizes.table_experts()};
   const int32_t num_words = tile::ExpertTable::num_words(sizes.table_experts());
   for (int32_t i = thread; i < num_words; i += config::kForwardThreads) kept[i] = words[i];
@@ -279,7 +279,7 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
                          {ranks.rank, epoch, static_cast<uint32_t>(ranks.row_cap)});
       atomicCAS_system(params.waits.abort, 0u, params.waits.own_mark);
     }
-    return -1;
+    return kStopped;
   }
   if (ptx::block_idx() == 0) publish_totals(params, words + num_words);
 #pragma unroll 1

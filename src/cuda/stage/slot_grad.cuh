@@ -30,6 +30,7 @@ FM_DEVICE float warp_max(float x) {
 template <class Element>
 FM_DEVICE float dot_rows(const uint16_t* a, const uint16_t* b, int32_t columns) {
   float sum = 0.0f;
+#pragma unroll 2
   for (int32_t i = ptx::lane_idx() * kVector; i < columns; i += 32 * kVector) {
     const int4 left = *reinterpret_cast<const int4*>(a + i);
     const int4 right = *reinterpret_cast<const int4*>(b + i);
@@ -46,38 +47,47 @@ FM_DEVICE float dot_rows(const uint16_t* a, const uint16_t* b, int32_t columns) 
   return warp_sum(sum);
 }
 
-// Share of slot j's weight gradient that is a product of two rows: <b_down[e], dY>, or with the
+// Where a token of this rank has the rows that its slots' gradients are made of. Asked for where
+// they are needed, to hold fewer registers.
+struct OwnOperands {
+  const kernel::BackwardParams& params;
+  int32_t token;
+
+  FM_DEVICE const uint16_t* x() const { return token_of(params.forward, token); }
+  FM_DEVICE const uint16_t* grad_y() const {
+    return static_cast<const uint16_t*>(params.grad_y) + token * params.grad_y_stride;
+  }
+};
+
+// Share of a slot's weight gradient that is a product of two rows: <b_down[e], dY>, or with the
 // weight on the input <x, dX of the row>. Whole warp.
-template <class Element>
-FM_DEVICE float row_share(const kernel::BackwardParams& params, int32_t token, int32_t row,
-                          int32_t expert_idx) {
+template <class Element, class Operands>
+FM_DEVICE float row_share(const kernel::BackwardParams& params, const Operands& token, int32_t row,
+                          int32_t local_expert_idx) {
   const auto& forward = params.forward;
   const int32_t hidden = forward.sizes.hidden;
   if (params.sizes.weight_on_input) {
-    const auto* x = static_cast<const uint16_t*>(forward.x) + token * forward.x_stride;
     return dot_rows<Element>(
-        x, static_cast<const uint16_t*>(forward.memory.rows) + int64_t{row} * hidden, hidden);
+        token.x(), static_cast<const uint16_t*>(forward.memory.rows) + int64_t{row} * hidden,
+        hidden);
   }
   const auto& bias = params.routing.b_down;
-  const auto* grad_y = static_cast<const uint16_t*>(params.grad_y) + token * params.grad_y_stride;
+  const uint16_t* grad_y = token.grad_y();
   float sum = 0.0f;
+#pragma unroll 2
   for (int32_t i = ptx::lane_idx(); i < hidden; i += 32) {
     const float g = Element::unpack(grad_y[i]).x;
-    sum = fmaf(g, tile::read_real(bias, expert_idx, i), sum);
+    sum = fmaf(g, tile::read_real(bias, local_expert_idx, i), sum);
   }
   return warp_sum(sum);
 }
 
-// The gradient of the weight of the lane's slot; 0 for a slot that has no row. Whole warp.
-template <class Element>
-FM_DEVICE float slot_gradient(const kernel::BackwardParams& params, int32_t token) {
-  const auto& forward = params.forward;
-  const auto& sizes = forward.sizes;
+// The gradient of the weight of the lane's slot, from its row on this rank; 0 without one (below
+// 0). Whole warp.
+template <class Element, class Operands>
+FM_DEVICE float gradient_of_row(const kernel::BackwardParams& params, const Operands& token,
+                                int32_t row, int32_t local_expert_idx) {
   const int32_t lane = ptx::lane_idx();
-  const int64_t slot = int64_t{token} * sizes.top_k + lane;
-  const bool has_slot = lane < sizes.top_k;
-  const int32_t row = has_slot ? forward.memory.slot_row[slot] : kNoExpert;
-  const int32_t expert_idx = has_slot ? forward.memory.ids[slot] : kNoExpert;
   float sum = 0.0f;
   if (row >= 0 && !params.sizes.weight_on_input) {
     const float* part = params.parts + row;
@@ -87,14 +97,27 @@ FM_DEVICE float slot_gradient(const kernel::BackwardParams& params, int32_t toke
     }
   }
   if (params.sizes.weight_on_input || params.routing.b_down.data != nullptr) {
-    for (int32_t j = 0; j < sizes.top_k; ++j) {
+    for (int32_t j = 0; j < params.forward.sizes.top_k; ++j) {
       const int32_t row_of_j = __shfl_sync(kAllLanes, row, j);
       if (row_of_j < 0) continue;
-      const int32_t expert_of_j = __shfl_sync(kAllLanes, expert_idx, j);
+      const int32_t expert_of_j = __shfl_sync(kAllLanes, local_expert_idx, j);
       const float share = row_share<Element>(params, token, row_of_j, expert_of_j);
       if (lane == j) sum += share;
     }
   }
+  return sum;
+}
+
+// The gradient of the weight of the lane's slot, of a rank alone. Whole warp.
+template <class Element>
+FM_DEVICE float slot_gradient(const kernel::BackwardParams& params, int32_t token) {
+  const auto& forward = params.forward;
+  const int32_t lane = ptx::lane_idx();
+  const int64_t slot = int64_t{token} * forward.sizes.top_k + lane;
+  const bool has_slot = lane < forward.sizes.top_k;
+  const int32_t row = has_slot ? forward.memory.slot_row[slot] : kNoExpert;
+  const int32_t expert_idx = has_slot ? forward.memory.ids[slot] : kNoExpert;
+  const float sum = gradient_of_row<Element>(params, OwnOperands{params, token}, row, expert_idx);
   return row == kUndefined ? not_a_number() : sum;
 }
 
@@ -177,21 +200,22 @@ FM_DEVICE void differentiate_router(const kernel::BackwardParams& params, int32_
   if (id >= 0) grad_logits[id] += slope_of_score(router.score, logit, raw, grad_raw, dot);
 }
 
-// All tokens, dealt to num_workers warps. Whole warp.
+// What becomes of the gradient of the lane's slot of a token of this rank. Whole warp.
+FM_DEVICE void finish_slots(const kernel::BackwardParams& params, int32_t token, float gradient) {
+  if (params.routing.w_router != nullptr) {
+    differentiate_router(params, token, gradient);
+  } else if (ptx::lane_idx() < params.forward.sizes.top_k) {
+    tile::write_real(params.routing.grad_topk_weights, token, ptx::lane_idx(), gradient);
+  }
+}
+
+// All tokens of a rank alone, dealt to num_workers warps. Whole warp.
 template <class Element>
 FM_DEVICE void differentiate_slots(const kernel::BackwardParams& params, int32_t worker_idx,
                                    int32_t num_workers) {
-  const auto& sizes = params.forward.sizes;
-  const auto& routing = params.routing;
-  const bool is_fused = routing.w_router != nullptr;
-  if (!is_fused && routing.grad_topk_weights.data == nullptr) return;
-  for (int32_t token = worker_idx; token < sizes.tokens; token += num_workers) {
-    const float gradient = slot_gradient<Element>(params, token);
-    if (is_fused) {
-      differentiate_router(params, token, gradient);
-    } else if (ptx::lane_idx() < sizes.top_k) {
-      tile::write_real(routing.grad_topk_weights, token, ptx::lane_idx(), gradient);
-    }
+  if (!params.routing.any_slot()) return;
+  for (int32_t token = worker_idx; token < params.forward.sizes.tokens; token += num_workers) {
+    finish_slots(params, token, slot_gradient<Element>(params, token));
   }
 }
 

@@ -23,6 +23,7 @@ enum class WaitTag : uint32_t {
   kMetadata,    // the plan waits for what a rank says of its tokens
   kPushed,      // a copy waits for rows that a rank sends
   kReturned,    // a sum waits for the part of a rank
+  kSlotGrads,   // the router's gradients wait for those of slots that a rank has
   kAborted,     // the group was stopped; `expected` is 1 + the rank that stopped it
   // Not waits: what a token's routing may be wrong with.
   kUndefinedLogits,  // NaN, +inf or nothing finite; block_idx is the token
@@ -68,6 +69,8 @@ constexpr const char* name_of(WaitTag tag) {
       return "rows from a rank";
     case WaitTag::kReturned:
       return "partial sums from a rank";
+    case WaitTag::kSlotGrads:
+      return "gradients of slots from a rank";
     case WaitTag::kAborted:
       return "the group was stopped";
     case WaitTag::kMismatch:

@@ -10,7 +10,21 @@
 namespace flashmoe::cuda::tile {
 
 FM_DEVICE ExpertTable table_of(const kernel::BackwardParams& params) {
-  return {params.forward.memory.experts, params.forward.sizes.num_experts};
+  return {params.forward.memory.experts, params.forward.sizes.table_experts()};
+}
+FM_DEVICE ExpertParts parts_of(const kernel::BackwardParams& params, const Tile& tile) {
+  return {table_of(params), params.forward.sizes.local_experts, tile.local_expert_idx};
+}
+
+// Whether the launch computes Z: it was not kept, or of several ranks more rows came than it has.
+FM_DEVICE bool makes_z(const kernel::BackwardParams& params) {
+  const config::BackwardSizes& sizes = params.sizes;
+  if (sizes.pre_activation_pairs == 0 || sizes.z_rows < 0) return sizes.pre_activation_pairs > 0;
+  const ExpertTable experts = table_of(params);
+  return experts.begin(experts.num_experts) > sizes.z_rows;
+}
+FM_DEVICE int32_t pre_activation_pairs(const kernel::BackwardParams& params) {
+  return makes_z(params) ? params.sizes.pre_activation_pairs : 0;
 }
 
 // Which gradient a tile of a sum over rows is of: an index of kernel::BackwardParams::weight_grads.
@@ -29,11 +43,6 @@ FM_DEVICE void load_rows(uint8_t* to, uint64_t* full, const CUtensorMap& map, in
   const int32_t at[4] = {column, kWindow - num_rows, row + num_rows, kWindow};
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &map, at, full, mask...);
 }
-FM_DEVICE int32_t end_of_expert(const kernel::BackwardParams& params, int32_t e) {
-  const ExpertTable experts = table_of(params);
-  return experts.begin(e) + experts.rows(e);
-}
-
 // This CTA's 128 of M: two boxes a step.
 class BackwardWeightLoad {
  public:
@@ -41,26 +50,26 @@ class BackwardWeightLoad {
                                int32_t cta_rank)
       : params_(params),
         tile_(tile),
-        m_((2 * tile.weight_pair_idx + cta_rank) * config::kWeightRows),
-        first_(tile.local_expert_idx) {
+        m_((2 * tile.weight_pair_idx + cta_rank) * config::kWeightRows) {
     if (!is_weight_grad(tile)) return;
+    rows_ = StepRows(parts_of(params, tile));
     m_ += params.weight_grad_out[gradient_of(tile)].m_offset;
-    first_ = table_of(params).begin(tile.local_expert_idx);
-    end_ = end_of_expert(params, tile.local_expert_idx);
   }
 
-  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
+  // Of one step after the other.
+  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) {
     FM_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int32_t m = m_ + half * config::kHalfRows;
       uint8_t* box = to + half * config::kBoxBytes;
       if (is_weight_grad(tile_)) {
         load_rows<config::kDepthStep>(box, full, params_.grad_m[gradient_of(tile_) > 0], m,
-                                      first_ + depth, end_);
+                                      rows_.row, rows_.end);
       } else {
         load_weights(box, full, m, depth);
       }
     }
+    if (is_weight_grad(tile_)) rows_.advance(parts_of(params_, tile_), config::kDepthStep);
   }
 
  private:
@@ -77,15 +86,15 @@ class BackwardWeightLoad {
     const int32_t own_m = m_is_hidden ? m : m - less;
     const int32_t own_k = m_is_hidden ? depth - less : depth;
     const CUtensorMap* map = is_down ? &params_.down_weights : &params_.up_weights[is_second];
-    const int32_t at[3] = {depth_first ? own_k : own_m, depth_first ? own_m : own_k, first_};
+    const int32_t at[3] = {depth_first ? own_k : own_m, depth_first ? own_m : own_k,
+                           tile_.local_expert_idx};
     ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, box, map, at, full);
   }
 
   const kernel::BackwardParams& params_;
   const Tile& tile_;
   int32_t m_;
-  int32_t first_;    // the expert; of a sum over rows, its first row
-  int32_t end_ = 0;  // of a sum over rows
+  StepRows rows_;  // of a sum over rows
 };
 
 // Half of the pair's N side, for both CTAs: half of the rows, or half the depth of every box.
@@ -93,12 +102,11 @@ class BackwardTokenLoad {
  public:
   FM_DEVICE BackwardTokenLoad(const kernel::BackwardParams& params, const Tile& tile,
                               int32_t cta_rank)
-      : tile_(tile), map_(map_of(params, tile)) {
+      : params_(params), tile_(tile), map_(map_of(params, tile)) {
     if (is_weight_grad(tile)) {
-      const ExpertTable experts = table_of(params);
+      rows_ = StepRows(parts_of(params, tile));
       column_ = params.weight_grad_out[gradient_of(tile)].n_offset + tile.row_begin;
-      first_ = experts.begin(tile.local_expert_idx) + cta_rank * kHalfDepth;
-      end_ = end_of_expert(params, tile.local_expert_idx);
+      first_ = cta_rank * kHalfDepth;
       place_ = cta_rank * (config::kBoxBytes / 2);
     } else {
       const int32_t first = cta_rank * tile.num_steps() * (kTokenStep / config::kClusterSize);
@@ -107,7 +115,8 @@ class BackwardTokenLoad {
     }
   }
 
-  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
+  // Of one step after the other.
+  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) {
     constexpr uint16_t kBoth = 0b11;
     if (!is_weight_grad(tile_)) {
       const int32_t at[2] = {depth, first_};
@@ -119,8 +128,10 @@ class BackwardTokenLoad {
     for (int box = 0; box < config::kMaxColumnBoxes; ++box) {
       if (box >= column_boxes(tile_)) break;
       load_rows<kHalfDepth>(to + place_ + box * config::kBoxBytes, full, map_,
-                            column_ + box * config::kBoxColumns, first_ + depth, end_, kBoth);
+                            column_ + box * config::kBoxColumns, rows_.row + first_, rows_.end,
+                            kBoth);
     }
+    rows_.advance(parts_of(params_, tile_), config::kDepthStep);
   }
 
  private:
@@ -139,12 +150,13 @@ class BackwardTokenLoad {
     }
   }
 
+  const kernel::BackwardParams& params_;
   const Tile& tile_;
   const CUtensorMap& map_;
-  int32_t first_;       // row
-  int32_t place_;       // in the stage
-  int32_t column_ = 0;  // of a sum over rows; and the expert's end
-  int32_t end_ = 0;
+  StepRows rows_;  // of a sum over rows, and its columns
+  int32_t column_ = 0;
+  int32_t first_;  // row; of a sum over rows, in the step
+  int32_t place_;  // in the stage
 };
 
 // Bytes of a stage.

@@ -62,8 +62,67 @@ struct WeightGrid {
   }
 };
 
+// An expert of this rank in a table that has it once for each group of sources, all experts of the
+// first group first.
+struct ExpertParts {
+  ExpertTable experts;
+  int32_t local_experts;
+  int32_t local_expert_idx;
+
+  FM_HD constexpr int32_t rows() const {
+    int32_t sum = 0;
+    for (int32_t e = local_expert_idx; e < experts.num_experts; e += local_experts) {
+      sum += experts.rows(e);
+    }
+    return sum;
+  }
+  FM_HD constexpr int32_t blocks() const {
+    int32_t sum = 0;
+    for (int32_t e = local_expert_idx; e < experts.num_experts; e += local_experts) {
+      sum += experts.blocks_before(e + 1) - experts.blocks_before(e);
+    }
+    return sum;
+  }
+  // Steps of a sum over its rows, each of rows of one part; at least one: an expert without rows
+  // has a step of zeros.
+  FM_HD constexpr int32_t num_steps(int32_t step_rows) const {
+    int32_t sum = 0;
+    for (int32_t e = local_expert_idx; e < experts.num_experts; e += local_experts) {
+      sum += plan::ceil_div(experts.rows(e), step_rows);
+    }
+    return sum > 0 ? sum : 1;
+  }
+};
+
+// The rows of those steps, one after the other: [row, end), of which a step takes the first.
+struct StepRows {
+  int32_t part = 0;  // in the table
+  int32_t row = 0;
+  int32_t end = 0;
+
+  StepRows() = default;
+  FM_HD explicit constexpr StepRows(const ExpertParts& of)
+      : part(of.local_expert_idx), row(of.experts.begin(part)), end(row + of.experts.rows(part)) {
+    skip(of);
+  }
+  FM_HD constexpr void advance(const ExpertParts& of, int32_t step_rows) {
+    row += step_rows;
+    skip(of);
+  }
+
+ private:
+  FM_HD constexpr void skip(const ExpertParts& of) {
+    while (row >= end && part + of.local_experts < of.experts.num_experts) {
+      part += of.local_experts;
+      row = of.experts.begin(part);
+      end = row + of.experts.rows(part);
+    }
+  }
+};
+
 struct BackwardWalk {
   ExpertTable experts;
+  int32_t local_experts;         // whose weights have gradients: see ExpertParts
   int32_t max_rows;              // of a block
   int32_t pre_activation_pairs;  // 0: they were kept
   int32_t hidden_pairs;
@@ -95,7 +154,7 @@ struct BackwardWalk {
 
  private:
   FM_HD constexpr int32_t tiles_of(int which) const {
-    return experts.num_experts * weight_grads[which].num_tiles();
+    return local_experts * weight_grads[which].num_tiles();
   }
   FM_HD constexpr Tile weight_tile(int32_t tile_idx, int which) const {
     const int32_t of_expert = weight_grads[which].num_tiles();
@@ -104,7 +163,7 @@ struct BackwardWalk {
         static_cast<BackwardProduct>(static_cast<int>(BackwardProduct::kDownGrad) + which);
     return weight_grads[which].tile_at(tile_idx - e * of_expert, e, product);
   }
-  // Of `pairs` weight pairs of every block.
+  // Of `pairs` weight pairs of every block; of an expert of the table.
   FM_HD constexpr Tile row_tile(int32_t tile_idx, int32_t pairs, BackwardProduct product) const {
     const int32_t e = experts.expert_of_block(tile_idx / pairs);
     Tile tile = TileGrid{max_rows, pairs}.tile_at(tile_idx - experts.blocks_before(e) * pairs, e,

@@ -13,6 +13,7 @@
 #include "cuda/kernel/backward.h"
 #include "cuda/ptx/prefetch.cuh"
 #include "cuda/sync/wait.cuh"
+#include "cuda/tile/backward_load.cuh"
 #include "cuda/tile/epilogue.cuh"
 #include "cuda/tile/slope.cuh"
 
@@ -59,7 +60,8 @@ FM_DEVICE void fetch_z(const kernel::BackwardParams& params, const Tile& tile, i
   for (int i = 0; i < 2 * num_buffers; ++i) {
     const int32_t of_half = column + i % 2 * config::kHalfRows;
     if (of_half >= params.forward.sizes.intermediate) continue;
-    ptx::prefetch_tensor_2d(&params.z_ahead, z_column(params, of_half, i / 2), tile.row_begin);
+    ptx::prefetch_tensor_2d(&params.z_ahead[makes_z(params)], z_column(params, of_half, i / 2),
+                            tile.row_begin);
   }
 }
 
@@ -259,8 +261,8 @@ class HiddenGrad {
                                  : params.forward.memory.row_weight[place.row_begin() + row];
     }
     if (lane_of_warp() != 0) return;
-    if (params.sizes.pre_activation_pairs > 0) {
-      waiter.wait_word(&params.counters.z_done[place.row_begin() / config::kRowGroup],
+    if (makes_z(params)) {
+      waiter.wait_rows(&params.counters.z_done[place.row_begin() / config::kRowGroup],
                        params.sizes.pre_activation_pairs * config::kClusterSize,
                        sync::WaitTag::kGradDone);
       ptx::fence_proxy_async(ptx::space_global);
@@ -321,7 +323,8 @@ class HiddenGrad {
     for (int buffer = 0; buffer < num_buffers; ++buffer) {
       const int32_t at[2] = {z_column(params, column, buffer), row};
       ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
-                                (*memory_.chunks)[chunk.set()][buffer], &params.z_in, at, full);
+                                (*memory_.chunks)[chunk.set()][buffer],
+                                &params.z_in[makes_z(params)], at, full);
     }
   }
 
