@@ -190,8 +190,15 @@ def run_bounded(step: Step, env: dict[str, str], file: IO[str]) -> int:
     """Exit code of a step, 124 over its limit: it is interrupted first, upon which pytest prints
     its failures. The processes that it has started end with it: ranks of a step that hangs would
     keep the GPUs from the next one."""
+    # A shell's background jobs ignore interrupts, and what they start would too.
     process = subprocess.Popen(
-        step.command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+        step.command,
+        cwd=ROOT,
+        env=env,
+        stdout=file,
+        stderr=file,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         return process.wait(step.limit_s)
