@@ -44,7 +44,7 @@ namespace flashmoe::cuda::kernel {
 template <class Job>
 FM_DEVICE void tickets_role(const typename Job::Params& params, typename Job::Shared& smem,
                             sync::Waiter waiter) {
-  const int32_t num_clusters = ptx::num_blocks() / config::kClusterSize;
+  const int32_t num_clusters = gridDim.x / config::kClusterSize;
   const bool is_taker = ptx::lane_idx() == 0;
   TileWriter tiles(smem.tiles);
   typename Job::Source source(params, smem);
