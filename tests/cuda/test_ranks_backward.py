@@ -286,8 +286,11 @@ def test_phases_of_a_backward(groups):
     for group in groups:
         stats = group.stats()
         phases = dict(zip(PHASES, stats["phase_seconds"], strict=True))
-        assert all(phases[name] > 0 for name in ("plan", "push", "up", "down", "weight"))
-        assert stats["seconds"] >= phases["push"]
+        assert phases["plan"] > 0
+        assert 0 < phases["push"] <= stats["seconds"]
+        # In a layer this small the first cluster may have no tile of a product: its phase is 0.
+        in_turn = sum(phases[n] for n in ("route", "plan", "up", "weight", "down", "combine"))
+        assert in_turn == pytest.approx(stats["seconds"], rel=1e-6)
 
 
 def test_epochs_across_the_wrap():
