@@ -49,6 +49,15 @@ static_assert(kStoreBuffers * kGradStoreBytes <= kBackwardStagingBytes);
 // Gradients of the router are sums over this many ranges of tokens, whoever makes them.
 inline constexpr int32_t kRouterSegments = 8;
 
+// Tokens and experts of grad_logits in scratch are rounded up to this: the router's products read
+// whole tiles, with zeros where there is no token or expert.
+inline constexpr int32_t kRouterPadding = 16;
+
+template <class Count>
+FM_HD constexpr Count router_padded(Count count) {
+  return plan::align_up(count, Count{kRouterPadding});
+}
+
 // Words of a range's sums: of the router's weight, then of its bias; a multiple of 16 bytes.
 FM_HD constexpr int64_t router_part_words(int64_t num_experts, int64_t hidden) {
   return num_experts * hidden + plan::align_up(num_experts, 4);
@@ -108,7 +117,7 @@ enum class BackwardScratch : int {
   kSlotRow,
   kSlotOwner,
   kParts,        // f32 [tiles of I][rows]: of <A, dA'>
-  kGradLogits,   // f32 [T][E], fused router
+  kGradLogits,   // f32 [T][E], both router_padded, fused router
   kRouterParts,  // f32 [kRouterSegments][router_part_words], fused router
   kXRows,        // T [rows][H]: tokens in expert order
   kRows,         // T [rows][H]: grad y in expert order; then the input gradients
@@ -155,7 +164,7 @@ FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
   table.add(BackwardScratch::kSlotOwner, "slot owner", is_alone ? 0 : slots * 4);
   table.add(BackwardScratch::kParts, "weight parts", s.rows * parts * 4);
   table.add(BackwardScratch::kGradLogits, "grad logits",
-            s.has_router ? s.tokens * s.num_experts * 4 : 0);
+            s.has_router ? router_padded(s.tokens) * router_padded(s.num_experts) * 4 : 0);
   table.add(BackwardScratch::kRouterParts, "router parts", router_words * 4);
   table.add(BackwardScratch::kXRows, "x rows", s.rows * s.hidden * kElementBytes);
   table.add(BackwardScratch::kRows, "rows", s.rows * s.hidden * kElementBytes);

@@ -3,12 +3,11 @@
 // tile/backward_walk.h.
 //
 //   tickets, weights, tokens  as in pipeline.cuh; of a sum over rows, its M and its N side
-//   math  (two warpgroups of each CTA)  take tiles in turn; then combine the input gradients, and
-//                                       at the end make those of the router
+//   math  (two warpgroups of each CTA)  take tiles in turn; then combine the input gradients
 //   comm  (a warpgroup of each CTA)     sends grad y and tokens to the other ranks that need
 //                                       them, and copies what came into expert order ahead of the
-//                                       tiles; then gradients of routing and biases, when the
-//                                       hidden gradients are there; then combines
+//                                       tiles; then gradients of slots and biases, when the hidden
+//                                       gradients are there, and of the router; then combines
 //
 // Counters: kernel/backward.h. Every tile of a gradient has one owner, and every sum one order.
 #pragma once
@@ -38,6 +37,7 @@ struct BackwardExtra {
   bool has_scratch;
   uint32_t here[config::kClusterSize];  // CTAs of the pair that have the plan
   tile::Tile current[2];                // of each math warpgroup while its products run
+  MathPlace places[config::kMathWarps];
 };
 
 // As tile::SharedMemory, with more staging.
@@ -352,99 +352,88 @@ FM_DEVICE bool plan_rows(const BackwardParams& params, BackwardShared<Config>& s
   return forward.sizes.has_few_slots || sync::meet_all(barrier, forward.waits);
 }
 
-inline constexpr int kMathMeets = 3;  // a barrier of the math warps; tile::Staging has 1 and 2
-inline constexpr int32_t kMathThreads = config::kMathWarps * 32;
+// Communication warps of the launch.
+FM_DEVICE int32_t num_comm_warps() { return ptx::num_blocks() * config::kCommWarps; }
 
-// The math warps of all CTAs meet. False if a CTA did not come in time.
-FM_DEVICE bool meet_math(sync::GridBarrier* barrier, sync::Waiter& waiter) {
-  ptx::barrier_sync(kMathMeets, kMathThreads);
-  if (ptx::thread_idx() == config::kWarpgroup) sync::meet(barrier, waiter);
-  return ptx::barrier_sync_and(kMathMeets, kMathThreads, waiter.alive());
-}
-
-// Gradients of the slots' weights and of the biases, of a rank alone. Whole warp.
-template <class Config, class Index, class Count>
-FM_DEVICE void differentiate_routing(const BackwardParams& params, const Index& worker_idx,
-                                     const Count& num_workers) {
-  using Element = tile::ElementOf<Config::value.element>;
-  stage::differentiate_slots<Element>(params, worker_idx(), num_workers());
-  if (params.routing.any_bias()) {
-    stage::sum_biases<Element>(params, table_of(params), worker_idx, num_workers);
-  }
-}
-
-// The same as soon as all hidden gradients are there, if they are made of nothing else. Whole warp.
-template <class Config, class Index, class Count>
-FM_DEVICE void differentiate_alone(const BackwardParams& params, BackwardShared<Config>& smem,
-                                   const Index& worker_idx, const Count& num_workers,
-                                   sync::Waiter& waiter) {
-  if (!params.routing.any() || params.sizes.weight_on_input) return;
-  waiter.wait_word(params.counters.hidden_of_all,
-                   smem.extra.num_blocks * params.sizes.hidden_pairs * config::kClusterSize,
-                   sync::WaitTag::kGradDone);
-  if (__all_sync(stage::kAllLanes, waiter.alive())) {
-    differentiate_routing<Config>(params, worker_idx, num_workers);
-  }
-}
-
-// The same of several ranks, as soon as what the slots' gradients are made of is there. Whole warp.
-template <class Config, class Index, class Count>
-FM_DEVICE void exchange_routing(const BackwardParams& params, BackwardShared<Config>& smem,
-                                const Index& worker_idx, const Count& num_workers,
-                                sync::Waiter& waiter) {
-  using Element = tile::ElementOf<Config::value.element>;
+// Returns when all that the slots' gradients are made of is there: all hidden gradients, or with
+// the weight on the input all input gradients. False in all lanes if it did not come in time.
+template <class Config>
+FM_DEVICE bool wait_for_slots(const BackwardParams& params, const BackwardShared<Config>& smem,
+                              sync::Waiter& waiter) {
   const bool on_input = params.sizes.weight_on_input;
   const int32_t pairs = on_input ? params.forward.sizes.down_pairs : params.sizes.hidden_pairs;
   waiter.wait_word(on_input ? params.forward.memory.down_done : params.counters.hidden_of_all,
                    smem.extra.num_blocks * pairs * config::kClusterSize, sync::WaitTag::kGradDone);
-  if (!__all_sync(stage::kAllLanes, waiter.alive())) return;
-  stage::send_slots<Element>(params, smem.extra.ranks, worker_idx, num_workers, waiter);
-  if (params.routing.any_bias()) {
-    stage::sum_biases<Element>(params, table_of(params), worker_idx, num_workers);
-  }
-  stage::take_slots(params, smem.extra.ranks, worker_idx, num_workers, waiter);
+  return __all_sync(stage::kAllLanes, waiter.alive());
 }
 
-// Gradients of the router, once all input gradients are combined. The math warps.
-template <class Config>
-FM_DEVICE void finish_routing(const BackwardParams& params, BackwardShared<Config>& smem,
-                              sync::Waiter& waiter) {
+// Gradients of the slots' weights and of the biases; of several ranks, the slots' by the ranks of
+// their experts, which send them home. Whole warp.
+template <class Config, class Index>
+FM_DEVICE void differentiate_routing(const BackwardParams& params, BackwardShared<Config>& smem,
+                                     const Index& worker_idx, sync::Waiter& waiter) {
   using Element = tile::ElementOf<Config::value.element>;
-  static_assert(stage::RouterLayout::kBytes <= sizeof(smem.stages));
-  const bool has_router = params.routing.w_router != nullptr;
-  // With the weight on the input, the slots' gradients are made of the input gradients.
-  const bool slots_are_last =
-      stage::is_alone(params.forward) && params.sizes.weight_on_input && params.routing.any();
-  if (!has_router && !slots_are_last) return;
-  if (ptx::thread_idx() == config::kWarpgroup) {
-    waiter.wait_word(params.counters.combined, gridDim.x * stage::kCombineWarps,
-                     sync::WaitTag::kCombined);
+  const bool is_alone = stage::is_alone(params.forward);
+  if (is_alone && !params.routing.any()) return;
+  if (!wait_for_slots(params, smem, waiter)) return;
+  if (is_alone) {
+    stage::differentiate_slots<Element>(params, worker_idx(), num_comm_warps());
+  } else {
+    stage::send_slots<Element>(params, smem.extra.ranks, worker_idx, num_comm_warps, waiter);
   }
-  if (!ptx::barrier_sync_and(kMathMeets, kMathThreads, waiter.alive())) return;
-  sync::GridBarrier* barrier = &params.forward.memory.state->barrier;
-  if (slots_are_last) {
-    const auto worker_idx = [] {
-      return (ptx::thread_idx() - config::kWarpgroup) / 32 * gridDim.x + ptx::block_idx();
-    };
-    differentiate_routing<Config>(params, worker_idx,
-                                  [] { return gridDim.x * config::kMathWarps; });
-    if (!has_router || !meet_math(barrier, waiter)) return;
+  if (params.routing.any_bias()) {
+    stage::sum_biases<Element>(params, table_of(params), worker_idx, num_comm_warps);
   }
-  stage::multiply_router<Element>(params, reinterpret_cast<float*>(smem.stages), kMathMeets);
-  if (!meet_math(barrier, waiter)) return;
-  stage::reduce_router(params);
+  if (!is_alone) {
+    stage::take_slots(params, smem.extra.ranks, worker_idx, num_comm_warps, waiter);
+  }
 }
 
-// Combines until no unit is left, and says that this warp has. Whole warp.
+// Counts the warp, whose stores are then visible to whom sees the count. Whole warp.
+FM_DEVICE void count_warp(uint32_t* counter) {
+  __syncwarp();
+  if (ptx::lane_idx() == 0) ptx::add_release_gpu(counter, 1);
+}
+
+// Returns when all communication warps have written the router's share of grad x.
+FM_DEVICE void wait_for_router(const BackwardParams& params, sync::Waiter& waiter) {
+  if (params.routing.w_router == nullptr) return;
+  waiter.wait_word(params.counters.router_done, num_comm_warps(), sync::WaitTag::kRouterDone);
+}
+
+// The router's products, once the gradients of all logits are there. Whole warp of the
+// communication warpgroup.
+template <class Config>
+FM_DEVICE void differentiate_router(const BackwardParams& params, sync::Waiter& waiter) {
+  using Element = tile::ElementOf<Config::value.element>;
+  if (params.routing.w_router == nullptr) return;
+  const auto worker_idx = [] {  // a CTA's warps are neighbours
+    return ptx::block_idx() * config::kCommWarps + ptx::thread_idx() / 32 % config::kCommWarps;
+  };
+  if (worker_idx() == 0) stage::clear_logit_padding(params);
+  count_warp(params.counters.logits_done);
+  waiter.wait_word(params.counters.logits_done, num_comm_warps(), sync::WaitTag::kLogitsDone);
+  if (__all_sync(stage::kAllLanes, waiter.alive())) {
+    stage::multiply_router<Element>(params, worker_idx(), num_comm_warps());
+  }
+  count_warp(params.counters.router_done);
+  wait_for_router(params, waiter);
+  if (!__all_sync(stage::kAllLanes, waiter.alive())) return;
+  stage::reduce_router(params, worker_idx(), num_comm_warps());
+}
+
+// Combines until no unit is left, onto the router's share. Whole warp.
 template <class Config, int kPieces, int kRows>
 FM_DEVICE void combine_inputs(const BackwardParams& params, BackwardShared<Config>& smem,
                               sync::Waiter& waiter) {
+  wait_for_router(params, waiter);
+  const auto adds = [&] {
+    return params.routing.w_router != nullptr;
+  };
   if (stage::combine<Config, kPieces, kRows>(params.forward, smem.extra.ranks,
-                                             smem.extra.num_blocks, waiter)) {
+                                             smem.extra.num_blocks, waiter, adds)) {
     set_mark(params.forward, Mark::kEnd);
   }
-  __syncwarp();
-  if (ptx::lane_idx() == 0) ptx::add_release_gpu(params.counters.combined, 1);
 }
 
 // A warp of the communication warpgroup.
@@ -452,20 +441,17 @@ template <class Config>
 FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config>& smem,
                              sync::Waiter& waiter) {
   const auto worker_idx = [] {  // read where it is used: no register holds it in between
-    return ptx::thread_idx() / 32 % config::kCommWarps * gridDim.x + ptx::block_idx();
-  };
-  const auto num_workers = [] {
-    return static_cast<int32_t>(gridDim.x) * config::kCommWarps;
+    return ptx::thread_idx() / 32 % config::kCommWarps * ptx::num_blocks() + ptx::block_idx();
   };
   if (stage::is_alone(params.forward)) {
-    stage::copy_operands<Config>(params, table_of(params), worker_idx(), num_workers());
-    differentiate_alone<Config>(params, smem, worker_idx, num_workers, waiter);
+    stage::copy_operands<Config>(params, table_of(params), worker_idx(), num_comm_warps());
   } else {
     stage::exchange_operands<Config>(params, smem.extra.ranks, table_of(params), worker_idx,
-                                     num_workers, waiter);
+                                     num_comm_warps, waiter);
     if (ptx::lane_idx() == 0) set_mark_of_first(params.forward, Mark::kRowsIn);
-    exchange_routing<Config>(params, smem, worker_idx, num_workers, waiter);
   }
+  differentiate_routing<Config>(params, smem, worker_idx, waiter);
+  differentiate_router<Config>(params, waiter);
   combine_inputs<Config, 1, 4>(params, smem, waiter);
 }
 
@@ -498,16 +484,13 @@ FM_DEVICE void run_backward_roles(const BackwardParams& params, BackwardShared<C
   } else {
     ptx::setmaxnreg_inc<Job::kShape.math_registers>();
     math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
-    // No operand is on its way any more once both warpgroups have done their last tile.
-    ptx::barrier_sync(kMathMeets, kMathThreads);
     combine_inputs<Config, 2, 8>(params, smem, waiter);
-    finish_routing<Config>(params, smem, waiter);
   }
 }
 
 // One thread of each CTA, when all of it has done; the last one gives the scratch free.
 FM_DEVICE void leave_backward(const BackwardParams& params) {
-  if (ptx::add_acq_rel_gpu(params.counters.left, 1) != gridDim.x - 1) return;
+  if (ptx::add_acq_rel_gpu(params.counters.left, 1) != ptx::num_blocks() - 1u) return;
   set_mark(params.forward, Mark::kDone);
   stage::release_scratch(params.forward);
 }

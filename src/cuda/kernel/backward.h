@@ -31,7 +31,8 @@ struct BackwardCounters {
   uint32_t* hidden_of_expert;  // [E] CTAs' hidden-gradient tiles that are stored
   uint32_t* down_of_expert;    // [E] CTAs' tiles of grad w_down that are stored
   uint32_t* hidden_of_all;     // [1] CTAs' hidden-gradient tiles of all experts
-  uint32_t* combined;          // [1] warps that have left the combine
+  uint32_t* logits_done;       // [1] communication warps that have their gradients of logits
+  uint32_t* router_done;       // [1] communication warps that have the router's share of grad x
   uint32_t* left;              // [1] CTAs that have done everything
   uint32_t* first;             // all of them, one after the other, with ForwardMemory::down_done
   int32_t count;
@@ -98,7 +99,7 @@ struct BackwardParams {
   const void* grad_y;  // [T, H]
   int64_t grad_y_stride;
   float* parts;         // [hidden_tiles][max_rows]
-  float* grad_logits;   // [T, E]
+  float* grad_logits;   // [T, E], both rounded up (config::router_padded)
   float* router_parts;  // [kRouterSegments][router_part_words]
   void* grad_z;         // [max_rows, G * I]
 };

@@ -295,7 +295,7 @@ template <class Config, int kPieces, int kRows>
 FM_DEVICE void combine_outputs(const ForwardParams& params, ForwardShared<Config>& smem,
                                sync::Waiter& waiter) {
   if (!stage::combine<Config, kPieces, kRows>(params, smem.extra.ranks, smem.extra.num_blocks,
-                                              waiter)) {
+                                              waiter, [] { return false; })) {
     return;
   }
   set_mark(params, Mark::kEnd);

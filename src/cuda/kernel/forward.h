@@ -54,6 +54,7 @@ struct RouterParams {
 // The regions of config::ForwardScratch.
 struct ForwardMemory {
   ForwardState* state;
+  TicketCounter* combine;  // the state's; found without it, roles keep no register for that
   uint32_t* rows_ready;
   uint32_t* up_done;
   uint32_t* down_done;

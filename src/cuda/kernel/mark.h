@@ -17,7 +17,7 @@ enum class Mark : int32_t {
   kUpGrad,    // backward: of the gradient of w_up
   kLastTile,  // no tile is left
   kEnd,       // all tokens are combined
-  kDone,      // backward: gradients of the router are there
+  kDone,      // backward: every CTA has done all that it does
   // Several ranks, beside the tiles:
   kRowsIn,    // all rows that came are in expert order
   kFirstSum,  // the first column block may be summed: by the warp that has its first unit

@@ -44,7 +44,7 @@ namespace flashmoe::cuda::kernel {
 template <class Job>
 FM_DEVICE void tickets_role(const typename Job::Params& params, typename Job::Shared& smem,
                             sync::Waiter waiter) {
-  const int32_t num_clusters = gridDim.x / config::kClusterSize;
+  const int32_t num_clusters = ptx::num_blocks() / config::kClusterSize;
   const bool is_taker = ptx::lane_idx() == 0;
   TileWriter tiles(smem.tiles);
   typename Job::Source source(params, smem);
@@ -116,6 +116,14 @@ FM_DEVICE void tokens_role(const typename Job::Params& params, typename Job::Sha
   }
 }
 
+// Where a math warp is, in shared memory while a tile is finished: of a job whose epilogue needs
+// the registers, which has places in its `extra`.
+struct MathPlace {
+  uint32_t stages;
+  uint32_t tiles;
+  uint32_t turn;
+};
+
 // One warpgroup. Warpgroup 0 has the CTA's tiles 0, 2, 4, ...; warpgroup 1 the others.
 template <class Job>
 FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Shared& smem,
@@ -147,7 +155,20 @@ FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Share
     turns.wait(waiter);
     Job::multiply(params, tile, sums, smem.stages, stages, tile.num_k_blocks, waiter,
                   [&] { turns.pass(); });
-    output.finish(params, sums, current, waiter);
+    if constexpr (requires { smem.extra.places; }) {
+      const auto place = [&]() -> volatile MathPlace& {  // all lanes write and read the same
+        return smem.extra.places[(ptx::thread_idx() - config::kWarpgroup) / 32];
+      };
+      place().stages = stages.cursor().word();
+      place().tiles = tiles.cursor().word();
+      place().turn = turns.parity();
+      output.finish(params, sums, current, waiter);
+      stages.cursor().set(place().stages);
+      tiles.cursor().set(place().tiles);
+      turns.parity() = place().turn;
+    } else {
+      output.finish(params, sums, current, waiter);
+    }
     tile = tiles.take(waiter);
     pass_over();
   }

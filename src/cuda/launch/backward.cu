@@ -58,7 +58,7 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
 }
 
 int64_t num_counters(const config::ForwardSizes& sizes) {
-  return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 3;
+  return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 4;
 }
 
 config::BackwardTable table_of(const fm_layer& layer, const Operands& operands,
@@ -127,6 +127,7 @@ class Builder {
   void set_memory() {
     kernel::ForwardMemory& memory = p_.forward.memory;
     memory.state = region<kernel::ForwardState>(BackwardScratch::kState);
+    memory.combine = &memory.state->combine;
     memory.ids = region<int32_t>(BackwardScratch::kIds);
     memory.weights = region<float>(BackwardScratch::kWeights);
     memory.slot_ranks = region<int32_t>(BackwardScratch::kSlotRanks);
@@ -162,7 +163,8 @@ class Builder {
     counters.down_of_expert = take(sizes.num_experts);
     p_.forward.memory.down_done = take(sizes.column_blocks);
     counters.hidden_of_all = take(1);
-    counters.combined = take(1);
+    counters.logits_done = take(1);
+    counters.router_done = take(1);
     counters.left = take(1);
   }
 

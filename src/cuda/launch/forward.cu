@@ -106,7 +106,9 @@ T* region(const ForwardArguments& arguments, const config::ForwardTable& table,
 }
 
 kernel::ForwardMemory memory_of(const ForwardArguments& a, const config::ForwardTable& table) {
-  return {.state = region<kernel::ForwardState>(a, table, ForwardScratch::kState),
+  auto* state = region<kernel::ForwardState>(a, table, ForwardScratch::kState);
+  return {.state = state,
+          .combine = &state->combine,
           .rows_ready = region<uint32_t>(a, table, ForwardScratch::kRowsReady),
           .up_done = region<uint32_t>(a, table, ForwardScratch::kUpDone),
           .down_done = region<uint32_t>(a, table, ForwardScratch::kDownDone),

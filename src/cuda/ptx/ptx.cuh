@@ -31,6 +31,12 @@ FM_DEVICE int32_t block_idx() {
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(idx));
   return idx;
 }
+// gridDim.x, likewise.
+FM_DEVICE int32_t num_blocks() {
+  int32_t count;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(count));
+  return count;
+}
 
 // True in one lane. The compiler then knows that it is one, which a comparison of threadIdx.x does
 // not tell it, and puts no loop over lanes round instructions that take uniform registers. Whole

@@ -40,10 +40,11 @@ struct ColumnSums {
 inline constexpr int32_t kPieceColumns = 32 * kVector;  // a warp's, eight of each lane
 
 // The columns of the unit's column block of its token `unit.token`: the loads of kRows rows of
-// kPieces pieces are under way together. base: row 0. Whole warp.
-template <class Config, int kPieces, int kRows>
+// kPieces pieces are under way together. base: row 0; adds(): to what the target holds. Whole warp.
+template <class Config, int kPieces, int kRows, class Adds>
 FM_DEVICE void combine_token(const kernel::ForwardParams& params, const CombineUnits& units,
-                             const CombineUnit& unit, const TokenRows& rows, const uint16_t* base) {
+                             const CombineUnit& unit, const TokenRows& rows, const uint16_t* base,
+                             const Adds& adds) {
   using Element = tile::ElementOf<Config::value.element>;
   const auto& sizes = params.sizes;
   const bool is_undefined = __any_sync(kAllLanes, rows.row == kUndefined);
@@ -84,7 +85,9 @@ FM_DEVICE void combine_token(const kernel::ForwardParams& params, const CombineU
     for (int piece = 0; piece < kPieces; ++piece) {
       const int32_t at = column + piece * kPieceColumns;
       if (at >= end) break;
-      *reinterpret_cast<int4*>(target + at) = sums[piece].template rounded<Element>();
+      auto* to = reinterpret_cast<int4*>(target + at);
+      if (adds()) sums[piece].template add<Element>(__ldcg(to), 1.0f);
+      *to = sums[piece].template rounded<Element>();
     }
   }
 }
@@ -93,18 +96,18 @@ FM_DEVICE void combine_token(const kernel::ForwardParams& params, const CombineU
 inline constexpr int32_t kCombineWarps = config::kCommWarps + config::kMathWarps;
 
 // Combines unit after unit, of the first column block to the last, until none is left. num_blocks:
-// where the number of all experts' blocks is. Whole warp; kCombineWarps of every CTA come here.
-// True in a lane of the last one.
-template <class Config, int kPieces, int kRows>
+// where the number of all experts' blocks is; adds(): y holds what the sums are added to. Whole
+// warp; kCombineWarps of every CTA come here. True in a lane of the last one.
+template <class Config, int kPieces, int kRows, class Adds>
 FM_DEVICE bool combine(const kernel::ForwardParams& params, RankState& ranks,
-                       const int32_t& num_blocks, sync::Waiter& waiter) {
+                       const int32_t& num_blocks, sync::Waiter& waiter, const Adds& adds) {
   const CombineUnits units(params, ranks, num_blocks);
   int32_t ready = -1;  // column blocks up to here are known to be stored
 #pragma unroll 1
   while (true) {
     int32_t ticket = 0;
     if (ptx::lane_idx() == 0)
-      ticket = static_cast<int32_t>(atomicAdd(&params.memory.state->combine.next, 1u));
+      ticket = static_cast<int32_t>(atomicAdd(&params.memory.combine->next, 1u));
     CombineUnit unit = units.unit_at(__shfl_sync(kAllLanes, ticket, 0));
     if (units.is_end(unit)) break;
     units.wait(unit, ready, waiter);
@@ -121,9 +124,13 @@ FM_DEVICE bool combine(const kernel::ForwardParams& params, RankState& ranks,
       }
       // Once for each base: a register pair less than a choice of it.
       if (unit.is_home()) {
-        combine_token<Config, kPieces, kRows>(params, units, unit, rows, units.first_part());
+        combine_token<Config, kPieces, kRows>(params, units, unit, rows, units.first_part(), adds);
       } else {
-        combine_token<Config, kPieces, kRows>(params, units, unit, rows, units.first_row());
+        const auto adds_to_y = [&] {
+          return adds() && !units.has_letter(unit);
+        };
+        combine_token<Config, kPieces, kRows>(params, units, unit, rows, units.first_row(),
+                                              adds_to_y);
       }
       rows = next;
     }
@@ -131,7 +138,7 @@ FM_DEVICE bool combine(const kernel::ForwardParams& params, RankState& ranks,
   }
   if (!is_alone(params)) ranks.post.close(post_box());
   if (ptx::lane_idx() != 0) return false;
-  return kernel::finish_tickets(params.memory.state->combine, gridDim.x * kCombineWarps);
+  return kernel::finish_tickets(*params.memory.combine, ptx::num_blocks() * kCombineWarps);
 }
 
 }  // namespace flashmoe::cuda::stage

@@ -1,129 +1,28 @@
-// The router's products in the backward, by the warps' matrix products (mma.sync) of the math
-// warps:
+// The router's products in the backward, by the warps' matrix products (mma.sync) of the
+// communication warps, while the tiles run:
 //
 //   grad_x += grad_logits W_router        grad_W_router = grad_logits^T X        bias: column sums
 //
-// Gradients of logits are fp32 and taken as two tf32 parts, 22 bits; 16-bit elements are tf32 as
-// they are. The sum over tokens is one of config::kRouterSegments sums over ranges, whoever makes
-// them, added in their order.
+// Gradients of logits are fp32 and taken as two tf32 parts, 22 bits, as W_router is if it is fp32;
+// 16-bit elements are tf32 as they are. The sum over tokens is one of at most
+// config::kRouterSegments sums over ranges, whoever makes them, added in their order. The share of
+// grad_x is written there; the combine adds the experts' rows to it.
+//
+// Operands go from global memory to registers (tile/router_walk.h), a few steps ahead of the
+// products: one warp a scheduler waits for memory, not for the tensor core.
 #pragma once
 
 #include "cuda/kernel/backward.h"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/stage/copy_rows.cuh"
 #include "cuda/tile/element.cuh"
+#include "cuda/tile/router_walk.h"
 #include "cuda/tile/strided.cuh"
 
 namespace flashmoe::cuda::stage {
 
-// One step: 64 of M and 128 of N by 64 of depth, as fp32 in shared memory, depth outermost. Rows
-// are padded by eight words, so that a product's loads meet no bank twice.
-struct RouterLayout {
-  static constexpr int32_t kM = 64;
-  static constexpr int32_t kN = 128;
-  static constexpr int32_t kDepth = 64;
-  static constexpr int32_t kThreads = config::kMathWarps * 32;
-  static constexpr int32_t kMStride = kM + 8;
-  static constexpr int32_t kNStride = kN + 8;
-  static constexpr int32_t kWords = kDepth * (kMStride + kNStride);
-  static constexpr int32_t kBytes = kWords * 4;
-  static constexpr int32_t kMLoads = kM * kDepth / kThreads;              // words of a thread
-  static constexpr int32_t kNLoads = kN * kDepth / (kVector * kThreads);  // vectors of a thread
-};
-
-// Which product a tile belongs to decides what its operands are.
-enum class RouterProduct { kGradX, kGradWeight };
-
-struct RouterTile {
-  int32_t m;  // first token or expert
-  int32_t n;  // first hidden column
-  int32_t depth_begin;
-  int32_t depth_end;
-};
-
-// One step's operands on their way from global to shared memory.
-template <class Element, RouterProduct kProduct, bool kWide>
-struct RouterStep {
-  using Layout = RouterLayout;
-  static constexpr int kWords = kWide ? 2 : 1;  // 16-byte words of eight elements
-  float m_values[Layout::kMLoads];
-  int4 n_values[Layout::kNLoads][kWords];
-
-  // Place of a thread's i-th word: lanes run along what is contiguous in grad_logits.
-  FM_DEVICE static void m_place(int i, int32_t& m, int32_t& k) {
-    const int32_t idx = i * Layout::kThreads + (ptx::thread_idx() - config::kWarpgroup);
-    if constexpr (kProduct == RouterProduct::kGradX) {
-      k = idx % 8 + idx / 32 % 8 * 8;
-      m = idx / 8 % 4 + idx / 256 * 4;
-    } else {
-      m = idx % Layout::kM;
-      k = idx / Layout::kM;
-    }
-  }
-  FM_DEVICE static void n_place(int i, int32_t& n, int32_t& k) {
-    const int32_t idx = i * Layout::kThreads + (ptx::thread_idx() - config::kWarpgroup);
-    n = idx % (Layout::kN / kVector) * kVector;
-    k = idx / (Layout::kN / kVector);
-  }
-
-  FM_DEVICE void load(const kernel::BackwardParams& params, const RouterTile& tile, int32_t depth) {
-    const auto& sizes = params.forward.sizes;
-    const int32_t experts = sizes.num_experts;
-    constexpr bool kIsX = kProduct == RouterProduct::kGradX;
-    FM_UNROLL
-    for (int i = 0; i < Layout::kMLoads; ++i) {
-      int32_t m, k;
-      m_place(i, m, k);
-      const int32_t token = kIsX ? tile.m + m : depth + k;
-      const int32_t expert = kIsX ? depth + k : tile.m + m;
-      const bool exists = depth + k < tile.depth_end && token < sizes.tokens && expert < experts;
-      m_values[i] = exists ? params.grad_logits[int64_t{token} * experts + expert] : 0.0f;
-    }
-    const auto* base =
-        static_cast<const uint8_t*>(kIsX ? params.routing.w_router : params.forward.x);
-    const int64_t stride = kIsX ? params.routing.w_router_stride : params.forward.x_stride;
-    constexpr int kBytes = kWide ? 4 : config::kElementBytes;
-    FM_UNROLL
-    for (int i = 0; i < Layout::kNLoads; ++i) {
-      int32_t n, k;
-      n_place(i, n, k);
-      const bool exists = depth + k < tile.depth_end && tile.n + n < sizes.hidden;
-      const auto* from =
-          reinterpret_cast<const int4*>(base + ((depth + k) * stride + tile.n + n) * kBytes);
-      FM_UNROLL
-      for (int word = 0; word < kWords; ++word) {
-        n_values[i][word] = exists ? __ldg(from + word) : int4{};
-      }
-    }
-  }
-
-  FM_DEVICE void store(float* arena) const {
-    FM_UNROLL
-    for (int i = 0; i < Layout::kMLoads; ++i) {
-      int32_t m, k;
-      m_place(i, m, k);
-      arena[k * Layout::kMStride + m] = m_values[i];
-    }
-    float* n_arena = arena + Layout::kDepth * Layout::kMStride;
-    FM_UNROLL
-    for (int i = 0; i < Layout::kNLoads; ++i) {
-      int32_t n, k;
-      n_place(i, n, k);
-      auto* to = reinterpret_cast<float4*>(n_arena + k * Layout::kNStride + n);
-      FM_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        if constexpr (kWide) {
-          to[half] = *reinterpret_cast<const float4*>(&n_values[i][half]);
-        } else {
-          const auto* words = reinterpret_cast<const uint32_t*>(&n_values[i][0]) + 2 * half;
-          const float2 low = Element::unpack(words[0]);
-          const float2 high = Element::unpack(words[1]);
-          to[half] = {low.x, low.y, high.x, high.y};
-        }
-      }
-    }
-  }
-};
+using tile::RouterProduct;
+using tile::RouterUnit;
 
 // x as the sum of two values of 11 bits, as the tensor core reads them.
 struct Tf32Pair {
@@ -136,188 +35,265 @@ struct Tf32Pair {
   }
 };
 
-inline constexpr int32_t kRouterSums = 8;  // products of 16 x 8 of a warp: 16 of M, 64 of N
-
-// One step's products, added to `sums`.
-template <bool kWide>
-FM_DEVICE void multiply_router_step(const float* arena, float (&sums)[kRouterSums][4]) {
-  using Layout = RouterLayout;
-  const int lane = ptx::lane_idx();
-  const int warp = ptx::thread_idx() / 32 - config::kWarpgroup / 32;
-  const float* m_at = arena + lane % 4 * Layout::kMStride + warp % 4 * 16 + lane / 4;
-  const float* n_at = arena + Layout::kDepth * Layout::kMStride + lane % 4 * Layout::kNStride +
-                      warp / 4 * 64 + lane / 4;
-  float step[kRouterSums][4] = {};
-#pragma unroll 2
-  for (int k = 0; k < Layout::kDepth; k += 8) {
-    uint32_t high[4], low[4];
-    FM_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const Tf32Pair pair(m_at[(k + i / 2 * 4) * Layout::kMStride + i % 2 * 8]);
-      high[i] = pair.high;
-      low[i] = pair.low;
-    }
-    FM_UNROLL
-    for (int product = 0; product < kRouterSums; ++product) {
-      const Tf32Pair b0(n_at[k * Layout::kNStride + product * 8]);
-      const Tf32Pair b1(n_at[(k + 4) * Layout::kNStride + product * 8]);
-      ptx::mma_m16n8k8_tf32(step[product], low, b0.high, b1.high);
-      if constexpr (kWide) ptx::mma_m16n8k8_tf32(step[product], high, b0.low, b1.low);
-      ptx::mma_m16n8k8_tf32(step[product], high, b0.high, b1.high);
-    }
-  }
-  FM_UNROLL
-  for (int product = 0; product < kRouterSums; ++product) {
-    FM_UNROLL
-    for (int i = 0; i < 4; ++i) sums[product][i] += step[product][i];
-  }
-}
-
-// The sums of a tile, and of the thread's column of grad_logits if it has one. All math threads;
-// barrier_idx: theirs.
+// The products of a warp's unit. kWide: the N side is fp32.
 template <class Element, RouterProduct kProduct, bool kWide>
-FM_DEVICE double multiply_router_tile(const kernel::BackwardParams& params, float* arena,
-                                      const RouterTile& tile, int barrier_idx,
-                                      float (&sums)[kRouterSums][4]) {
-  using Layout = RouterLayout;
-  const int thread = ptx::thread_idx() - config::kWarpgroup;
-  FM_UNROLL
-  for (auto& product : sums) {
+class RouterMultiplier {
+  static constexpr bool kIsX = kProduct == RouterProduct::kGradX;
+  static constexpr int32_t kBytes = kWide ? 4 : config::kElementBytes;
+  static constexpr int32_t kColumns = tile::kRouterLaneColumns;
+  using Lane = tile::RouterLane<kProduct>;
+  using Vector = std::conditional_t<kWide, uint4, uint2>;  // kColumns of the N side
+
+ public:
+  FM_DEVICE explicit RouterMultiplier(const kernel::BackwardParams& params) : params_(params) {}
+
+  // The unit's sums over depth [begin, end). Whole warp.
+  FM_DEVICE void multiply(const RouterUnit& unit, int32_t begin, int32_t end) {
+    constexpr int kStages = kWide ? 1 : 2;  // steps under way: more take more than 64 registers
     FM_UNROLL
-    for (float& value : product) value = 0.0f;
-  }
-  double column = 0.0;
-  RouterStep<Element, kProduct, kWide> step;
-  step.load(params, tile, tile.depth_begin);
+    for (auto& product : sums_) {
+      FM_UNROLL
+      for (float& value : product) value = 0.0f;
+    }
+    const Lane lane{ptx::lane_idx()};
+    const int32_t column = unit.n + lane.operand_column(0);
+    const float* m_from = m_at(unit.m + lane.row(0), begin + lane.depth(0));
+    const int32_t num_steps = plan::ceil_div(end - begin, tile::kRouterDepth);
+    int32_t depth = begin + lane.depth(0);
+    Step steps[kStages];
+    const auto load = [&](Step& step, int32_t ahead, int32_t left) {
+      if (ahead < left) step.load(*this, m_from, ahead, depth, end - 1, column);
+    };
+    FM_UNROLL
+    for (int i = 0; i < kStages; ++i) load(steps[i], i, num_steps);
 #pragma unroll 1
-  for (int32_t depth = tile.depth_begin; depth < tile.depth_end; depth += Layout::kDepth) {
-    ptx::barrier_sync(barrier_idx, Layout::kThreads);
-    step.store(arena);
-    ptx::barrier_sync(barrier_idx, Layout::kThreads);
-    if (depth + Layout::kDepth < tile.depth_end) step.load(params, tile, depth + Layout::kDepth);
-    multiply_router_step<kWide>(arena, sums);
-    if (kProduct == RouterProduct::kGradWeight && tile.n == 0 && thread < Layout::kM) {
-#pragma unroll 4
-      for (int k = 0; k < Layout::kDepth; ++k) {
-        column += static_cast<double>(arena[k * Layout::kMStride + thread]);
+    for (int32_t left = num_steps; left > 0; left -= kStages) {
+      FM_UNROLL
+      for (int i = 0; i < kStages; ++i) {
+        if (i >= left) break;
+        steps[i].multiply(sums_);
+        load(steps[i], kStages + i, left);
+      }
+      m_from += kStages * step_stride();
+      depth += kStages * tile::kRouterDepth;
+    }
+  }
+
+  // The i-th of 2 * kColumns sums of the lane, of one of its two rows: at columns from
+  // first_column() on.
+  FM_DEVICE float sum(int32_t row_half, int32_t i) const {
+    return sums_[i % kColumns][2 * row_half + i / kColumns];
+  }
+  FM_DEVICE static int32_t first_column() { return Lane{ptx::lane_idx()}.sum_column(0, 0); }
+  FM_DEVICE static int32_t row(int32_t half) { return Lane{ptx::lane_idx()}.row(half); }
+
+ private:
+  // A lane's operands of one product's depth.
+  struct Step {
+    float2 m[2];  // of two rows at two depths, or the other way round
+    Vector n[2];  // of two depths
+
+    // m_from, depth: the lane's first element of step 0. Past the last depth grad_logits is zero,
+    // and W_router or X is read at the last one.
+    FM_DEVICE void load(const RouterMultiplier& of, const float* m_from, int32_t step,
+                        int32_t depth, int32_t last, int32_t column) {
+      m_from += step * of.step_stride();
+      FM_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        m[half] = *reinterpret_cast<const float2*>(m_from + half * of.half_stride());
+        const int32_t at = min(depth + step * tile::kRouterDepth + half, last);
+        n[half] = __ldg(reinterpret_cast<const Vector*>(of.n_at(at, column)));
       }
     }
-  }
-  return column;
-}
+    FM_DEVICE void multiply(float (&sums)[kColumns][4]) const {
+      uint32_t high[4], low[4];
+      FM_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const Tf32Pair first(m[half].x), second(m[half].y);
+        const int i = kIsX ? half : 2 * half;
+        const int j = kIsX ? half + 2 : 2 * half + 1;
+        high[i] = first.high;
+        low[i] = first.low;
+        high[j] = second.high;
+        low[j] = second.low;
+      }
+      FM_UNROLL
+      for (int j = 0; j < kColumns; ++j) {
+        const Tf32Pair b0(n_value(0, j));
+        const Tf32Pair b1(n_value(1, j));
+        ptx::mma_m16n8k8_tf32(sums[j], low, b0.high, b1.high);
+        if constexpr (kWide) ptx::mma_m16n8k8_tf32(sums[j], high, b0.low, b1.low);
+        ptx::mma_m16n8k8_tf32(sums[j], high, b0.high, b1.high);
+      }
+    }
+    FM_DEVICE float n_value(int half, int j) const {
+      const auto* words = reinterpret_cast<const uint32_t*>(&n[half]);
+      if constexpr (kWide) {
+        return __uint_as_float(words[j]);
+      } else {
+        const float2 pair = Element::widen(words[j / 2]);
+        return j % 2 == 0 ? pair.x : pair.y;
+      }
+    }
+  };
 
-// A thread's i-th sum of a product of a tile: its row (of M) and column (of N).
-struct RouterPlace {
-  int32_t m;
-  int32_t n;
-
-  FM_DEVICE RouterPlace(const RouterTile& tile, int product, int row) {
-    const int lane = ptx::lane_idx();
-    const int warp = ptx::thread_idx() / 32 - config::kWarpgroup / 32;
-    m = tile.m + warp % 4 * 16 + lane / 4 + row * 8;
-    n = tile.n + warp / 4 * 64 + product * 8 + lane % 4 * 2;
+  // grad_logits of an M row (token, or expert) at a depth (expert, or token).
+  FM_DEVICE int32_t m_stride() const {
+    return config::router_padded(params_.forward.sizes.num_experts);
   }
+  FM_DEVICE const float* m_at(int32_t m, int32_t depth) const {
+    return params_.grad_logits +
+           (kIsX ? int64_t{m} * m_stride() + depth : int64_t{depth} * m_stride() + m);
+  }
+  // From a lane's elements of a step to the next one's, and to its other two of the step.
+  FM_DEVICE int32_t step_stride() const { return tile::kRouterDepth * (kIsX ? 1 : m_stride()); }
+  FM_DEVICE int32_t half_stride() const { return (kIsX ? 8 : 1) * m_stride(); }
+
+  FM_DEVICE const uint8_t* n_at(int32_t depth, int32_t n) const {
+    const void* base = kIsX ? params_.routing.w_router : params_.forward.x;
+    const int64_t stride = kIsX ? params_.routing.w_router_stride : params_.forward.x_stride;
+    return static_cast<const uint8_t*>(base) + (depth * stride + n) * kBytes;
+  }
+
+  const kernel::BackwardParams& params_;
+  float sums_[kColumns][4];
 };
 
-// Adds a tile of the router's share to grad_x.
-template <class Element>
-FM_DEVICE void add_to_grad_x(const kernel::ForwardParams& forward, const RouterTile& tile,
-                             const float (&sums)[kRouterSums][4]) {
-  FM_UNROLL
-  for (int product = 0; product < kRouterSums; ++product) {
+// As a product of a launch is cut.
+template <RouterProduct kProduct>
+FM_DEVICE tile::RouterWalk<kProduct> router_walk(const config::ForwardSizes& sizes) {
+  return {.tokens = sizes.tokens, .hidden = sizes.hidden, .num_experts = sizes.num_experts};
+}
+
+// The router's share of grad_x, in grad_x. Whole warp.
+template <class Element, bool kWide>
+FM_DEVICE void multiply_router_x(const kernel::BackwardParams& params, int32_t worker_idx,
+                                 int32_t num_workers) {
+  using Multiplier = RouterMultiplier<Element, RouterProduct::kGradX, kWide>;
+  const auto& forward = params.forward;
+  const auto walk = router_walk<RouterProduct::kGradX>(forward.sizes);
+  const tile::RouterRun run(walk.num_units(), worker_idx, num_workers);
+  RouterUnit unit = run.count > 0 ? walk.unit_at(run.first) : RouterUnit{};
+#pragma unroll 1
+  for (int32_t left = run.count; left > 0; --left) {
+    Multiplier multiplier(params);
+    multiplier.multiply(unit, walk.depth_begin(unit), walk.depth_end(unit));
     FM_UNROLL
-    for (int row = 0; row < 2; ++row) {
-      const RouterPlace place(tile, product, row);
-      if (place.m >= forward.sizes.tokens || place.n >= forward.sizes.hidden) continue;
-      auto* at = reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(forward.y) +
-                                             place.m * forward.y_stride + place.n);
-      const float2 before = Element::unpack(*at);
-      *at = Element::pack(before.x + sums[product][2 * row], before.y + sums[product][2 * row + 1]);
+    for (int half = 0; half < 2; ++half) {
+      const int32_t token = unit.m + Multiplier::row(half);
+      if (token >= forward.sizes.tokens) continue;
+      const auto pair = [&](int i) {
+        return static_cast<int>(
+            Element::pack(multiplier.sum(half, i), multiplier.sum(half, i + 1)));
+      };
+      *reinterpret_cast<int4*>(static_cast<uint16_t*>(forward.y) + token * forward.y_stride +
+                               unit.n +
+                               Multiplier::first_column()) = {pair(0), pair(2), pair(4), pair(6)};
     }
+    unit = walk.after(unit);
   }
 }
 
-// Tiles of both products, dealt to the CTAs; the segments' sums of the weight's go to scratch. All
-// math threads; arena: RouterLayout::kBytes.
+// The segments' sums of grad_W_router, in scratch. Their additions are the tensor core's, which
+// truncate: two for eight tokens, an error of at most tokens / 32 * 2^-23. Whole warp.
 template <class Element>
-FM_DEVICE void multiply_router(const kernel::BackwardParams& params, float* arena,
-                               int barrier_idx) {
-  using Layout = RouterLayout;
+FM_DEVICE void multiply_router_weight(const kernel::BackwardParams& params, int32_t worker_idx,
+                                      int32_t num_workers) {
+  using Multiplier = RouterMultiplier<Element, RouterProduct::kGradWeight, false>;
   const auto& sizes = params.forward.sizes;
-  const int32_t n_tiles = (sizes.hidden + Layout::kN - 1) / Layout::kN;
-  const int32_t of_x = (sizes.tokens + Layout::kM - 1) / Layout::kM * n_tiles;
-  const int32_t of_segment = (sizes.num_experts + Layout::kM - 1) / Layout::kM * n_tiles;
-  const int32_t segment_tokens =
-      (sizes.tokens + config::kRouterSegments - 1) / config::kRouterSegments;
-  const int32_t num_tiles = of_x + config::kRouterSegments * of_segment;
-  float sums[kRouterSums][4];
-  // The weight's first: they are the longer ones.
-  for (int32_t i = blockIdx.x; i < num_tiles; i += gridDim.x) {
-    const int32_t weight_tile = i;
-    const int32_t x_tile = i - config::kRouterSegments * of_segment;
-    if (x_tile >= 0) {
-      const RouterTile tile{x_tile / n_tiles * Layout::kM, x_tile % n_tiles * Layout::kN, 0,
-                            sizes.num_experts};
-      if (params.routing.w_router_is_wide) {
-        multiply_router_tile<Element, RouterProduct::kGradX, true>(params, arena, tile, barrier_idx,
-                                                                   sums);
-      } else {
-        multiply_router_tile<Element, RouterProduct::kGradX, false>(params, arena, tile,
-                                                                    barrier_idx, sums);
-      }
-      add_to_grad_x<Element>(params.forward, tile, sums);
-      continue;
-    }
-    const int32_t segment = weight_tile / of_segment;
-    const int32_t place = weight_tile - segment * of_segment;
-    const RouterTile tile{place / n_tiles * Layout::kM, place % n_tiles * Layout::kN,
-                          segment * segment_tokens,
-                          min((segment + 1) * segment_tokens, sizes.tokens)};
-    const double column = multiply_router_tile<Element, RouterProduct::kGradWeight, false>(
-        params, arena, tile, barrier_idx, sums);
-    const int32_t thread = ptx::thread_idx() - config::kWarpgroup;
-    float* part =
-        params.router_parts + segment * config::router_part_words(sizes.num_experts, sizes.hidden);
-    if (tile.n == 0 && thread < Layout::kM && tile.m + thread < sizes.num_experts) {
-      part[int64_t{sizes.num_experts} * sizes.hidden + tile.m + thread] =
-          static_cast<float>(column);
-    }
+  const auto walk = router_walk<RouterProduct::kGradWeight>(sizes);
+  const tile::RouterRun run(walk.num_units(), worker_idx, num_workers);
+  RouterUnit unit = run.count > 0 ? walk.unit_at(run.first) : RouterUnit{};
+#pragma unroll 1
+  for (int32_t left = run.count; left > 0; --left) {
+    Multiplier multiplier(params);
+    multiplier.multiply(unit, walk.depth_begin(unit), walk.depth_end(unit));
     FM_UNROLL
-    for (int product = 0; product < kRouterSums; ++product) {
+    for (int half = 0; half < 2; ++half) {
+      const int32_t expert = unit.m + Multiplier::row(half);
+      if (expert >= sizes.num_experts) continue;
+      auto* to = reinterpret_cast<float4*>(
+          params.router_parts +
+          unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
+          int64_t{expert} * sizes.hidden + unit.n + Multiplier::first_column());
       FM_UNROLL
-      for (int row = 0; row < 2; ++row) {
-        const RouterPlace at(tile, product, row);
-        if (at.m >= sizes.num_experts || at.n >= sizes.hidden) continue;
-        *reinterpret_cast<float2*>(part + int64_t{at.m} * sizes.hidden + at.n) = {
-            sums[product][2 * row], sums[product][2 * row + 1]};
+      for (int i = 0; i < 2; ++i) {
+        to[i] = {multiplier.sum(half, 4 * i), multiplier.sum(half, 4 * i + 1),
+                 multiplier.sum(half, 4 * i + 2), multiplier.sum(half, 4 * i + 3)};
       }
     }
+    unit = walk.after(unit);
   }
 }
 
-// Adds the segments of grad_w_router and of the bias's gradient. All math threads of all CTAs.
-FM_DEVICE void reduce_router(const kernel::BackwardParams& params) {
+// The segments' column sums of grad_logits, in fp64: a lane takes an expert. Whole warp.
+FM_DEVICE void sum_router_bias(const kernel::BackwardParams& params, int32_t worker_idx,
+                               int32_t num_workers) {
+  const auto& sizes = params.forward.sizes;
+  const auto walk = router_walk<RouterProduct::kGradWeight>(sizes);
+  const int32_t of_segment = plan::ceil_div(sizes.num_experts, 32);
+  const int32_t stride = config::router_padded(sizes.num_experts);
+#pragma unroll 1
+  for (int32_t i = worker_idx; i < walk.num_segments() * of_segment; i += num_workers) {
+    const RouterUnit unit{.m = i % of_segment * 32, .n = 0, .segment = i / of_segment};
+    const int32_t expert = unit.m + ptx::lane_idx();
+    if (expert >= sizes.num_experts) continue;
+    const float* column = params.grad_logits + expert;
+    double sum = 0.0;
+#pragma unroll 8
+    for (int32_t token = walk.depth_begin(unit); token < walk.depth_end(unit); ++token) {
+      sum += static_cast<double>(column[int64_t{token} * stride]);
+    }
+    params.router_parts[unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
+                        int64_t{sizes.num_experts} * sizes.hidden + expert] =
+        static_cast<float>(sum);
+  }
+}
+
+// All that is made of the gradients of the logits, dealt to num_workers warps: neighbours have the
+// same columns, those of a CTA share them in the first-level cache. Whole warp.
+template <class Element>
+FM_DEVICE void multiply_router(const kernel::BackwardParams& params, int32_t worker_idx,
+                               int32_t num_workers) {
+  const auto& routing = params.routing;
+  if (routing.grad_router_bias.data != nullptr) {
+    sum_router_bias(params, num_workers - 1 - worker_idx, num_workers);
+  }
+  if (routing.grad_w_router.data != nullptr) {
+    multiply_router_weight<Element>(params, worker_idx, num_workers);
+  }
+  if (routing.w_router_is_wide) {
+    multiply_router_x<Element, true>(params, worker_idx, num_workers);
+  } else {
+    multiply_router_x<Element, false>(params, worker_idx, num_workers);
+  }
+}
+
+// Adds the segments of grad_w_router and of the bias's gradient, dealt to num_workers warps.
+FM_DEVICE void reduce_router(const kernel::BackwardParams& params, int32_t worker_idx,
+                             int32_t num_workers) {
   const auto& sizes = params.forward.sizes;
   const auto& routing = params.routing;
   const int32_t of_weight = sizes.num_experts * sizes.hidden;
+  const int32_t first = routing.grad_w_router.data == nullptr ? of_weight : 0;
+  const int32_t last =
+      of_weight + (routing.grad_router_bias.data == nullptr ? 0 : sizes.num_experts);
+  const int32_t num_segments = router_walk<RouterProduct::kGradWeight>(sizes).num_segments();
   const int64_t of_segment = config::router_part_words(sizes.num_experts, sizes.hidden);
-  const int32_t thread =
-      blockIdx.x * RouterLayout::kThreads + ptx::thread_idx() - config::kWarpgroup;
-  for (int32_t i = thread; i < of_weight + sizes.num_experts;
-       i += gridDim.x * RouterLayout::kThreads) {
+  for (int32_t i = first + worker_idx * 32 + ptx::lane_idx(); i < last; i += num_workers * 32) {
     float parts[config::kRouterSegments];
     FM_UNROLL
     for (int segment = 0; segment < config::kRouterSegments; ++segment) {
-      parts[segment] = params.router_parts[segment * of_segment + i];
+      parts[segment] =
+          segment < num_segments ? __ldcg(params.router_parts + segment * of_segment + i) : 0.0f;
     }
     float sum = 0.0f;
     FM_UNROLL
     for (const float part : parts) sum += part;
     if (i < of_weight) {
-      if (routing.grad_w_router.data == nullptr) continue;
       const int32_t e = i / sizes.hidden;
       tile::write_real(routing.grad_w_router, e, i - e * sizes.hidden, sum);
-    } else if (routing.grad_router_bias.data != nullptr) {
+    } else {
       tile::write_real(routing.grad_router_bias, i - of_weight, 0, sum);
     }
   }

@@ -171,7 +171,8 @@ FM_DEVICE void differentiate_router(const kernel::BackwardParams& params, int32_
   const auto& routing = params.routing;
   const int32_t lane = ptx::lane_idx();
   const float* logits = routing.logits + int64_t{token} * sizes.num_experts;
-  float* grad_logits = params.grad_logits + int64_t{token} * sizes.num_experts;
+  const int32_t padded_experts = config::router_padded(sizes.num_experts);
+  float* grad_logits = params.grad_logits + int64_t{token} * padded_experts;
   const bool has_slot = lane < sizes.top_k;
   const int32_t id =
       has_slot ? params.forward.memory.ids[int64_t{token} * sizes.top_k + lane] : kNoExpert;
@@ -190,10 +191,13 @@ FM_DEVICE void differentiate_router(const kernel::BackwardParams& params, int32_
   }
   const float grad_raw = has_slot ? divide(router.scale * (grad_weight - mean), sum) : 0.0f;
   const float dot = warp_sum(raw * grad_raw);
-  for (int32_t e = lane; e < sizes.num_experts; e += 32) {
-    float grad =
-        routing.grad_logits.data != nullptr ? tile::read_real(routing.grad_logits, token, e) : 0.0f;
-    if (router.score == FM_SCORE_SOFTMAX) grad -= all.of(logits[e]) * dot;
+  for (int32_t e = lane; e < padded_experts; e += 32) {
+    float grad = 0.0f;
+    if (e < sizes.num_experts) {
+      if (routing.grad_logits.data != nullptr)
+        grad = tile::read_real(routing.grad_logits, token, e);
+      if (router.score == FM_SCORE_SOFTMAX) grad -= all.of(logits[e]) * dot;
+    }
     grad_logits[e] = grad;
   }
   __syncwarp();
@@ -206,6 +210,16 @@ FM_DEVICE void finish_slots(const kernel::BackwardParams& params, int32_t token,
     differentiate_router(params, token, gradient);
   } else if (ptx::lane_idx() < params.forward.sizes.top_k) {
     tile::write_real(params.routing.grad_topk_weights, token, ptx::lane_idx(), gradient);
+  }
+}
+
+// Zeros for the tokens that grad_logits is rounded up by. Whole warp.
+FM_DEVICE void clear_logit_padding(const kernel::BackwardParams& params) {
+  const auto& sizes = params.forward.sizes;
+  const int32_t stride = config::router_padded(sizes.num_experts);
+  const int64_t end = int64_t{config::router_padded(sizes.tokens)} * stride;
+  for (int64_t i = int64_t{sizes.tokens} * stride + ptx::lane_idx(); i < end; i += 32) {
+    params.grad_logits[i] = 0.0f;
   }
 }
 

@@ -19,7 +19,8 @@ enum class WaitTag : uint32_t {
   kUpDone,      // a down tile waits for its block's hidden rows
   kDownDone,    // a combine unit waits for its column block
   kGradDone,    // a tile of the backward waits for tiles before it
-  kCombined,    // the router's gradients wait for the combined input gradients
+  kLogitsDone,  // the router's products wait for the gradients of all logits
+  kRouterDone,  // the combine of the backward waits for the router's share
   kMetadata,    // the plan waits for what a rank says of its tokens
   kPushed,      // a copy waits for rows that a rank sends
   kReturned,    // a sum waits for the part of a rank
@@ -61,8 +62,10 @@ constexpr const char* name_of(WaitTag tag) {
       return "rows of a column block";
     case WaitTag::kGradDone:
       return "tiles of the backward before this one";
-    case WaitTag::kCombined:
-      return "combined input gradients";
+    case WaitTag::kLogitsDone:
+      return "gradients of all logits";
+    case WaitTag::kRouterDone:
+      return "the router's share of the input gradients";
     case WaitTag::kMetadata:
       return "metadata of a rank";
     case WaitTag::kPushed:

@@ -29,6 +29,12 @@ class RingCursor {
     parity_ ^= (slot_ / kSlots) & 1;
     slot_ %= kSlots;
   }
+  // The place as a word, and back to it.
+  FM_DEVICE uint32_t word() const { return 2 * static_cast<uint32_t>(slot_) + parity_; }
+  FM_DEVICE void set(uint32_t word) {
+    slot_ = static_cast<int>(word / 2);
+    parity_ = word % 2;
+  }
 
  private:
   int slot_ = 0;
@@ -86,6 +92,7 @@ class StageReader {
   FM_DEVICE void advance() { cursor_.advance(); }
   // Passes over the stages that the other warpgroup reads.
   FM_DEVICE void skip(int num_stages) { cursor_.skip(num_stages); }
+  FM_DEVICE RingCursor<kSlots>& cursor() { return cursor_; }
   // Whole warp, after its last read of the slot.
   FM_DEVICE void release(int slot) {
     const uint32_t lane = threadIdx.x % 32;
@@ -172,6 +179,7 @@ class MessageReader {
     release(true);
     return message;
   }
+  FM_DEVICE RingCursor<kSlots>& cursor() { return cursor_; }
 
  private:
   FM_DEVICE void release(bool arrives) {

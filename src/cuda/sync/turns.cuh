@@ -33,6 +33,7 @@ class Turns {
                            &turns_.barriers[warpgroup_idx_ ^ 1]);
     }
   }
+  FM_DEVICE uint32_t& parity() { return parity_; }
 
  private:
   TurnBarriers& turns_;
