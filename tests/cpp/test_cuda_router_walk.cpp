@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <random>
-#include <tuple>
 #include <vector>
 
 #include "cuda/tile/router_walk.h"
@@ -13,6 +12,7 @@ namespace flashmoe::cuda {
 namespace {
 
 using tile::RouterProduct;
+using tile::RouterTask;
 using tile::RouterUnit;
 
 constexpr int32_t kLanes = 32;
@@ -86,64 +86,97 @@ void multiply(Registers& r) {
   }
 }
 
-// A unit as stage::RouterMultiplier makes it; add(row of M, column, sum) of each of its elements.
-template <RouterProduct kProduct, class Add>
-void run_unit(const Operands& operands, const tile::RouterWalk<kProduct>& walk,
-              const RouterUnit& unit, const Add& add) {
-  using Lane = tile::RouterLane<kProduct>;
-  constexpr bool kIsX = kProduct == RouterProduct::kGradX;
-  const int32_t end = walk.depth_end(unit);
-  std::vector<Registers> products(tile::kRouterLaneColumns, Registers{});
-  for (int32_t depth = walk.depth_begin(unit); depth < end; depth += tile::kRouterDepth) {
+// The elements of grad_logits and of W_router or X that a lane has of a step.
+struct LaneOperands {
+  double m[2][2];  // [row][depth]
+  double n[2][4];  // [depth][column]
+};
+
+template <RouterProduct kProduct>
+LaneOperands load(const Operands& operands, const tile::RouterLane<kProduct>& lane,
+                  const RouterUnit& unit, int32_t depth, int32_t end) {
+  LaneOperands values{};
+  for (int32_t k = 0; k < 2; ++k) {
+    const int32_t at_depth = depth + lane.depth(k);
+    for (int32_t i = 0; i < 2; ++i) {
+      const int32_t m = unit.m + lane.row(i);
+      const size_t at =
+          kProduct == RouterProduct::kGradX ? operands.at(m, at_depth) : operands.at(at_depth, m);
+      EXPECT_LT(at, operands.logits.size());
+      values.m[i][k] = operands.logits.at(at);
+    }
     for (int32_t j = 0; j < tile::kRouterLaneColumns; ++j) {
-      Registers& r = products[static_cast<size_t>(j)];
-      for (int32_t l = 0; l < kLanes; ++l) {
-        const Lane lane{l};
-        for (int i = 0; i < 4; ++i) {
-          const int32_t m = unit.m + lane.row(i % 2);
-          const int32_t k = depth + lane.depth(i / 2);
-          const size_t at = kIsX ? operands.at(m, k) : operands.at(k, m);
-          ASSERT_LT(at, operands.logits.size());
-          r.a[l][i] = operands.logits[at];
-        }
-        for (int i = 0; i < 2; ++i) {
-          const int32_t k = plan::min_of(depth + lane.depth(i), end - 1);
-          ASSERT_LT(k, operands.n_rows);
-          r.b[l][i] = operands.n_at(k, unit.n + lane.operand_column(j));
-        }
-      }
-      multiply(r);
+      const int32_t row = plan::min_of(at_depth, end - 1);
+      EXPECT_LT(row, operands.n_rows);
+      values.n[k][j] = operands.n_at(row, unit.n + lane.column(j));
     }
   }
-  for (int32_t j = 0; j < tile::kRouterLaneColumns; ++j) {
+  return values;
+}
+
+// Into the registers of the unit's p-th product, as stage::RouterMultiplier does.
+template <RouterProduct kProduct>
+void set_registers(Registers& r, int32_t lane, int32_t p, const LaneOperands& values) {
+  for (int32_t k = 0; k < 2; ++k) {
+    if (kProduct == RouterProduct::kGradX) {
+      for (int32_t j = 0; j < 2; ++j) r.a[lane][2 * k + j] = values.n[k][p / 2 * 2 + j];
+      r.b[lane][k] = values.m[p % 2][k];
+    } else {
+      for (int32_t i = 0; i < 2; ++i) r.a[lane][2 * k + i] = values.m[i][k];
+      r.b[lane][k] = values.n[k][p];
+    }
+  }
+}
+
+// A unit as stage::RouterMultiplier makes it; add(row of M, column, sum) of each of its elements.
+template <RouterProduct kProduct, class Add>
+void make_unit(const Operands& operands, const tile::RouterWalk<kProduct>& walk,
+               const RouterUnit& unit, const Add& add) {
+  using Lane = tile::RouterLane<kProduct>;
+  const tile::RouterDepth depth = walk.depth(unit);
+  std::vector<Registers> products(tile::kRouterProducts, Registers{});
+  for (int32_t step = 0; step < depth.num_steps; ++step) {
     for (int32_t l = 0; l < kLanes; ++l) {
-      for (int i = 0; i < 4; ++i) {
-        add(unit.m + Lane{l}.row(i / 2), unit.n + Lane{l}.sum_column(i % 2, j),
-            products[static_cast<size_t>(j)].d[l][i]);
+      const LaneOperands values =
+          load(operands, Lane{l}, unit, depth.begin + step * tile::kRouterDepth, depth.end);
+      for (int32_t p = 0; p < tile::kRouterProducts; ++p) {
+        set_registers<kProduct>(products[static_cast<size_t>(p)], l, p, values);
+      }
+    }
+    for (Registers& product : products) multiply(product);
+  }
+  for (int32_t l = 0; l < kLanes; ++l) {
+    for (int32_t i = 0; i < Lane::kSumRows; ++i) {
+      for (int32_t j = 0; j < Lane::kSumColumns; ++j) {
+        const tile::RouterSum at = Lane::sum_at(i, j);
+        add(unit.m + Lane{l}.sum_row(i), unit.n + Lane{l}.sum_column(j),
+            products[static_cast<size_t>(at.product)].d[l][at.index]);
       }
     }
   }
 }
 
-// All units, dealt to warps by runs, against the product element by element.
+// All units, by the runs that warps take, against the product element by element.
 template <RouterProduct kProduct>
-void expect_product(const Sizes& s, int32_t num_workers, std::mt19937& random) {
+void expect_product(const Sizes& s, std::mt19937& random) {
   constexpr bool kIsX = kProduct == RouterProduct::kGradX;
+  SCOPED_TRACE(testing::Message() << s.tokens << " tokens, hidden " << s.hidden << ", "
+                                  << s.num_experts << " experts");
   const Operands operands(s, kProduct, random);
-  const tile::RouterWalk<kProduct> walk{s.tokens, s.hidden, s.num_experts};
+  const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, true, true);
+  tile::RouterWalk<kProduct> walk{s.tokens, s.hidden, s.num_experts};
+  if (kIsX) walk.run_rows = runs.x_run_rows();
   const int32_t segments = kIsX ? 1 : walk.num_segments();
   const int32_t rows = walk.rows();
   std::vector<double> sums(static_cast<size_t>(rows) * static_cast<size_t>(s.hidden));
   std::vector<int32_t> times(sums.size());
-  for (int32_t worker = 0; worker < num_workers; ++worker) {
-    const tile::RouterRun run(walk.num_units(), worker, num_workers);
-    RouterUnit unit = run.count > 0 ? walk.unit_at(run.first) : RouterUnit{};
-    for (int32_t i = 0; i < run.count; ++i) {
-      const RouterUnit expected = walk.unit_at(run.first + i);
-      ASSERT_EQ(std::tie(unit.m, unit.n, unit.segment),
-                std::tie(expected.m, expected.n, expected.segment));
+  for (int32_t idx = 0; idx < runs.num_products(); ++idx) {
+    const tile::RouterRun run = runs.run_at(idx);
+    if (run.task != (kIsX ? RouterTask::kGradX : RouterTask::kGradWeight)) continue;
+    RouterUnit unit = walk.run_at(run.idx);
+    do {
       ASSERT_LT(unit.segment, segments);
-      run_unit<kProduct>(operands, walk, unit, [&](int32_t row, int32_t column, double sum) {
+      make_unit<kProduct>(operands, walk, unit, [&](int32_t row, int32_t column, double sum) {
         ASSERT_LT(column, s.hidden);
         if (row >= rows) return;
         const size_t at =
@@ -151,9 +184,8 @@ void expect_product(const Sizes& s, int32_t num_workers, std::mt19937& random) {
         sums[at] += sum;
         ++times[at];
       });
-      if (testing::Test::HasFatalFailure()) return;
-      unit = walk.after(unit);
-    }
+      if (testing::Test::HasFailure()) return;
+    } while (walk.advance(unit));
   }
   for (int32_t row = 0; row < rows; ++row) {
     for (int32_t column = 0; column < s.hidden; ++column) {
@@ -174,33 +206,63 @@ const Sizes kSizes[] = {
     {1, 64, 1},    {16, 64, 16},  {17, 128, 8}, {64, 64, 7},    {65, 64, 1024},
     {333, 192, 6}, {127, 64, 33}, {8, 64, 2},   {1001, 64, 20},
 };
+// Runs of grad_x have two units, and the last one of a column has one.
+constexpr Sizes kLongRuns = {4099, 1024, 8};
 
 TEST(CudaRouterWalk, AddsEveryProductOfGradXOnce) {
   std::mt19937 random(3);
-  for (const Sizes& sizes : kSizes) {
-    for (const int32_t workers : {1, 8, 528}) {
-      SCOPED_TRACE(testing::Message() << sizes.tokens << " tokens, hidden " << sizes.hidden << ", "
-                                      << sizes.num_experts << " experts, " << workers << " warps");
-      expect_product<RouterProduct::kGradX>(sizes, workers, random);
-    }
-  }
+  for (const Sizes& sizes : kSizes) expect_product<RouterProduct::kGradX>(sizes, random);
 }
 
 TEST(CudaRouterWalk, AddsEveryProductOfGradWRouterOnce) {
   std::mt19937 random(5);
-  for (const Sizes& sizes : kSizes) {
-    for (const int32_t workers : {1, 8, 528}) {
-      SCOPED_TRACE(testing::Message() << sizes.tokens << " tokens, hidden " << sizes.hidden << ", "
-                                      << sizes.num_experts << " experts, " << workers << " warps");
-      expect_product<RouterProduct::kGradWeight>(sizes, workers, random);
+  for (const Sizes& sizes : kSizes) expect_product<RouterProduct::kGradWeight>(sizes, random);
+}
+
+TEST(CudaRouterWalk, RunsOfManyUnitsAddEveryProductOfGradXOnce) {
+  const auto& [tokens, hidden, num_experts] = kLongRuns;
+  ASSERT_EQ(tile::RouterRuns(tokens, hidden, num_experts, true, true).x_run_rows(),
+            2 * tile::kRouterRows);
+  std::mt19937 random(7);
+  expect_product<RouterProduct::kGradX>(kLongRuns, random);
+}
+
+// Every run of a task is given out once, and those that wait for others come last.
+TEST(CudaRouterWalk, RunsAreEverythingThatIsAskedFor) {
+  for (const Sizes& s : kSizes) {
+    for (const bool has_weight : {false, true}) {
+      for (const bool has_bias : {false, true}) {
+        const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, has_weight, has_bias);
+        const tile::RouterWalk<RouterProduct::kGradWeight> weight{s.tokens, s.hidden,
+                                                                  s.num_experts};
+        tile::RouterWalk<RouterProduct::kGradX> x{s.tokens, s.hidden, s.num_experts};
+        x.run_rows = runs.x_run_rows();
+        const int32_t of_weight = s.num_experts * s.hidden;
+        int32_t word = has_weight ? 0 : of_weight;
+        int32_t next[4] = {};
+        for (int32_t idx = 0; idx < runs.num_runs(); ++idx) {
+          const tile::RouterRun run = runs.run_at(idx);
+          EXPECT_EQ(run.idx, next[static_cast<int>(run.task)]++);
+          EXPECT_EQ(run.task == RouterTask::kReduce, idx >= runs.num_products());
+          if (run.task != RouterTask::kReduce) continue;
+          EXPECT_EQ(runs.words_begin(run.idx), word);
+          word = runs.words_end(run.idx);
+        }
+        const int32_t of_segment = plan::ceil_div(s.num_experts, tile::kRouterBiasExperts);
+        EXPECT_EQ(next[0], has_bias ? weight.num_segments() * of_segment : 0);
+        EXPECT_EQ(next[1], has_weight ? weight.num_runs() : 0);
+        EXPECT_EQ(next[2], x.num_runs());
+        EXPECT_EQ(word, of_weight + (has_bias ? s.num_experts : 0));
+      }
     }
   }
 }
 
-TEST(CudaRouterWalk, WithoutTokensThereIsNothing) {
-  EXPECT_EQ((tile::RouterWalk<RouterProduct::kGradX>{0, 64, 8}).num_units(), 0);
-  EXPECT_EQ((tile::RouterWalk<RouterProduct::kGradWeight>{0, 64, 8}).num_units(), 0);
-  EXPECT_EQ(tile::RouterRun(0, 3, 528).count, 0);
+TEST(CudaRouterWalk, WithoutTokensThereAreOnlyZerosToWrite) {
+  const tile::RouterRuns runs(0, 64, 8, true, true);
+  EXPECT_EQ(runs.num_products(), 0);
+  EXPECT_EQ(runs.words_end(runs.num_runs() - 1), 8 * 64 + 8);
+  EXPECT_EQ(tile::RouterRuns().num_runs(), 0);
 }
 
 // What a lane loads and stores at once is contiguous, on multiples of its size.
@@ -213,12 +275,11 @@ void expect_contiguous() {
     EXPECT_EQ((kIsX ? lane.depth(1) : lane.row(1)) - (kIsX ? lane.depth(0) : lane.row(0)), 1);
     EXPECT_EQ((kIsX ? lane.depth(0) : lane.row(0)) % 2, 0);
     EXPECT_EQ((kIsX ? lane.row(1) - lane.row(0) : lane.depth(1) - lane.depth(0)), kIsX ? 8 : 1);
-    EXPECT_EQ(lane.operand_column(0) % tile::kRouterLaneColumns, 0);
-    EXPECT_EQ(lane.operand_column(3), lane.operand_column(0) + 3);
-    EXPECT_EQ(lane.sum_column(0, 0) % (2 * tile::kRouterLaneColumns), 0);
-    for (int32_t i = 0; i < 2 * tile::kRouterLaneColumns; ++i) {
-      EXPECT_EQ(lane.sum_column(i / tile::kRouterLaneColumns, i % tile::kRouterLaneColumns),
-                lane.sum_column(0, 0) + i);
+    EXPECT_EQ(lane.column(0) % tile::kRouterLaneColumns, 0);
+    EXPECT_EQ(lane.column(3), lane.column(0) + 3);
+    EXPECT_EQ(lane.sum_column(0) % lane.kSumColumns, 0);
+    for (int32_t j = 0; j < lane.kSumColumns; ++j) {
+      EXPECT_EQ(lane.sum_column(j), lane.sum_column(0) + j);
     }
   }
 }

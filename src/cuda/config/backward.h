@@ -48,6 +48,13 @@ inline constexpr int32_t kGradStoreBytes = kGradStoreColumns * kHalfRows * kElem
 static_assert(kStoreBuffers * kGradStoreBytes <= kBackwardStagingBytes);
 // Gradients of the router are sums over this many ranges of tokens, whoever makes them.
 inline constexpr int32_t kRouterSegments = 8;
+// Steps of the router's products whose loads a warp has under way: what its registers hold.
+struct RouterStages {
+  int num_steps;
+  int num_wide_steps;  // of products with an fp32 W_router
+};
+inline constexpr RouterStages kCommRouterStages{.num_steps = 3, .num_wide_steps = 2};
+inline constexpr RouterStages kMathRouterStages{.num_steps = 8, .num_wide_steps = 8};
 
 // Tokens and experts of grad_logits in scratch are rounded up to this: the router's products read
 // whole tiles, with zeros where there is no token or expert.

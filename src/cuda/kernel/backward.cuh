@@ -3,11 +3,13 @@
 // tile/backward_walk.h.
 //
 //   tickets, weights, tokens  as in pipeline.cuh; of a sum over rows, its M and its N side
-//   math  (two warpgroups of each CTA)  take tiles in turn; then combine the input gradients
+//   math  (two warpgroups of each CTA)  take tiles in turn; then what is left of the router's
+//                                       gradients; then combine the input gradients
 //   comm  (a warpgroup of each CTA)     sends grad y and tokens to the other ranks that need
 //                                       them, and copies what came into expert order ahead of the
 //                                       tiles; then gradients of slots and biases, when the hidden
-//                                       gradients are there, and of the router; then combines
+//                                       gradients are there, and of the router (runs that warps
+//                                       take by tickets); then combines
 //
 // Counters: kernel/backward.h. Every tile of a gradient has one owner, and every sum one order.
 #pragma once
@@ -389,44 +391,66 @@ FM_DEVICE void differentiate_routing(const BackwardParams& params, BackwardShare
   }
 }
 
-// Counts the warp, whose stores are then visible to whom sees the count. Whole warp.
-FM_DEVICE void count_warp(uint32_t* counter) {
+// Counts `count` for the warp, whose stores are then visible to whom sees the count. Whole warp.
+FM_DEVICE void publish_count(uint32_t* counter, uint32_t count) {
   __syncwarp();
-  if (ptx::lane_idx() == 0) ptx::add_release_gpu(counter, 1);
+  if (ptx::lane_idx() == 0) ptx::add_release_gpu(counter, count);
 }
 
-// Returns when all communication warps have written the router's share of grad x.
-FM_DEVICE void wait_for_router(const BackwardParams& params, sync::Waiter& waiter) {
+// The gradients of the logits of one communication warp are there. Whole warp.
+FM_DEVICE void finish_logits(const BackwardParams& params) {
   if (params.routing.w_router == nullptr) return;
-  waiter.wait_word(params.counters.router_done, num_comm_warps(), sync::WaitTag::kRouterDone);
+  if (ptx::block_idx() == 0 && ptx::thread_idx() / 32 % config::kCommWarps == 0) {
+    stage::clear_logit_padding(params);
+  }
+  publish_count(params.counters.logits_done, 1);
 }
 
-// The router's products, once the gradients of all logits are there. Whole warp of the
-// communication warpgroup.
-template <class Config>
+// The next run of the router's gradients. Whole warp.
+FM_DEVICE int32_t take_router_run(const BackwardParams& params) {
+  int32_t idx = 0;
+  if (ptx::lane_idx() == 0) {
+    idx = static_cast<int32_t>(atomicAdd(params.counters.router_taken, 1u));
+  }
+  return __shfl_sync(stage::kAllLanes, idx, 0);
+}
+
+// The router's gradients: takes runs until none is left, and leaves when the router's share of
+// grad x is there. Whole warp.
+template <class Config, config::RouterStages kStages>
 FM_DEVICE void differentiate_router(const BackwardParams& params, sync::Waiter& waiter) {
   using Element = tile::ElementOf<Config::value.element>;
   if (params.routing.w_router == nullptr) return;
-  const auto worker_idx = [] {  // a CTA's warps are neighbours
-    return ptx::block_idx() * config::kCommWarps + ptx::thread_idx() / 32 % config::kCommWarps;
-  };
-  if (worker_idx() == 0) stage::clear_logit_padding(params);
-  count_warp(params.counters.logits_done);
-  waiter.wait_word(params.counters.logits_done, num_comm_warps(), sync::WaitTag::kLogitsDone);
-  if (__all_sync(stage::kAllLanes, waiter.alive())) {
-    stage::multiply_router<Element>(params, worker_idx(), num_comm_warps());
+  const tile::RouterRuns& runs = params.router_runs;
+  int32_t idx = take_router_run(params);
+  if (idx < runs.num_products()) {
+    waiter.wait_word(params.counters.logits_done, num_comm_warps(), sync::WaitTag::kLogitsDone);
   }
-  count_warp(params.counters.router_done);
-  wait_for_router(params, waiter);
+  if (!__all_sync(stage::kAllLanes, waiter.alive())) {
+    // The run that it took counts all the same: nobody waits for it.
+    if (idx < runs.num_products()) publish_count(params.counters.router_done, 1);
+    return;
+  }
+  __builtin_assume(waiter.alive());  // no register holds it meanwhile
+  uint32_t num_done = 0;
+#pragma unroll 1
+  for (; idx < runs.num_products(); idx = take_router_run(params)) {
+    stage::make_router_run<Element, kStages>(params, runs.run_at(idx));
+    ++num_done;
+  }
+  if (num_done > 0) publish_count(params.counters.router_done, num_done);
+  waiter.wait_word(params.counters.router_done, runs.num_products(), sync::WaitTag::kRouterDone);
   if (!__all_sync(stage::kAllLanes, waiter.alive())) return;
-  stage::reduce_router(params, worker_idx(), num_comm_warps());
+#pragma unroll 1
+  for (; idx < runs.num_runs(); idx = take_router_run(params)) {
+    stage::reduce_router(params, runs.run_at(idx).idx);
+  }
 }
 
 // Combines until no unit is left, onto the router's share. Whole warp.
 template <class Config, int kPieces, int kRows>
 FM_DEVICE void combine_inputs(const BackwardParams& params, BackwardShared<Config>& smem,
                               sync::Waiter& waiter) {
-  wait_for_router(params, waiter);
   const auto adds = [&] {
     return params.routing.w_router != nullptr;
   };
@@ -451,7 +475,8 @@ FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config
     if (ptx::lane_idx() == 0) set_mark_of_first(params.forward, Mark::kRowsIn);
   }
   differentiate_routing<Config>(params, smem, worker_idx, waiter);
-  differentiate_router<Config>(params, waiter);
+  finish_logits(params);
+  differentiate_router<Config, config::kCommRouterStages>(params, waiter);
   combine_inputs<Config, 1, 4>(params, smem, waiter);
 }
 
@@ -484,6 +509,7 @@ FM_DEVICE void run_backward_roles(const BackwardParams& params, BackwardShared<C
   } else {
     ptx::setmaxnreg_inc<Job::kShape.math_registers>();
     math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
+    differentiate_router<Config, config::kMathRouterStages>(params, waiter);
     combine_inputs<Config, 2, 8>(params, smem, waiter);
   }
 }

@@ -7,6 +7,7 @@
 
 #include "cuda/config/backward.h"
 #include "cuda/kernel/forward.h"
+#include "cuda/tile/router_walk.h"
 
 namespace flashmoe::cuda::kernel {
 
@@ -32,7 +33,8 @@ struct BackwardCounters {
   uint32_t* down_of_expert;    // [E] CTAs' tiles of grad w_down that are stored
   uint32_t* hidden_of_all;     // [1] CTAs' hidden-gradient tiles of all experts
   uint32_t* logits_done;       // [1] communication warps that have their gradients of logits
-  uint32_t* router_done;       // [1] communication warps that have the router's share of grad x
+  uint32_t* router_taken;      // [1] runs of the router's gradients that are given out
+  uint32_t* router_done;       // [1] of those that read grad_logits, runs that are done
   uint32_t* left;              // [1] CTAs that have done everything
   uint32_t* first;             // all of them, one after the other, with ForwardMemory::down_done
   int32_t count;
@@ -55,7 +57,6 @@ struct WeightGradOut {
 // Gradients of routing and biases; data is null where one was not given or not asked for.
 struct RoutingGrads {
   const void* w_router;  // [E, H] of the layer's element type or f32; null without a fused router
-  int64_t w_router_stride;
   bool w_router_is_wide;
   const float* logits;            // [T, E]
   StridedView grad_weights;       // [T, k], arriving at the returned weights
@@ -70,6 +71,13 @@ struct RoutingGrads {
   FM_HD bool any() const { return any_slot() || any_bias(); }
   FM_HD bool any_slot() const { return w_router != nullptr || grad_topk_weights.data != nullptr; }
   FM_HD bool any_bias() const { return grad_b_up.data != nullptr || grad_b_down.data != nullptr; }
+};
+
+// Bytes from a row to the next one of what the router's products read: they fit in a word.
+struct RouterStrides {
+  uint32_t grad_logits;
+  uint32_t w_router;
+  uint32_t x;
 };
 
 struct BackwardParams {
@@ -96,6 +104,8 @@ struct BackwardParams {
   BackwardCounters counters;
   RowCopy copies[2];
   RoutingGrads routing;
+  tile::RouterRuns router_runs;  // none without a fused router
+  RouterStrides router_strides;
   const void* grad_y;  // [T, H]
   int64_t grad_y_stride;
   float* parts;         // [hidden_tiles][max_rows]

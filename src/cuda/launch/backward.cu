@@ -58,7 +58,19 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
 }
 
 int64_t num_counters(const config::ForwardSizes& sizes) {
-  return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 4;
+  return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 5;
+}
+
+int64_t row_bytes_of(const fm_tensor& tensor) {
+  return tensor.stride[0] * (tensor.dtype == FM_F32 ? 4 : config::kElementBytes);
+}
+
+// The router's products multiply rows by words.
+std::string refuse_distant_rows(const char* name, const fm_tensor& tensor) {
+  const int64_t most = std::numeric_limits<uint32_t>::max();
+  if (tensor.shape[0] <= 1 || row_bytes_of(tensor) <= most) return {};
+  return text_of(name, " has rows ", row_bytes_of(tensor),
+                 " bytes apart; accepted on CUDA with a router's gradient: to ", most);
 }
 
 config::BackwardTable table_of(const fm_layer& layer, const Operands& operands,
@@ -164,6 +176,7 @@ class Builder {
     p_.forward.memory.down_done = take(sizes.column_blocks);
     counters.hidden_of_all = take(1);
     counters.logits_done = take(1);
+    counters.router_taken = take(1);
     counters.router_done = take(1);
     counters.left = take(1);
   }
@@ -357,7 +370,6 @@ class Builder {
   void set_routing() {
     kernel::RoutingGrads& routing = p_.routing;
     routing.w_router = o_.w_router.data;
-    routing.w_router_stride = o_.w_router.stride[0];
     routing.w_router_is_wide = o_.w_router.dtype == FM_F32;
     routing.logits = static_cast<const float*>(o_.logits.data);
     routing.grad_weights = strided(o_.grad_weights);
@@ -368,6 +380,18 @@ class Builder {
     routing.b_down = strided(o_.b_down);
     routing.grad_b_up = strided(o_.grad_b_up);
     routing.grad_b_down = strided(o_.grad_b_down);
+    if (routing.w_router != nullptr) set_router(routing);
+  }
+
+  void set_router(const kernel::RoutingGrads& routing) {
+    const config::ForwardSizes& sizes = p_.forward.sizes;
+    p_.router_runs = tile::RouterRuns(sizes.tokens, sizes.hidden, sizes.num_experts,
+                                      routing.grad_w_router.data != nullptr,
+                                      routing.grad_router_bias.data != nullptr);
+    p_.router_strides = {
+        .grad_logits = static_cast<uint32_t>(config::router_padded(sizes.num_experts) * 4),
+        .w_router = static_cast<uint32_t>(row_bytes_of(o_.w_router)),
+        .x = static_cast<uint32_t>(row_bytes_of(o_.x))};
   }
 
   const BackwardArguments& a_;
@@ -398,6 +422,10 @@ void check_supported(const fm_layer& layer, const fm_backward_args& operands,
   std::string reason = refuse_rows("grad_y", operands.grad_y, config::kElementBytes);
   if (reason.empty()) {
     reason = refuse_z(layer, operands.x.shape[0], operands.z, ranks.world);
+  }
+  if (reason.empty() && present(operands.w_router)) {
+    reason = refuse_distant_rows("x", operands.x);
+    if (reason.empty()) reason = refuse_distant_rows("w_router", operands.w_router);
   }
   if (!reason.empty()) fail(FM_UNSUPPORTED, "CUDA: ", reason);
 }

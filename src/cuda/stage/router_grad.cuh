@@ -1,5 +1,5 @@
-// The router's products in the backward, by the warps' matrix products (mma.sync) of the
-// communication warps, while the tiles run:
+// The router's products in the backward, by the warps' matrix products (mma.sync): of the
+// communication warps, while the tiles run, and of math warps that have no tile left:
 //
 //   grad_x += grad_logits W_router        grad_W_router = grad_logits^T X        bias: column sums
 //
@@ -8,8 +8,9 @@
 // config::kRouterSegments sums over ranges, whoever makes them, added in their order. The share of
 // grad_x is written there; the combine adds the experts' rows to it.
 //
-// Operands go from global memory to registers (tile/router_walk.h), a few steps ahead of the
-// products: one warp a scheduler waits for memory, not for the tensor core.
+// Warps take runs of it by tickets (tile/router_walk.h): no result depends on who makes which.
+// Operands go from global memory to registers, a few steps ahead of the products: one warp a
+// scheduler waits for memory, not for the tensor core.
 #pragma once
 
 #include "cuda/kernel/backward.h"
@@ -22,6 +23,8 @@
 namespace flashmoe::cuda::stage {
 
 using tile::RouterProduct;
+using tile::RouterRun;
+using tile::RouterTask;
 using tile::RouterUnit;
 
 // x as the sum of two values of 11 bits, as the tensor core reads them.
@@ -35,8 +38,8 @@ struct Tf32Pair {
   }
 };
 
-// The products of a warp's unit. kWide: the N side is fp32.
-template <class Element, RouterProduct kProduct, bool kWide>
+// The products of a warp's unit. kWide: the N side is fp32; kStages: steps of loads under way.
+template <class Element, RouterProduct kProduct, bool kWide, int kStages>
 class RouterMultiplier {
   static constexpr bool kIsX = kProduct == RouterProduct::kGradX;
   static constexpr int32_t kBytes = kWide ? 4 : config::kElementBytes;
@@ -45,85 +48,83 @@ class RouterMultiplier {
   using Vector = std::conditional_t<kWide, uint4, uint2>;  // kColumns of the N side
 
  public:
-  FM_DEVICE explicit RouterMultiplier(const kernel::BackwardParams& params) : params_(params) {}
-
-  // The unit's sums over depth [begin, end). Whole warp.
-  FM_DEVICE void multiply(const RouterUnit& unit, int32_t begin, int32_t end) {
-    constexpr int kStages = kWide ? 1 : 2;  // steps under way: more take more than 64 registers
+  // The unit's sums. Whole warp.
+  FM_DEVICE void multiply(const kernel::BackwardParams& params, const RouterUnit& unit,
+                          const tile::RouterDepth& depth) {
     FM_UNROLL
     for (auto& product : sums_) {
       FM_UNROLL
       for (float& value : product) value = 0.0f;
     }
-    const Lane lane{ptx::lane_idx()};
-    const int32_t column = unit.n + lane.operand_column(0);
-    const float* m_from = m_at(unit.m + lane.row(0), begin + lane.depth(0));
-    const int32_t num_steps = plan::ceil_div(end - begin, tile::kRouterDepth);
-    int32_t depth = begin + lane.depth(0);
-    Step steps[kStages];
-    const auto load = [&](Step& step, int32_t ahead, int32_t left) {
-      if (ahead < left) step.load(*this, m_from, ahead, depth, end - 1, column);
-    };
+    Reader reader(params, unit, depth);
+    int32_t left = depth.num_steps;
+    Step steps[kStages] = {};  // else ptxas keeps their registers from unit to unit
     FM_UNROLL
-    for (int i = 0; i < kStages; ++i) load(steps[i], i, num_steps);
+    for (int i = 0; i < kStages; ++i) {
+      if (i < left) reader.read(steps[i]);
+    }
 #pragma unroll 1
-    for (int32_t left = num_steps; left > 0; left -= kStages) {
+    for (; left > 0; left -= kStages) {
       FM_UNROLL
       for (int i = 0; i < kStages; ++i) {
         if (i >= left) break;
         steps[i].multiply(sums_);
-        load(steps[i], kStages + i, left);
+        if (kStages + i < left) reader.read(steps[i]);
       }
-      m_from += kStages * step_stride();
-      depth += kStages * tile::kRouterDepth;
     }
   }
 
-  // The i-th of 2 * kColumns sums of the lane, of one of its two rows: at columns from
-  // first_column() on.
-  FM_DEVICE float sum(int32_t row_half, int32_t i) const {
-    return sums_[i % kColumns][2 * row_half + i / kColumns];
+  // Calls store(row and column of the unit, kSumColumns sums) for each of the lane's rows.
+  template <class Store>
+  FM_DEVICE void store(const Store& store_row) const {
+    const Lane lane{ptx::lane_idx()};
+    FM_UNROLL
+    for (int i = 0; i < Lane::kSumRows; ++i) {
+      float sums[Lane::kSumColumns];
+      FM_UNROLL
+      for (int j = 0; j < Lane::kSumColumns; ++j) {
+        constexpr auto at = Lane::sum_at;
+        sums[j] = sums_[at(i, j).product][at(i, j).index];
+      }
+      store_row(lane.sum_row(i), lane.sum_column(0), sums);
+    }
   }
-  FM_DEVICE static int32_t first_column() { return Lane{ptx::lane_idx()}.sum_column(0, 0); }
-  FM_DEVICE static int32_t row(int32_t half) { return Lane{ptx::lane_idx()}.row(half); }
 
  private:
-  // A lane's operands of one product's depth.
+  // A lane's operands of one depth of the products.
   struct Step {
     float2 m[2];  // of two rows at two depths, or the other way round
     Vector n[2];  // of two depths
 
-    // m_from, depth: the lane's first element of step 0. Past the last depth grad_logits is zero,
-    // and W_router or X is read at the last one.
-    FM_DEVICE void load(const RouterMultiplier& of, const float* m_from, int32_t step,
-                        int32_t depth, int32_t last, int32_t column) {
-      m_from += step * of.step_stride();
+    // Two products side by side: one waits for the product before it into the same sums.
+    FM_DEVICE void multiply(float (&sums)[tile::kRouterProducts][4]) const {
+      const Tf32Pair m_values[2][2] = {{Tf32Pair(m[0].x), Tf32Pair(m[0].y)},
+                                       {Tf32Pair(m[1].x), Tf32Pair(m[1].y)}};
       FM_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        m[half] = *reinterpret_cast<const float2*>(m_from + half * of.half_stride());
-        const int32_t at = min(depth + step * tile::kRouterDepth + half, last);
-        n[half] = __ldg(reinterpret_cast<const Vector*>(of.n_at(at, column)));
+      for (int j = 0; j < kColumns; j += 2) {
+        const Tf32Pair n_values[2][2] = {{Tf32Pair(n_value(0, j)), Tf32Pair(n_value(0, j + 1))},
+                                         {Tf32Pair(n_value(1, j)), Tf32Pair(n_value(1, j + 1))}};
+        add(sums[j], sums[j + 1], &Tf32Pair::low, m_values, &Tf32Pair::high, n_values);
+        if constexpr (kWide) {
+          add(sums[j], sums[j + 1], &Tf32Pair::high, m_values, &Tf32Pair::low, n_values);
+        }
+        add(sums[j], sums[j + 1], &Tf32Pair::high, m_values, &Tf32Pair::high, n_values);
       }
     }
-    FM_DEVICE void multiply(float (&sums)[kColumns][4]) const {
-      uint32_t high[4], low[4];
-      FM_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const Tf32Pair first(m[half].x), second(m[half].y);
-        const int i = kIsX ? half : 2 * half;
-        const int j = kIsX ? half + 2 : 2 * half + 1;
-        high[i] = first.high;
-        low[i] = first.low;
-        high[j] = second.high;
-        low[j] = second.low;
-      }
-      FM_UNROLL
-      for (int j = 0; j < kColumns; ++j) {
-        const Tf32Pair b0(n_value(0, j));
-        const Tf32Pair b1(n_value(1, j));
-        ptx::mma_m16n8k8_tf32(sums[j], low, b0.high, b1.high);
-        if constexpr (kWide) ptx::mma_m16n8k8_tf32(sums[j], high, b0.low, b1.low);
-        ptx::mma_m16n8k8_tf32(sums[j], high, b0.high, b1.high);
+    // Two products of one part of each side's elements.
+    using Part = uint32_t Tf32Pair::*;
+    FM_DEVICE static void add(float (&first)[4], float (&second)[4], Part m_part,
+                              const Tf32Pair (&m)[2][2], Part n_part, const Tf32Pair (&n)[2][2]) {
+      const Tf32Pair(&a)[2][2] = kIsX ? n : m;
+      const Part a_part = kIsX ? n_part : m_part;
+      const uint32_t a_values[4] = {a[0][0].*a_part, a[0][1].*a_part, a[1][0].*a_part,
+                                    a[1][1].*a_part};
+      if constexpr (kIsX) {
+        ptx::mma_m16n8k8_tf32(first, a_values, m[0][0].*m_part, m[0][1].*m_part);
+        ptx::mma_m16n8k8_tf32(second, a_values, m[1][0].*m_part, m[1][1].*m_part);
+      } else {
+        ptx::mma_m16n8k8_tf32(first, a_values, n[0][0].*n_part, n[1][0].*n_part);
+        ptx::mma_m16n8k8_tf32(second, a_values, n[0][1].*n_part, n[1][1].*n_part);
       }
     }
     FM_DEVICE float n_value(int half, int j) const {
@@ -137,26 +138,53 @@ class RouterMultiplier {
     }
   };
 
-  // grad_logits of an M row (token, or expert) at a depth (expert, or token).
-  FM_DEVICE int32_t m_stride() const {
-    return config::router_padded(params_.forward.sizes.num_experts);
-  }
-  FM_DEVICE const float* m_at(int32_t m, int32_t depth) const {
-    return params_.grad_logits +
-           (kIsX ? int64_t{m} * m_stride() + depth : int64_t{depth} * m_stride() + m);
-  }
-  // From a lane's elements of a step to the next one's, and to its other two of the step.
-  FM_DEVICE int32_t step_stride() const { return tile::kRouterDepth * (kIsX ? 1 : m_stride()); }
-  FM_DEVICE int32_t half_stride() const { return (kIsX ? 8 : 1) * m_stride(); }
+  // Reads the lane's operands step after step. Past the last depth grad_logits is zero, and
+  // W_router or X is read at the last one.
+  class Reader {
+   public:
+    FM_DEVICE Reader(const kernel::BackwardParams& params, const RouterUnit& unit,
+                     const tile::RouterDepth& depths)
+        : params_(params) {
+      const Lane lane{ptx::lane_idx()};
+      const int32_t depth = depths.begin + lane.depth(0);
+      const int32_t row = min(depth, depths.end - 1);
+      const int32_t m = unit.m + lane.row(0);
+      m_ = bytes(params.grad_logits) + int64_t{kIsX ? m : depth} * m_stride() +
+           (kIsX ? depth : m) * int32_t{sizeof(float)};
+      n_ = bytes(kIsX ? params.routing.w_router : params.forward.x) + int64_t{row} * n_stride() +
+           (unit.n + lane.column(0)) * kBytes;
+      rows_left_ = depths.end - 1 - row;
+    }
+    FM_DEVICE void read(Step& step) {
+      constexpr uint32_t kDepth = tile::kRouterDepth;
+      step.m[0] = *reinterpret_cast<const float2*>(m_);
+      step.m[1] = *reinterpret_cast<const float2*>(m_ + (kIsX ? 8 : 1) * m_stride());
+      m_ += kDepth * (kIsX ? sizeof(float) : m_stride());
+      step.n[0] = __ldg(reinterpret_cast<const Vector*>(n_));
+      step.n[1] = __ldg(reinterpret_cast<const Vector*>(n_ + min(rows_left_, 1u) * n_stride()));
+      const uint32_t rows = min(rows_left_, kDepth);
+      n_ += rows * n_stride();
+      rows_left_ -= rows;
+    }
 
-  FM_DEVICE const uint8_t* n_at(int32_t depth, int32_t n) const {
-    const void* base = kIsX ? params_.routing.w_router : params_.forward.x;
-    const int64_t stride = kIsX ? params_.routing.w_router_stride : params_.forward.x_stride;
-    return static_cast<const uint8_t*>(base) + (depth * stride + n) * kBytes;
-  }
+   private:
+    FM_DEVICE static const uint8_t* bytes(const void* base) {
+      return static_cast<const uint8_t*>(base);
+    }
+    // Multiplied by a word: one instruction, which adds the address, too.
+    FM_DEVICE uint64_t m_stride() const { return params_.router_strides.grad_logits; }
+    FM_DEVICE uint64_t n_stride() const {
+      return kIsX ? params_.router_strides.w_router : params_.router_strides.x;
+    }
+    const kernel::BackwardParams& params_;
+    // Of the next step: its elements of grad_logits, its first row or the last one there is, and
+    // how many rows there are behind that.
+    const uint8_t* m_;
+    const uint8_t* n_;
+    uint32_t rows_left_;
+  };
 
-  const kernel::BackwardParams& params_;
-  float sums_[kColumns][4];
+  float sums_[tile::kRouterProducts][4];
 };
 
 // As a product of a launch is cut.
@@ -166,121 +194,80 @@ FM_DEVICE tile::RouterWalk<kProduct> router_walk(const config::ForwardSizes& siz
 }
 
 // The router's share of grad_x, in grad_x. Whole warp.
-template <class Element, bool kWide>
-FM_DEVICE void multiply_router_x(const kernel::BackwardParams& params, int32_t worker_idx,
-                                 int32_t num_workers) {
-  using Multiplier = RouterMultiplier<Element, RouterProduct::kGradX, kWide>;
+template <class Element, bool kWide, int kStages>
+FM_DEVICE void multiply_router_x(const kernel::BackwardParams& params, int32_t run_idx) {
+  using Multiplier = RouterMultiplier<Element, RouterProduct::kGradX, kWide, kStages>;
   const auto& forward = params.forward;
-  const auto walk = router_walk<RouterProduct::kGradX>(forward.sizes);
-  const tile::RouterRun run(walk.num_units(), worker_idx, num_workers);
-  RouterUnit unit = run.count > 0 ? walk.unit_at(run.first) : RouterUnit{};
+  auto walk = router_walk<RouterProduct::kGradX>(forward.sizes);
+  walk.run_rows = params.router_runs.x_run_rows();
+  RouterUnit unit = walk.run_at(run_idx);
 #pragma unroll 1
-  for (int32_t left = run.count; left > 0; --left) {
-    Multiplier multiplier(params);
-    multiplier.multiply(unit, walk.depth_begin(unit), walk.depth_end(unit));
-    FM_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int32_t token = unit.m + Multiplier::row(half);
-      if (token >= forward.sizes.tokens) continue;
-      const auto pair = [&](int i) {
-        return static_cast<int>(
-            Element::pack(multiplier.sum(half, i), multiplier.sum(half, i + 1)));
-      };
-      *reinterpret_cast<int4*>(static_cast<uint16_t*>(forward.y) + token * forward.y_stride +
-                               unit.n +
-                               Multiplier::first_column()) = {pair(0), pair(2), pair(4), pair(6)};
-    }
-    unit = walk.after(unit);
-  }
+  do {
+    Multiplier multiplier;
+    multiplier.multiply(params, unit, params.router_runs.x_depth());  // no register holds it
+    multiplier.store([&](int32_t row, int32_t column, const float(&sums)[4]) {
+      const int32_t token = unit.m + row;
+      if (token >= forward.sizes.tokens) return;
+      auto* to = static_cast<uint16_t*>(forward.y) + token * forward.y_stride + (unit.n + column);
+      *reinterpret_cast<uint2*>(to) = {Element::pack(sums[0], sums[1]),
+                                       Element::pack(sums[2], sums[3])};
+    });
+  } while (walk.advance(unit));
 }
 
-// The segments' sums of grad_W_router, in scratch. Their additions are the tensor core's, which
-// truncate: two for eight tokens, an error of at most tokens / 32 * 2^-23. Whole warp.
-template <class Element>
-FM_DEVICE void multiply_router_weight(const kernel::BackwardParams& params, int32_t worker_idx,
-                                      int32_t num_workers) {
-  using Multiplier = RouterMultiplier<Element, RouterProduct::kGradWeight, false>;
+// A segment's sums of a unit of grad_W_router, in scratch. Their additions are the tensor core's,
+// which truncate: two for eight tokens, an error of at most tokens / 32 * 2^-23. Whole warp.
+template <class Element, int kStages>
+FM_DEVICE void multiply_router_weight(const kernel::BackwardParams& params, int32_t run_idx) {
+  using Multiplier = RouterMultiplier<Element, RouterProduct::kGradWeight, false, kStages>;
   const auto& sizes = params.forward.sizes;
   const auto walk = router_walk<RouterProduct::kGradWeight>(sizes);
-  const tile::RouterRun run(walk.num_units(), worker_idx, num_workers);
-  RouterUnit unit = run.count > 0 ? walk.unit_at(run.first) : RouterUnit{};
-#pragma unroll 1
-  for (int32_t left = run.count; left > 0; --left) {
-    Multiplier multiplier(params);
-    multiplier.multiply(unit, walk.depth_begin(unit), walk.depth_end(unit));
-    FM_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int32_t expert = unit.m + Multiplier::row(half);
-      if (expert >= sizes.num_experts) continue;
-      auto* to = reinterpret_cast<float4*>(
-          params.router_parts +
-          unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
-          int64_t{expert} * sizes.hidden + unit.n + Multiplier::first_column());
-      FM_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        to[i] = {multiplier.sum(half, 4 * i), multiplier.sum(half, 4 * i + 1),
-                 multiplier.sum(half, 4 * i + 2), multiplier.sum(half, 4 * i + 3)};
-      }
-    }
-    unit = walk.after(unit);
-  }
+  const RouterUnit unit = walk.run_at(run_idx);
+  Multiplier multiplier;
+  multiplier.multiply(params, unit, walk.depth(unit));
+  multiplier.store([&](int32_t row, int32_t column, const float(&sums)[8]) {
+    const int32_t expert = unit.m + row;
+    if (expert >= sizes.num_experts) return;
+    auto* to = reinterpret_cast<float4*>(
+        params.router_parts +
+        unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
+        int64_t{expert} * sizes.hidden + unit.n + column);
+    to[0] = {sums[0], sums[1], sums[2], sums[3]};
+    to[1] = {sums[4], sums[5], sums[6], sums[7]};
+  });
 }
 
-// The segments' column sums of grad_logits, in fp64: a lane takes an expert. Whole warp.
-FM_DEVICE void sum_router_bias(const kernel::BackwardParams& params, int32_t worker_idx,
-                               int32_t num_workers) {
+// A segment's column sums of grad_logits, in fp64: a lane takes an expert. Whole warp.
+FM_DEVICE void sum_router_bias(const kernel::BackwardParams& params, int32_t run_idx) {
   const auto& sizes = params.forward.sizes;
   const auto walk = router_walk<RouterProduct::kGradWeight>(sizes);
-  const int32_t of_segment = plan::ceil_div(sizes.num_experts, 32);
+  const int32_t of_segment = plan::ceil_div(sizes.num_experts, tile::kRouterBiasExperts);
+  const RouterUnit unit{.m = run_idx % of_segment * tile::kRouterBiasExperts,
+                        .n = 0,
+                        .segment = run_idx / of_segment};
+  const int32_t expert = unit.m + ptx::lane_idx();
+  if (expert >= sizes.num_experts) return;
   const int32_t stride = config::router_padded(sizes.num_experts);
-#pragma unroll 1
-  for (int32_t i = worker_idx; i < walk.num_segments() * of_segment; i += num_workers) {
-    const RouterUnit unit{.m = i % of_segment * 32, .n = 0, .segment = i / of_segment};
-    const int32_t expert = unit.m + ptx::lane_idx();
-    if (expert >= sizes.num_experts) continue;
-    const float* column = params.grad_logits + expert;
-    double sum = 0.0;
+  const float* column = params.grad_logits + expert;
+  const tile::RouterDepth depth = walk.depth(unit);
+  double sum = 0.0;
 #pragma unroll 8
-    for (int32_t token = walk.depth_begin(unit); token < walk.depth_end(unit); ++token) {
-      sum += static_cast<double>(column[int64_t{token} * stride]);
-    }
-    params.router_parts[unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
-                        int64_t{sizes.num_experts} * sizes.hidden + expert] =
-        static_cast<float>(sum);
+  for (int32_t token = depth.begin; token < depth.end; ++token) {
+    sum += static_cast<double>(column[int64_t{token} * stride]);
   }
+  params.router_parts[unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
+                      int64_t{sizes.num_experts} * sizes.hidden + expert] = static_cast<float>(sum);
 }
 
-// All that is made of the gradients of the logits, dealt to num_workers warps: neighbours have the
-// same columns, those of a CTA share them in the first-level cache. Whole warp.
-template <class Element>
-FM_DEVICE void multiply_router(const kernel::BackwardParams& params, int32_t worker_idx,
-                               int32_t num_workers) {
-  const auto& routing = params.routing;
-  if (routing.grad_router_bias.data != nullptr) {
-    sum_router_bias(params, num_workers - 1 - worker_idx, num_workers);
-  }
-  if (routing.grad_w_router.data != nullptr) {
-    multiply_router_weight<Element>(params, worker_idx, num_workers);
-  }
-  if (routing.w_router_is_wide) {
-    multiply_router_x<Element, true>(params, worker_idx, num_workers);
-  } else {
-    multiply_router_x<Element, false>(params, worker_idx, num_workers);
-  }
-}
-
-// Adds the segments of grad_w_router and of the bias's gradient, dealt to num_workers warps.
-FM_DEVICE void reduce_router(const kernel::BackwardParams& params, int32_t worker_idx,
-                             int32_t num_workers) {
+// Adds the segments of words of grad_W_router and of the bias's gradient. Whole warp.
+FM_DEVICE void reduce_router(const kernel::BackwardParams& params, int32_t run_idx) {
   const auto& sizes = params.forward.sizes;
   const auto& routing = params.routing;
   const int32_t of_weight = sizes.num_experts * sizes.hidden;
-  const int32_t first = routing.grad_w_router.data == nullptr ? of_weight : 0;
-  const int32_t last =
-      of_weight + (routing.grad_router_bias.data == nullptr ? 0 : sizes.num_experts);
   const int32_t num_segments = router_walk<RouterProduct::kGradWeight>(sizes).num_segments();
   const int64_t of_segment = config::router_part_words(sizes.num_experts, sizes.hidden);
-  for (int32_t i = first + worker_idx * 32 + ptx::lane_idx(); i < last; i += num_workers * 32) {
+  const int32_t end = params.router_runs.words_end(run_idx);
+  for (int32_t i = params.router_runs.words_begin(run_idx) + ptx::lane_idx(); i < end; i += 32) {
     float parts[config::kRouterSegments];
     FM_UNROLL
     for (int segment = 0; segment < config::kRouterSegments; ++segment) {
@@ -296,6 +283,24 @@ FM_DEVICE void reduce_router(const kernel::BackwardParams& params, int32_t worke
     } else {
       tile::write_real(routing.grad_router_bias, i - of_weight, 0, sum);
     }
+  }
+}
+
+// Makes what a run has of the gradients of the logits. Whole warp.
+template <class Element, config::RouterStages kStages>
+FM_DEVICE void make_router_run(const kernel::BackwardParams& params, const RouterRun& run) {
+  switch (run.task) {
+    case RouterTask::kBias:
+      return sum_router_bias(params, run.idx);
+    case RouterTask::kGradWeight:
+      return multiply_router_weight<Element, kStages.num_steps>(params, run.idx);
+    case RouterTask::kGradX:
+      if (params.routing.w_router_is_wide) {
+        return multiply_router_x<Element, true, kStages.num_wide_steps>(params, run.idx);
+      }
+      return multiply_router_x<Element, false, kStages.num_steps>(params, run.idx);
+    case RouterTask::kReduce:
+      return;  // reduce_router(), when all others are done
   }
 }
 

@@ -5,8 +5,10 @@
 //   grad_W_router[E, H] = grad_logits^T[E, T] X[T, H]          M experts, K tokens
 //
 // Operands come from global memory without shared memory in between. The products' rows, columns
-// and depth are permuted, so that a lane's elements are contiguous there: pairs of grad_logits,
-// four columns of W_router or X, and eight of the result.
+// and depth are permuted, so that a lane's elements are contiguous there, and in registers as the
+// products take them: pairs of grad_logits, four columns of W_router or X, and the results. A pair
+// of grad_logits is of two experts: of the depth in grad_x, where it is the products' B, and of M
+// in grad_W_router, where two are A.
 #pragma once
 
 #include <cstdint>
@@ -18,28 +20,44 @@ namespace flashmoe::cuda::tile {
 
 enum class RouterProduct { kGradX, kGradWeight };
 
-inline constexpr int32_t kRouterRows = 16;        // M of a product, and of a unit
-inline constexpr int32_t kRouterDepth = 8;        // K of a product
-inline constexpr int32_t kRouterLaneColumns = 4;  // of N that a lane loads: a product has one
+inline constexpr int32_t kRouterRows = 16;                         // M of a unit
+inline constexpr int32_t kRouterDepth = 8;                         // K of a product
+inline constexpr int32_t kRouterLaneColumns = 4;                   // of N that a lane loads
 inline constexpr int32_t kRouterColumns = 8 * kRouterLaneColumns;  // of a unit
+inline constexpr int32_t kRouterProducts = 4;                      // of a unit, each of 16 by 8
+
+// Where a sum is: register `index` of the lane's four of a product.
+struct RouterSum {
+  int32_t product;
+  int32_t index;
+};
 
 template <RouterProduct kProduct>
 struct RouterLane {
+  static constexpr bool kIsX = kProduct == RouterProduct::kGradX;
+  // Of the lane's sums, which are contiguous in a row.
+  static constexpr int32_t kSumRows = kIsX ? 4 : 2;
+  static constexpr int32_t kSumColumns = kIsX ? 4 : 8;
   int32_t lane;
 
-  // Row of the elements of A in rows 0-7 (half 0) or 8-15 (half 1) of the product, and of its sums.
+  // Rows and depths of the elements of grad_logits, depths and columns of those of W_router or X.
   FM_HD constexpr int32_t row(int32_t half) const {
-    return kProduct == RouterProduct::kGradX ? lane / 4 + 8 * half : lane / 4 * 2 + half;
+    return kIsX ? lane / 4 + 8 * half : lane / 4 * 2 + half;
   }
-  // Depth of the elements of A and B in the first (half 0) or second four of the product's K.
   FM_HD constexpr int32_t depth(int32_t half) const { return lane % 4 * 2 + half; }
-  // Column of the element of B of the unit's j-th product.
-  FM_HD constexpr int32_t operand_column(int32_t j) const {
-    return lane / 4 * kRouterLaneColumns + j;
+  FM_HD constexpr int32_t column(int32_t j) const { return lane / 4 * kRouterLaneColumns + j; }
+
+  FM_HD constexpr int32_t sum_row(int32_t i) const {
+    return kIsX ? i / 2 * 8 + lane % 4 * 2 + i % 2 : lane / 4 * 2 + i;
   }
-  // Column of the even (half 0) or odd sum of the unit's j-th product.
-  FM_HD constexpr int32_t sum_column(int32_t half, int32_t j) const {
-    return (lane % 4 * 2 + half) * kRouterLaneColumns + j;
+  FM_HD constexpr int32_t sum_column(int32_t j) const {
+    return (kIsX ? lane / 4 : lane % 4 * 2) * kRouterLaneColumns + j;
+  }
+  // grad_x: product 2 p + h is of columns 2 p and 2 p + 1 of the lanes, and of tokens from 8 h on;
+  // grad_W_router: product p of column p.
+  FM_HD static constexpr RouterSum sum_at(int32_t i, int32_t j) {
+    if (kIsX) return {.product = j / 2 * 2 + i / 2, .index = j % 2 * 2 + i % 2};
+    return {.product = j % kRouterLaneColumns, .index = 2 * i + j / kRouterLaneColumns};
   }
 };
 
@@ -51,13 +69,21 @@ struct RouterUnit {
   int32_t segment;
 };
 
-// The units of a product, dealt to warps by runs, which take them one after the other: rows first,
-// then columns, then segments.
+// What a unit is summed over: experts, or tokens of its segment.
+struct RouterDepth {
+  int32_t begin;
+  int32_t end;
+  int32_t num_steps;  // of kRouterDepth
+};
+
+// The units of a product, as runs of a warp: those of up to `run_rows` rows of a column, one after
+// the other. Runs go by rows first, then columns, then segments.
 template <RouterProduct kProduct>
 struct RouterWalk {
   int32_t tokens;
   int32_t hidden;  // a multiple of kRouterColumns
   int32_t num_experts;
+  int32_t run_rows = kRouterRows;  // times a power of two
 
   FM_HD constexpr int32_t rows() const {
     return kProduct == RouterProduct::kGradX ? tokens : num_experts;
@@ -69,50 +95,112 @@ struct RouterWalk {
   FM_HD constexpr int32_t num_segments() const {
     return tokens == 0 ? 0 : plan::ceil_div(tokens, segment_tokens());
   }
-  FM_HD constexpr int32_t num_units() const {
-    return num_row_tiles() * num_columns() *
+  FM_HD constexpr int32_t num_runs() const {
+    return runs_of_column() * num_columns() *
            (kProduct == RouterProduct::kGradX ? 1 : num_segments());
   }
-  FM_HD constexpr RouterUnit unit_at(int32_t idx) const {
-    const int32_t column = idx / num_row_tiles();
-    const int32_t segment = column / num_columns();
-    return {.m = (idx - column * num_row_tiles()) * kRouterRows,
+  // The first unit of a run.
+  FM_HD constexpr RouterUnit run_at(int32_t idx) const {
+    const int32_t column = idx / runs_of_column();
+    const int32_t segment = kProduct == RouterProduct::kGradX ? 0 : column / num_columns();
+    return {.m = (idx - column * runs_of_column()) * run_rows,
             .n = (column - segment * num_columns()) * kRouterColumns,
             .segment = segment};
   }
-  // The one behind `unit`, without a division.
-  FM_HD constexpr RouterUnit after(RouterUnit unit) const {
+  // Whether the run has a unit behind `unit`, which then is that one.
+  FM_HD constexpr bool advance(RouterUnit& unit) const {
     unit.m += kRouterRows;
-    if (unit.m < rows()) return unit;
-    unit.m = 0;
-    unit.n += kRouterColumns;
-    if (unit.n < hidden) return unit;
-    return {.m = 0, .n = 0, .segment = unit.segment + 1};
+    return unit.m < rows() && (unit.m & (run_rows - 1)) != 0;
   }
-  // What is summed over: experts, or the tokens of the segment.
-  FM_HD constexpr int32_t depth_begin(const RouterUnit& unit) const {
-    return kProduct == RouterProduct::kGradX ? 0 : unit.segment * segment_tokens();
-  }
-  FM_HD constexpr int32_t depth_end(const RouterUnit& unit) const {
-    if (kProduct == RouterProduct::kGradX) return num_experts;
-    return plan::min_of((unit.segment + 1) * segment_tokens(), tokens);
+  FM_HD constexpr RouterDepth depth(const RouterUnit& unit) const {
+    RouterDepth depth{.begin = 0, .end = num_experts, .num_steps = 0};
+    if (kProduct == RouterProduct::kGradWeight) {
+      depth.begin = unit.segment * segment_tokens();
+      depth.end = plan::min_of(depth.begin + segment_tokens(), tokens);
+    }
+    depth.num_steps = plan::ceil_div(depth.end - depth.begin, kRouterDepth);
+    return depth;
   }
 
  private:
-  FM_HD constexpr int32_t num_row_tiles() const { return plan::ceil_div(rows(), kRouterRows); }
+  FM_HD constexpr int32_t runs_of_column() const { return plan::ceil_div(rows(), run_rows); }
   FM_HD constexpr int32_t num_columns() const { return hidden / kRouterColumns; }
 };
 
-// Run of a warp of many: every unit is in one.
-struct RouterRun {
-  int32_t first;
-  int32_t count;
+inline constexpr int32_t kRouterBiasExperts = 32;   // of a run of column sums: one of each lane
+inline constexpr int32_t kRouterReduceWords = 128;  // of a run that adds segments
+inline constexpr int32_t kRouterRunSteps = 32;      // of a run of grad_x, at most, if it has units
+inline constexpr int32_t kRouterLeastRuns = 4096;   // of grad_x, where there are so many units
 
-  FM_HD constexpr RouterRun(int32_t num_units, int32_t worker_idx, int32_t num_workers) {
-    const int32_t most = plan::ceil_div(num_units, num_workers);
-    first = worker_idx * most;
-    count = plan::max_of(plan::min_of(most, num_units - first), 0);
+enum class RouterTask {
+  kBias,        // column sums of grad_logits: of 32 experts, then segments
+  kGradWeight,  // RouterWalk
+  kGradX,       // RouterWalk
+  kReduce,      // words of the segments' sums: of the weight, then of the bias
+};
+
+struct RouterRun {
+  RouterTask task;
+  int32_t idx;  // of the task's
+};
+
+// All that is made of the gradients of the logits, as runs that warps take by tickets: those that
+// read grad_logits, long ones first, so that the last ones end together; then the additions of the
+// segments, which wait for those.
+class RouterRuns {
+ public:
+  RouterRuns() = default;
+  constexpr RouterRuns(int32_t tokens, int32_t hidden, int32_t num_experts, bool has_weight,
+                       bool has_bias) {
+    RouterWalk<RouterProduct::kGradX> x{tokens, hidden, num_experts};
+    const RouterWalk<RouterProduct::kGradWeight> weight{tokens, hidden, num_experts};
+    x_depth_ = x.depth({});
+    int32_t units = 1;
+    while (2 * units * x_depth_.num_steps <= kRouterRunSteps &&
+           2 * units * kRouterLeastRuns <= x.num_runs()) {
+      units *= 2;
+    }
+    x.run_rows = x_run_rows_ = units * kRouterRows;
+    if (has_bias) {
+      weight_begin_ = weight.num_segments() * plan::ceil_div(num_experts, kRouterBiasExperts);
+    }
+    x_begin_ = weight_begin_ + (has_weight ? weight.num_runs() : 0);
+    num_products_ = x_begin_ + x.num_runs();
+    const int32_t of_weight = num_experts * hidden;
+    words_begin_ = has_weight ? 0 : of_weight;
+    words_end_ = of_weight + (has_bias ? num_experts : 0);
+    num_runs_ = num_products_ + plan::ceil_div(words_end_ - words_begin_, kRouterReduceWords);
   }
+
+  // Runs that read grad_logits, and all.
+  FM_HD constexpr int32_t num_products() const { return num_products_; }
+  FM_HD constexpr int32_t num_runs() const { return num_runs_; }
+
+  FM_HD constexpr RouterRun run_at(int32_t idx) const {
+    if (idx < weight_begin_) return {RouterTask::kBias, idx};
+    if (idx < x_begin_) return {RouterTask::kGradWeight, idx - weight_begin_};
+    if (idx < num_products_) return {RouterTask::kGradX, idx - x_begin_};
+    return {RouterTask::kReduce, idx - num_products_};
+  }
+  FM_HD constexpr int32_t x_run_rows() const { return x_run_rows_; }
+  FM_HD constexpr const RouterDepth& x_depth() const { return x_depth_; }
+  // Words of a run that adds segments.
+  FM_HD constexpr int32_t words_begin(int32_t idx) const {
+    return words_begin_ + idx * kRouterReduceWords;
+  }
+  FM_HD constexpr int32_t words_end(int32_t idx) const {
+    return plan::min_of(words_begin(idx + 1), words_end_);
+  }
+
+ private:
+  int32_t weight_begin_ = 0;  // where runs of a task begin
+  int32_t x_begin_ = 0;
+  int32_t num_products_ = 0;
+  int32_t num_runs_ = 0;
+  int32_t x_run_rows_ = kRouterRows;
+  RouterDepth x_depth_{};
+  int32_t words_begin_ = 0;
+  int32_t words_end_ = 0;
 };
 
 }  // namespace flashmoe::cuda::tile
