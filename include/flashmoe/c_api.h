@@ -187,10 +187,12 @@ typedef enum fm_backward_flags {
   FM_ACCUMULATE_W_DOWN = 4
 } fm_backward_flags;
 
-/* What the last launch of a group did on this rank. Times are wall clock of this rank; on CUDA, of
- * the GPU: when its first cluster went on from one phase to the next. These add up to `seconds`,
- * although phases overlap, but for push and return, which run beside the others; of a group whose
- * graphs are replayed, they are of the last replay. */
+/* What the last launch of a group did on this rank; all 0 if its call failed, be it (on CUDA) with
+ * what an earlier launch had left to report. A call that is refused for its arguments is no launch
+ * on a rank alone or on CUDA. Times are wall clock of this rank; on CUDA, of the GPU: when its
+ * first cluster went on from one phase to the next. These add up to `seconds`, although phases
+ * overlap, but for push and return, which run beside the others; of a group whose graphs are
+ * replayed, they are of the last replay. */
 typedef struct fm_stats {
   uint32_t struct_size;
   uint32_t epoch;

@@ -290,7 +290,7 @@ class Group {
   // that found an error before it could launch.
   void refuse(const std::string& reason) { detail::check(fm_group_refuse(get(), reason.c_str())); }
 
-  // What the last launch did on this rank.
+  // What the last launch did on this rank; all 0 if its call failed.
   fm_stats stats() const {
     fm_stats stats{};
     stats.struct_size = sizeof(stats);

@@ -102,6 +102,9 @@ class Group:
     def stats(self) -> dict[str, Any]:
         """What the last launch did on this rank: the fields of ``fm_stats``, lists for arrays.
 
+        All are 0 if its call raised, on CUDA also what an earlier launch had left to report. A call
+        that is refused for its arguments is no launch on a rank alone or on CUDA.
+
         On CUDA waits for that launch, and raises what a launch has reported.
         """
         values = dict(_core.engine().group_stats(self.handle))

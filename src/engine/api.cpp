@@ -51,6 +51,12 @@ struct fm_group_s {
   flashmoe::cpu::Workspace workspace;
   flashmoe::cpu::ThreadPool pool;
   flashmoe::cuda::Engine cuda;
+  // Until a launch has ended well `stats` is of none.
+  void forget_launch() {
+    stats = {};
+    last_on_cuda = false;
+  }
+
   fm_stats stats{};
   // Where the operands of the last call were: how peers learn of a refusal.
   std::atomic<bool> is_on_cuda{false};
@@ -126,6 +132,12 @@ void refuse_on_cuda(flashmoe::fabric::Group& group, const std::string& reason) {
   group.abort(FM_MISMATCH, "rank " + std::to_string(group.rank()) + " refused the call: " + reason);
 }
 
+// This rank's part in the launch that its peers are in.
+void refuse_on_cpu(fm_group_s& g, const char* reason) {
+  if (g.group.world() > 1) g.forget_launch();
+  flashmoe::cpu::refuse_call(g.group, reason);
+}
+
 // The caller must see its own error, whatever becomes of telling the peers.
 void tell_refusal(fm_group_s& g, const char* reason) {
   if (g.is_on_cuda) {
@@ -133,7 +145,7 @@ void tell_refusal(fm_group_s& g, const char* reason) {
     return;
   }
   try {
-    flashmoe::cpu::refuse_call(g.group, reason);
+    refuse_on_cpu(g, reason);
   } catch (const Error&) {
     g.group.abort(FM_MISMATCH, reason);  // the peers are not in reach of an orderly refusal
   }
@@ -162,7 +174,7 @@ auto naming(const fm_layer& layer, Body&& body) {
 }
 
 void launch_on_cpu(fm_group_s& g, const flashmoe::cpu::Call& call) {
-  g.last_on_cuda = false;
+  g.forget_launch();
   naming(call.layer, [&] { flashmoe::cpu::run_call(call, g.group, g.workspace, g.pool, g.stats); });
 }
 
@@ -202,10 +214,10 @@ void on_cuda(fm_group_s& g, Body&& body) {
 // launch: of the CUDA engine.
 template <class Launch>
 void launch_on_cuda(fm_group_s& g, const Launch& launch) {
+  g.forget_launch();
   g.group.waiter().check_abort();
   on_cuda(g, [&] { launch(cuda_options(g.group)); });
   g.last_on_cuda = true;
-  g.stats = {};
   g.stats.epoch = g.group.world() == 1 ? g.group.begin_epoch() : g.cuda.epoch();
   g.stats.scratch_bytes = g.stats.allocated_bytes = g.cuda.scratch_bytes();
   g.stats.symmetric_bytes = g.cuda.symmetric_bytes();
@@ -408,7 +420,7 @@ fm_status fm_group_refuse(fm_group group, const char* reason) {
     if (g.is_on_cuda) {
       refuse_on_cuda(g.group, given);
     } else {
-      flashmoe::cpu::refuse_call(g.group, given);
+      refuse_on_cpu(g, given);
     }
   });
 }

@@ -137,6 +137,22 @@ def test_undefined_logits_are_raised_by_the_next_call(value, group):
     finish(group)
 
 
+def test_stats_of_a_call_that_raised_are_of_no_launch(group):
+    layer = make_layer()
+    spoiled = layer.x.clone()
+    spoiled[37, 5] = float("nan")
+    layer(group)
+    assert group.stats()["epoch"] > 0
+    layer(group, spoiled)
+    torch.cuda.synchronize()
+    with pytest.raises(RoutingError, match="router logits"):
+        layer(group)
+    stats = group.stats()
+    assert stats["epoch"] == 0 and stats["seconds"] == 0 and not any(stats["phase_seconds"])
+    layer(group)
+    assert group.stats()["seconds"] > 0
+
+
 def test_nan_in_the_selection_bias_names_the_expert(group):
     layer, bias = make_layer(), torch.zeros(16, device="cuda")
     layer.options["selection_bias"] = bias

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 
 import flashmoe
 import pytest
@@ -106,6 +107,51 @@ def test_stats_of_a_launch():
     assert stats["rows_sent"] == 0
     assert len(stats["phase_seconds"]) == 8
     assert stats["seconds"] > 0
+
+
+def everything_of(stats):
+    """All numbers of `Group.stats`."""
+    lists = [value if isinstance(value, list) else [value] for value in stats.values()]
+    return [number for one in lists for number in one]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_stats_of_a_call_that_raised_are_of_no_other(ranks, num_ranks):
+    layer = make_layer(experts=4)
+    spoiled = layer.x.detach() * float("nan")
+
+    def on_rank(rank, group):
+        good = layer.keywords() | shard(layer, rank, num_ranks) | {"group": group}
+        found = []
+        for changes in ({}, {"x": spoiled} if rank == 0 else {}, {}):
+            with suppress(RoutingError, RankMismatchError):
+                flashmoe.moe(**good | changes)
+            found.append(group.stats())
+        return found
+
+    for before, raised, after in ranks(num_ranks).values(on_rank):
+        assert before["rows"] > 0 and before["seconds"] > 0
+        assert not any(everything_of(raised)), raised
+        assert after["epoch"] > before["epoch"] and after["rows"] == before["rows"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"activation": "swish"}, {"b_up": torch.zeros(2, 3)}], ids=["python", "engine"]
+)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_refused_call_is_a_launch_where_peers_take_part(ranks, num_ranks, changes):
+    layer = make_layer(experts=4)
+
+    def on_rank(rank, group):
+        good = layer.keywords() | shard(layer, rank, num_ranks) | {"group": group}
+        flashmoe.moe(**good)
+        before = group.stats()
+        with pytest.raises((ValueError, RankMismatchError)):
+            flashmoe.moe(**good | (changes if rank == 0 else {}))
+        return before, group.stats()
+
+    for before, after in ranks(num_ranks).values(on_rank):
+        assert after == before if num_ranks == 1 else not any(everything_of(after))
 
 
 ONE_BAD_RANK = {
