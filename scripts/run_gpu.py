@@ -15,7 +15,8 @@ not by default), `bench` (records, a table and a roofline PNG), `backward_bench`
 backward, tables and a PNG of ratios). On a machine of several GPUs, and not by default: `ranks`
 (values, state and faults of two ranks), `ranks_backward` (the same of their backward), `ranks_more`
 (graphs, torch.compile, other work beside them), `ranks_bench` (the benchmark of --ranks ranks:
-records, tables, PNGs of ratios, a timeline and the scaling study).
+records, tables, PNGs of ratios, a timeline and the scaling study), `ranks_backward_bench` (that of
+their backward: records, tables, PNGs of ratios and a timeline).
 --quick takes a part of each. The logs, the records and the PNGs go to --out.
 """
 
@@ -46,7 +47,8 @@ QUICK_VALUES = "test_tokens or mixtures or scratch or module or routing or equal
 QUICK_BEHAVIOUR = "100_runs or one_kernel_node or replays or wait_that or streams_in_turn"
 DEFAULT_STEPS = ("values", "behaviour", "products", "backward", "training", "bench",
                  "backward_bench")  # fmt: skip
-RANK_SECONDS = 0.4  # of a measurement of ranks_bench, which stays within its limit with it
+# Of a measurement of ranks_bench and ranks_backward_bench, which stay within their limits with it.
+RANK_SECONDS = 0.4
 BACKWARD_SECONDS = 0.5  # of a measurement of backward_bench, likewise
 QUICK_BACKWARD = "test_tokens or mixtures or graph or main_grad or order"
 QUICK_BACKWARD_CASES = "qwen3-30b,mixtral,seed"
@@ -91,6 +93,10 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
     ranks_bench = [sys.executable, __file__, "--only-ranks-bench", "--out", str(out)]
     ranks_bench += ["--ranks", str(arguments.ranks), "--cases", arguments.cases or "*"]
     ranks_bench += ["--seconds", str(arguments.seconds or RANK_SECONDS)] + ["--quick"] * quick
+    ranks_backward = [sys.executable, __file__, "--only-ranks-backward-bench", "--out", str(out)]
+    ranks_backward += ["--ranks", str(arguments.ranks)]
+    ranks_backward += ["--cases", arguments.cases or (QUICK_BACKWARD_CASES if quick else "*")]
+    ranks_backward += ["--seconds", str(arguments.seconds or RANK_SECONDS)]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all"]
     checked = [sys.executable, "-m", "flashmoe", "check", "--device", "cuda"]
     checked += ["--case", SANITIZE_CASE, "--dtype", "bf16"]
@@ -137,7 +143,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
             Step(
                 "ranks_more",
                 [*PYTEST, "--durations", "10", *test_files(*RANKS_MORE)],
-                150,
+                180,
             )
         ],
         "sanitize": [
@@ -147,6 +153,7 @@ def planned(arguments: argparse.Namespace) -> list[Step]:
         "bench": [Step("bench", bench, 300)],
         "backward_bench": [Step("backward_bench", backward_bench, 120)],
         "ranks_bench": [Step("ranks_bench", ranks_bench, 150 if arguments.ranks < 4 else 240)],
+        "ranks_backward_bench": [Step("ranks_backward_bench", ranks_backward, 240)],
     }
     unknown = set(arguments.steps) - set(steps)
     if unknown:
@@ -252,22 +259,43 @@ def backward_bench(arguments: argparse.Namespace) -> None:
 
 def ranks_bench(arguments: argparse.Namespace) -> None:
     """The benchmark of several ranks by itself: records as they come, then tables and PNGs."""
-    from flashmoe import bench_cuda, bench_ranks, plots
+    from flashmoe import bench_ranks, plots
 
-    bench_ranks.check_gpus(arguments.ranks)
-    out, records = arguments.out, []
-    for record in bench_ranks.run_bench(ranks_plan(arguments), seconds=arguments.seconds):
-        records.append(record)
-        bench_cuda.write_records([record], out)
-        print(bench_ranks.row(record), flush=True)
-    if not records:
-        raise SystemExit(f"no case of {arguments.ranks} ranks matches '{arguments.cases}'")
-    print(f"\n{bench_ranks.table(records)}\n\n{bench_ranks.timeline(records)}", flush=True)
+    out, records = arguments.out, ranks_records(arguments, bench_ranks, ranks_plan(arguments))
     judged = [one for one in records if one["floor"] is not None] or records
     plots.plot_ranks(judged, out / "ranks.png")
     plots.plot_timeline(records[0], out / "ranks_timeline.png")
     if not arguments.quick:
         plots.plot_scaling(records, out / "ranks_scaling.png")
+
+
+def ranks_backward_bench(arguments: argparse.Namespace) -> None:
+    """The benchmark of the backward of several ranks by itself, likewise."""
+    from flashmoe import bench_ranks_backward, plots
+
+    plan = bench_ranks_backward.planned(arguments.cases or "*", arguments.ranks)
+    records = ranks_records(arguments, bench_ranks_backward, plan)
+    plots.plot_ranks(records, arguments.out / "ranks_backward.png")
+    plots.plot_timeline(records[0], arguments.out / "ranks_backward_timeline.png")
+
+
+def ranks_records(
+    arguments: argparse.Namespace, module: Any, plan: list[tuple[int, list[Any]]]
+) -> list[dict[str, Any]]:
+    """What a module of the benchmark measures of a plan: written and shown as it comes, then as
+    tables."""
+    from flashmoe import bench_cuda, bench_ranks
+
+    bench_ranks.check_gpus(arguments.ranks)
+    records = []
+    for record in module.run_bench(plan, seconds=arguments.seconds):
+        records.append(record)
+        bench_cuda.write_records([record], arguments.out)
+        print(module.row(record), flush=True)
+    if not records:
+        raise SystemExit(f"no case of {arguments.ranks} ranks matches '{arguments.cases}'")
+    print(f"\n{module.table(records)}\n\n{module.timeline(records)}", flush=True)
+    return records
 
 
 def ranks_plan(arguments: argparse.Namespace) -> list[tuple[int, list[Any]]]:
@@ -298,22 +326,28 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, help="of a sustained measurement, two to four a case"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="of ranks_bench (default: 2)")
-    parser.add_argument("--only-bench", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only-backward-bench", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only-ranks-bench", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=2,
+        help="of ranks_bench and ranks_backward_bench (default: 2)",
+    )
+    alone = {
+        "only_bench": bench,
+        "only_backward_bench": backward_bench,
+        "only_ranks_bench": ranks_bench,
+        "only_ranks_backward_bench": ranks_backward_bench,
+    }
+    for option in alone:
+        flag = f"--{option.replace('_', '-')}"
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.only_bench:
-        bench(arguments)
-        return 0
-    if arguments.only_backward_bench:
-        backward_bench(arguments)
-        return 0
-    if arguments.only_ranks_bench:
-        ranks_bench(arguments)
-        return 0
+    for option, by_itself in alone.items():
+        if getattr(arguments, option):
+            by_itself(arguments)
+            return 0
     if arguments.pack:
         install(arguments.pack)
     env = environment(arguments.pack)

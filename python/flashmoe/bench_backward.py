@@ -111,14 +111,20 @@ def rounded(times):
 def make_calls(case, dtype, group, device="cuda"):
     """Name -> call of ours, with Z kept and computed again: the same leaves, which require
     gradients, and an arriving gradient unlike x."""
-    call = bench_cuda.make_call(case, dtype, group, device)
-    generator = torch.Generator(device).manual_seed(8)
+    call = trained_call(bench_cuda.make_call(case, dtype, group, device))
+    return {name: keeping_z(call, save_z) for name, save_z in SAVE_Z.items()}
+
+
+def trained_call(call, seed=8):
+    """The call with leaves that require gradients and an arriving gradient unlike x."""
+    generator = torch.Generator(call.x.device).manual_seed(seed)
     grad_y = torch.empty_like(call.x).normal_(generator=generator)
-    call = backward_peers.differentiable(replace(call, grad_y=grad_y))
-    return {
-        name: replace(call, options=call.options | {"save_z": save_z})
-        for name, save_z in SAVE_Z.items()
-    }
+    return backward_peers.differentiable(replace(call, grad_y=grad_y))
+
+
+def keeping_z(call, save_z):
+    """The call with its choice of keeping the pre-activations Z for the backward."""
+    return replace(call, options=call.options | {"save_z": save_z})
 
 
 @dataclass(frozen=True)
@@ -200,15 +206,11 @@ def measure_quality(case, call, backwards):
     made = {variant: as_leaves(call, gradients) for variant, gradients in made.items()}
     plain = backward_quality.plain_gradients(case, call, ids)
     found = backward_quality.tallies(case, call, ids, made, plain)
-    ratios = {
-        variant: {f"grad_{name}": round(one.ratio, 4) for name, one in tallies.items()}
-        for variant, tallies in found.items()
-    }
+    ratios = {name: backward_quality.ratios_of(tallies) for name, tallies in found.items()}
     failures = {
-        f"{variant}, grad_{name}": one.reason
+        f"{variant}, {name}": reason
         for variant, tallies in found.items()
-        for name, one in tallies.items()
-        if not one.passed
+        for name, reason in backward_quality.failures_of(tallies).items()
     }
     counts = torch.bincount(ids.flatten(), minlength=case.experts)
     return {

@@ -77,17 +77,20 @@ def planned(pattern, ranks, study=None):
     """[(number of ranks, cases)]: what `pattern` (globs, separated by commas) names, of what the
     ranks can divide. The scaling study has its sizes at `ranks`, and the seed at the fewer ranks of
     weak scaling before."""
-    patterns = pattern.split(",")
-
-    def chosen(cases, world):
-        named = [c for name, c in cases.items() if any(fnmatchcase(name, p) for p in patterns)]
-        return [case for case in named if case.experts % world == 0]
-
-    plan = [(ranks, chosen(study_cases() if study else rank_cases(), ranks))]
+    cases = study_cases() if study else rank_cases()
+    plan = [(ranks, chosen(cases, pattern, ranks))]
     if study:
-        seed = {"seed": rank_cases()["seed"]}
-        plan = [(world, chosen(seed, world)) for world in STUDY_WORLDS if world < ranks] + plan
+        seed = {"seed": cases["seed"]}
+        fewer = [world for world in STUDY_WORLDS if world < ranks]
+        plan = [(world, chosen(seed, pattern, world)) for world in fewer] + plan
     return [(world, cases) for world, cases in plan if cases]
+
+
+def chosen(cases, pattern, world):
+    """Those of `cases` (name -> Case) that the pattern names and `world` ranks can divide."""
+    patterns = pattern.split(",")
+    named = [c for name, c in cases.items() if any(fnmatchcase(name, p) for p in patterns)]
+    return [case for case in named if case.experts % world == 0]
 
 
 def check_gpus(ranks):
@@ -146,18 +149,28 @@ def run_bench(plan, *, dtype="bf16", seconds=1.0, device="cuda"):
 
     Raises RuntimeError with what the first failing rank raised.
     """
+    return run_plan(plan, bench_rank, dtype, seconds, device)
+
+
+def run_plan(plan, function, dtype, seconds, device):
+    """Yields what the generator `function(rank, spec)` makes of every entry of a plan."""
     for world, cases in plan:
         spec = Spec(world, cases, dtype, seconds, device)
-        yield from on_ranks(world, bench_rank, spec, device=device)
+        yield from on_ranks(world, function, spec, device=device)
 
 
 def bench_rank(rank, spec):
     """A rank's part: yields the record of every case, on rank 0."""
+    return each_case(rank, spec, bench_case)
+
+
+def each_case(rank, spec, measure):
+    """Yields measure(case, spec, seat, links) of every case; all ranks together."""
     seat = make_seat(rank, spec)
     links = measure_links(seat)
     try:
         for case in spec.cases:
-            yield bench_case(case, spec, seat, links)
+            yield measure(case, spec, seat, links)
             if spec.device == "cuda":
                 torch.cuda.empty_cache()
         dist.barrier()
@@ -219,24 +232,17 @@ def bench_case(case, spec, seat, links):
     quality, traffic = measure_quality(case, call, seat)
     y, _ = call_layer(call)
     peers, absent = rank_peers.find(case, call, y, seat.exchange, seat.everyone)
-    layers = {OURS: lambda: call_layer(call), REFERENCE: lambda: call_layer(own)}
-    timer = seat.timer
-    graphs = {name: timer.graphed(one) for name, one in layers.items()}
-    by_graph = rank_timing.sustained(graphs, spec.seconds, timer, seat.everyone)
-    by_call = rank_timing.sustained(layers | peers, spec.seconds, timer, seat.everyone)
-    short = rank_timing.burst(graphs, timer, seat.everyone)
-    launches = timer.launches_of(layers[OURS], seat.group)
-    measured = {
-        "quality": quality,
-        "launches": launches,
-        "traffic": traffic,
-        "communication": measure_communication(traffic, seat),
-        "timeline": measure_timeline(call, seat),
-        "links": links,
-        "gpu": torch.cuda.get_device_name() if seat.device == "cuda" else None,
+    launches = {OURS: lambda: call_layer(call), REFERENCE: lambda: call_layer(own)}
+    timed = time_launches(launches, peers, spec, seat)
+    return {
+        **make_record(case, spec, timed, quality, direction="forward", part="ranks"),
+        **judged(TARGETS, case.name, spec.world, timed.by_graph.us),
+        "eager_peers": bench.peers_of(timed.by_call.us, REFERENCE),
         "peers_absent": absent,
+        **measure_beside(traffic, timed.by_graph.us, launches[OURS], seat),
+        "tflops": round(bench_cuda.flops(case) / timed.by_graph.us[OURS] / 1e6, 1),
+        "links": links,
     }
-    return make_record(case, spec, by_graph, by_call, short, measured)
 
 
 def make_calls(case, dtype, seat):
@@ -263,16 +269,57 @@ def measure_quality(case, call, seat):
         again, routed = call_layer(call)
         bitwise &= same_bits(y, again) and same_bits(ids, routed.topk_ids)
     ratio = rank_peers.error_ratio(case, call, y, ids, seat.exchange, seat.everyone)
-    traffic = traffic_of(
-        seat.everyone(ids.cpu()), case.experts, case.hidden * call.x.element_size()
-    )
-    rows = traffic.expert_rows()
+    traffic = traffic_of(seat.everyone(ids.cpu()), case.experts, row_bytes(case, call))
     quality = {
         "error_ratio": round(ratio, 4),
         "bitwise": all(seat.everyone(bitwise)),
-        "load_most_over_mean": round(max(rows) * len(rows) / sum(rows), 4),
+        "load_most_over_mean": round(traffic.load_most_over_mean(), 4),
     }
     return quality, traffic
+
+
+def row_bytes(case, call):
+    """Bytes of a token's row."""
+    return case.hidden * call.x.element_size()
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Ours and the reference: `rank_timing.Times` of replays of graphs in turn and of eager calls
+    in turn (peers too), microseconds of replays after a pause; nodes of a launch of ours."""
+
+    by_graph: rank_timing.Times
+    by_call: rank_timing.Times
+    short: dict[str, float]
+    launches: int
+
+
+def time_launches(launches, peers, spec, seat):
+    """`Timed` of ours and the reference (launches), with peers that are called eagerly."""
+    timer = seat.timer
+    graphs = {name: timer.graphed(one) for name, one in launches.items()}
+    return Timed(
+        rank_timing.sustained(graphs, spec.seconds, timer, seat.everyone),
+        rank_timing.sustained(launches | peers, spec.seconds, timer, seat.everyone),
+        rank_timing.burst(graphs, timer, seat.everyone),
+        timer.launches_of(launches[OURS], seat.group),
+    )
+
+
+def measure_beside(traffic, us, launch, seat):
+    """The fields of a record about what travels, how much of it a launch of ours hides, and where
+    the launch's time goes on each rank. us: of ours and the reference."""
+    communication_us, absent = measure_communication(traffic, seat)
+    hidden = None
+    if communication_us is not None:
+        hidden = round(overlap(us[OURS], us[REFERENCE], communication_us), 4)
+    return {
+        "communication_us": communication_us,
+        "communication_absent": absent,
+        "overlap": hidden,
+        **sent_of(traffic),
+        "phases_us": measure_timeline(launch, seat),
+    }
 
 
 def measure_communication(traffic, seat):
@@ -288,14 +335,10 @@ def measure_communication(traffic, seat):
     return seat.everyone(made)[0]
 
 
-def measure_timeline(call, seat):
-    """Of each rank phase -> microseconds, by its kernel's own clock: the eager call, of a few, with
-    the median time. Raises what a launch has reported."""
+def measure_timeline(launch, seat):
+    """Of each rank phase -> microseconds, by its kernel's own clock: the eager launch, of a few,
+    with the median time. Raises what a launch has reported."""
     runs = []
-
-    def launch():
-        call_layer(call)
-
     for _ in range(PHASE_RUNS):
         runs.append(bench_cuda.measure_phases(launch, seat.group, seat.timer.prepare))
     launches = list(zip(*seat.everyone(runs), strict=True))
@@ -308,45 +351,31 @@ def launch_us(phases):
     return sum(us for name, us in phases.items() if name not in BESIDE)
 
 
-def make_record(case, spec, by_graph, by_call, short, measured):
-    """A record from times (`rank_timing.Times`) and what else was measured."""
-    us, alone_us = by_graph.us[OURS], by_graph.us[REFERENCE]
-    communication_us, communication_absent = measured["communication"]
-    hidden = None
-    if communication_us is not None:
-        hidden = round(overlap(us, alone_us, communication_us), 4)
+def make_record(case, spec, timed, quality, direction, part):
+    """The fields that records of both directions have from `Timed` and the quality."""
+    by_graph, by_call, short = timed.by_graph, timed.by_call, timed.short
     local = one_gpu(case, spec.world)
     return {
         **bench.measurement(
             case,
             by_graph.us,
             REFERENCE,
-            direction="forward",
+            direction=direction,
             dtype=spec.dtype,
-            quality=measured["quality"],
-            launches=measured["launches"],
-            gpu=measured["gpu"],
+            quality=quality,
+            launches=timed.launches,
+            gpu=torch.cuda.get_device_name() if spec.device == "cuda" else None,
             ranks=spec.world,
         ),
-        "part": "ranks",
-        **judged(case.name, spec.world, us, alone_us),
+        "part": part,
         "one_gpu_tokens": local.tokens[0],
         "one_gpu_experts": local.experts,
         "one_gpu_top_k": local.top_k,
         "eager_us": round(by_call.us[OURS], 1),
         "eager_reference_us": round(by_call.us[REFERENCE], 1),
-        "eager_peers": bench.peers_of(by_call.us, REFERENCE),
-        "peers_absent": measured["peers_absent"],
         "burst_us": round(short[OURS], 1),
         "burst_reference_us": round(short[REFERENCE], 1),
         "burst_over_one_gpu": round(short[OURS] / short[REFERENCE], 4),
-        "communication_us": communication_us,
-        "communication_absent": communication_absent,
-        "overlap": hidden,
-        **sent_of(measured["traffic"]),
-        "tflops": round(bench_cuda.flops(case) / us / 1e6, 1),
-        "phases_us": measured["timeline"],
-        "links": measured["links"],
         "sm_clock_mhz": by_graph.clocks,
         "power_w": [round(power, 1) for power in by_graph.powers],
         "driver": by_graph.driver,
@@ -355,11 +384,11 @@ def make_record(case, spec, by_graph, by_call, short, measured):
     }
 
 
-def judged(name, world, us, alone_us):
-    """Our time against the one GPU's, beside the floor and the goal where there are any: the figure
-    is their quotient, for decode the microseconds between them."""
-    floor, goal = TARGETS.get(name, {}).get(world, (None, None))
-    over, added = round(us / alone_us, 4), round(us - alone_us, 1)
+def judged(targets, name, world, us):
+    """Our time against the one GPU's (us: of both), beside the floor and the goal that `targets`
+    has, if any: the figure is their quotient, for decode the microseconds between them."""
+    floor, goal = targets.get(name, {}).get(world, (None, None))
+    over, added = round(us[OURS] / us[REFERENCE], 4), round(us[OURS] - us[REFERENCE], 1)
     figure = added if name == DECODE else over
     met = "" if floor is None else "goal" if goal and figure <= goal else "floor"
     if met == "floor" and figure > floor:
@@ -401,24 +430,43 @@ def with_written(records, folder=None):
 
 def table(records):
     """The records as aligned text, a line each."""
-    lines = [
-        f"{'case':14}{'ranks':>6}{'us':>9}{'one-gpu':>9}{'figure':>8}{'floor':>7}{'goal':>6} met  "
-        f"{'burst':>6}{'PyTorch us':>11}{'x':>6}{'copies us':>10}{'overlap':>8}{'MB sent':>9}"
-        f"{'plain':>8}{'TFLOP/s':>8}{'error':>7} bits"
-    ]
-    lines += [row(one) for one in records]
-    return "\n".join([*lines, *footer(records)])
+    head = f"{head_of_times()}{'PyTorch us':>11}{'x':>6}{head_of_rest()}"
+    beside = f"x: PyTorch ({rank_peers.TORCH}; eager) over ours"
+    return "\n".join([head, *map(row, records), *footer(records, beside)])
 
 
 def row(one):
     """A line of the table."""
     peer = one["eager_peers"].get(rank_peers.TORCH)
     times = None if peer is None else peer / one["us"]
+    return f"{times_of(one)}{number(peer, '.0f'):>11}{number(times, '.1f'):>6}{rest_of(one)}"
+
+
+def head_of_times():
+    return (
+        f"{'case':14}{'ranks':>6}{'us':>9}{'one-gpu':>9}{'figure':>8}{'floor':>7}{'goal':>6} met  "
+        f"{'burst':>6}"
+    )
+
+
+def times_of(one):
+    """What a line begins with: our times against the one GPU's."""
     return (
         f"{one['case']:14}{one['ranks']:6}{one['us']:9.1f}{one['reference_us']:9.1f}"
         f"{shown(one, 'figure'):>8}{shown(one, 'floor'):>7}{shown(one, 'goal'):>6} "
         f"{one['met'] or '-':5}{one['burst_over_one_gpu']:6.3f}"
-        f"{number(peer, '.0f'):>11}{number(times, '.1f'):>6}"
+    )
+
+
+def head_of_rest():
+    return (
+        f"{'copies us':>10}{'overlap':>8}{'MB sent':>9}{'plain':>8}{'TFLOP/s':>8}{'error':>7} bits"
+    )
+
+
+def rest_of(one):
+    """What a line ends with: the exchange, the rate, the quality."""
+    return (
         f"{number(one['communication_us'], '.1f'):>10}{number(one['overlap'], '.2f'):>8}"
         f"{one['bytes_sent'] / 1e6:9.1f}{one['bytes_sent_plain'] / 1e6:8.1f}{one['tflops']:8.0f}"
         f"{one['error_ratio']:7.3f} {'same' if one['bitwise'] else 'DIFFER'}"
@@ -434,8 +482,9 @@ def number(value, form):
     return "-" if value is None else format(value, form)
 
 
-def footer(records):
-    """What the table was measured with, and what is missing."""
+def footer(records, beside):
+    """What the table was measured with, and what is missing. beside: what its columns of PyTorch
+    are."""
     if not records:
         return []
     first = records[0]
@@ -451,8 +500,7 @@ def footer(records):
     missing |= {f"links: {links['absent']}"} - {"links: "}
     return [
         f"{first['gpu'] or 'CPU engine'}, {first['dtype']}{measured if rates else ''}. us: graph "
-        "replays in turn, the slowest rank; figure: us over one-gpu, for decode us more; x: "
-        f"PyTorch ({rank_peers.TORCH}; eager) over ours",
+        f"replays in turn, the slowest rank; figure: us over one-gpu, for decode us more; {beside}",
         *sorted(missing),
     ]
 

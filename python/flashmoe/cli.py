@@ -133,8 +133,9 @@ def add_bench(commands):
         "--direction",
         default="forward",
         choices=("forward", "backward"),
-        help="on cuda: the backward of one GPU, with its gradients' error, the memory it needs and "
-        "forward + backward beside other layers (default: forward; on cpu both are timed)",
+        help="on cuda: the backward of one GPU or, with --ranks, of W of them, with its gradients' "
+        "error and forward + backward beside other layers; of one GPU also the memory it needs "
+        "(default: forward; on cpu both are timed)",
     )
     bench.add_argument(
         "--seconds",
@@ -284,7 +285,7 @@ def command_bench(arguments):
     from . import bench, report
 
     if arguments.direction == "backward":
-        for option in ("explain", "ranks"):
+        for option in ("explain", "study"):
             if getattr(arguments, option):
                 raise ValueError(f"--direction is backward; accepted without --{option}")
         if arguments.device == "cpu":
@@ -349,16 +350,21 @@ def command_bench_cuda(arguments):
 
 def command_bench_ranks(arguments):
     """`flashmoe bench --device cuda --ranks W`."""
-    from . import bench_ranks, plots
+    from . import bench_ranks, bench_ranks_backward, plots
 
     bench_ranks.check_gpus(arguments.ranks)
-    plan = bench_ranks.planned(arguments.case, arguments.ranks, arguments.study)
+    if arguments.direction == "backward":
+        bench, what = bench_ranks_backward, "the backward of several ranks"
+        plan = bench.planned(arguments.case, arguments.ranks)
+    else:
+        bench, what = bench_ranks, "several ranks"
+        plan = bench.planned(arguments.case, arguments.ranks, arguments.study)
     if not plan:
-        raise ValueError(f"no case of several ranks matches {arguments.case!r}")
+        raise ValueError(f"no case of {what} matches {arguments.case!r}")
     options = {"dtype": arguments.dtype or "bf16", "seconds": arguments.seconds or 1.0}
-    made = bench_ranks.run_bench(plan, **options)
+    made = bench.run_bench(plan, **options)
     records = collected(arguments, made, sum(len(cases) for _, cases in plan))
-    show_gpu_bench(arguments, bench_ranks, records)
+    show_gpu_bench(arguments, bench, records)
     if arguments.timeline not in (None, True):
         plots.plot_timeline(records[0], arguments.timeline)
     if arguments.plot and arguments.study:

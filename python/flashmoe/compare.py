@@ -140,15 +140,16 @@ class Tally:
     worst: str = ""
     worst_error: float = 0.0
 
-    def add(self, rank, ours, oracle, plain, samples):
-        """Adds one tensor [as in AXES]; `ours` and `plain` in their own dtype, `oracle` in fp64."""
+    def add(self, rank, ours, oracle, plain, samples, first=0):
+        """Adds one tensor [as in AXES]; `ours` and `plain` in their own dtype, `oracle` in fp64.
+        first: the number, on the first axis, that the tensor begins with."""
         where = f"rank {rank}: " if rank is not None else ""
         if ours.shape != oracle.shape:
             self.problem = f"{where}shape {list(ours.shape)}, expected {list(oracle.shape)}"
             return
         eps = torch.finfo(ours.dtype).eps
         ours, plain = ours.double(), plain.double()
-        self.problem = self.problem or structural_problem(self.name, where, ours, oracle)
+        self.problem = self.problem or structural_problem(self.name, where, ours, oracle, first)
         error = (ours - oracle).abs().nan_to_num(nan=math.inf)
         norm = squared_norm(oracle)
         self.ours += squared_norm(error)
@@ -158,7 +159,8 @@ class Tally:
         self.samples += min(samples, int((oracle != 0).sum()))
         if error.numel() and float(error.max()) > self.worst_error:
             self.worst_error = float(error.max())
-            self.worst = element(self.name, where, int(error.argmax()), ours, oracle, plain)
+            at = int(error.argmax())
+            self.worst = element(self.name, where, at, ours, oracle, plain, first)
 
     @property
     def error(self):
@@ -201,6 +203,19 @@ class Tally:
         }
 
 
+def pooled(tallies):
+    """One tally of an output from those of all ranks; its texts name the rank."""
+    [name] = {one.name for one in tallies}
+    whole = Tally(name)
+    for what in ("ours", "plain", "norm", "half_ulp", "samples"):
+        setattr(whole, what, sum(getattr(one, what) for one in tallies))
+    problems = [f"rank {rank}: {one.problem}" for rank, one in enumerate(tallies) if one.problem]
+    whole.problem = "; ".join(problems)
+    rank, worst = max(enumerate(tallies), key=lambda item: item[1].worst_error)
+    whole.worst, whole.worst_error = f"rank {rank}: {worst.worst}", worst.worst_error
+    return whole
+
+
 def squared_norm(tensor):
     """Sum of squares."""
     return float(torch.linalg.vector_norm(tensor)) ** 2
@@ -213,7 +228,7 @@ def relative(square, against):
     return math.sqrt(square / against) if against > 0 else math.inf
 
 
-def structural_problem(name, where, ours, oracle):
+def structural_problem(name, where, ours, oracle, first):
     """Rows that must be exactly 0 (tokens without expert, idle experts, dropped slots) and numbers
     that must be finite; "" where all is well."""
     # a router row's gradient may cancel to 0 where rounding leaves a trace
@@ -222,16 +237,18 @@ def structural_problem(name, where, ours, oracle):
     rows = oracle.reshape(-1, 1) if name == "grad_topk_weights" else oracle.flatten(1)
     touched = (ours.reshape(rows.shape) != 0).any(-1) & (rows == 0).all(-1)
     if touched.any():
-        return f"{where}{AXES[name][0]} {int(touched.nonzero()[0])} must be exactly 0 and is not"
+        row = first + int(touched.nonzero()[0])
+        return f"{where}{AXES[name][0]} {row} must be exactly 0 and is not"
     if not ours.isfinite().all() and oracle.isfinite().all():
         return f"{where}not finite"
     return ""
 
 
-def element(name, where, flat_idx, ours, oracle, plain):
+def element(name, where, flat_idx, ours, oracle, plain, first):
     """The coordinate of an element and its values, for a message."""
-    coordinate = torch.unravel_index(torch.tensor(flat_idx), oracle.shape)
-    named = ", ".join(f"{axis} {int(i)}" for axis, i in zip(AXES[name], coordinate, strict=True))
+    coordinate = [int(i) for i in torch.unravel_index(torch.tensor(flat_idx), oracle.shape)]
+    coordinate[0] += first
+    named = ", ".join(f"{axis} {i}" for axis, i in zip(AXES[name], coordinate, strict=True))
     values = [float(tensor.reshape(-1)[flat_idx]) for tensor in (ours, oracle, plain)]
     return f"{where}{named}: %.9g, reference %.9g, plain PyTorch %.9g" % tuple(values)
 

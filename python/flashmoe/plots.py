@@ -13,6 +13,7 @@ SPAN_COLOURS = {
     "push": "tab:purple",
     "up": "tab:blue",
     "down": "tab:cyan",
+    "weight": "tab:green",
     "return": "tab:red",
     "combine": "tab:orange",
 }
@@ -24,6 +25,11 @@ SPAN_NAMES = {
     "down": "down tiles",
     "return": "return",
     "combine": "sums after the last tile",
+}
+BACKWARD_NAMES = SPAN_NAMES | {
+    "up": "gradients of activations",
+    "down": "gradients of inputs",
+    "weight": "gradients of weights, before and after those of inputs",
 }
 
 
@@ -126,7 +132,8 @@ def plot_ranks(records, path):
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(left=0.9)
-    axes.set_xlabel("time on W ranks over the one-GPU layer with the same rows and experts")
+    timed = "one-GPU backward" if records[0]["direction"] == "backward" else "one-GPU layer"
+    axes.set_xlabel(f"time on W ranks over the {timed} with the same rows and experts")
     axes.set_title(source_line(records), fontsize=9)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -210,10 +217,11 @@ def plot_timeline(record, path):
     for place, (_, spans) in enumerate(lanes):
         for name, begin, end in spans:
             axes.barh(place, end - begin, 0.7, left=begin, color=SPAN_COLOURS[name])
+    names = BACKWARD_NAMES if record["direction"] == "backward" else SPAN_NAMES
     seen = {name for _, spans in lanes for name, _, _ in spans}
     for name in SPAN_COLOURS:
         if name in seen:
-            axes.barh(0, 0, color=SPAN_COLOURS[name], label=SPAN_NAMES[name])
+            axes.barh(0, 0, color=SPAN_COLOURS[name], label=names[name])
     axes.set_yticks(range(len(lanes)), [lane for lane, _ in lanes])
     axes.invert_yaxis()
     axes.set_xlabel("microseconds; ranks aligned where their plans end")

@@ -1,5 +1,6 @@
 """What `flashmoe bench --ranks` holds the layer of several ranks against: the same layer in
-PyTorch, the exchange by itself, and plain PyTorch in fp64 for the values.
+PyTorch, the exchange by itself, and plain PyTorch in fp64 for the values; of several ranks, whose
+tokens `Ranks` joins.
 """
 
 from __future__ import annotations
@@ -10,11 +11,26 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import bench_peers, reference
+from . import backward_peers, bench_peers, reference
 from .gpu_timing import BURST_LAUNCHES
 from .inputs import LAYOUTS
 
 TORCH = "torch all-to-all, grouped_mm"
+
+
+class AllToAll(torch.autograd.Function):
+    """Rows to the ranks that they are for; their gradients come back the same way."""
+
+    @staticmethod
+    def forward(ctx, rows, out_splits, in_splits, exchange):
+        ctx.way = (in_splits, out_splits, exchange)
+        made = rows.new_empty(sum(out_splits), rows.shape[1])
+        dist.all_to_all_single(made, rows.contiguous(), out_splits, in_splits, group=exchange)
+        return made
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllToAll.apply(grad, *ctx.way), None, None, None
 
 
 def torch_layer(case, call, exchange):
@@ -22,17 +38,15 @@ def torch_layer(case, call, exchange):
     all-to-all there and one back, counts read on the host in between. exchange: the process group
     of the all-to-alls."""
     grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    up, down = (bench_peers.as_matrices(call, name) for name in ("w_up", "w_down"))
     x, w_router = call.x, call.routing["w_router"]
-    world, local = dist.get_world_size(exchange), up.shape[0]
+    world, local = dist.get_world_size(exchange), call.weights["w_up"].shape[0]
     local_experts = torch.arange(local, device=x.device).repeat(world)
 
     def exchanged(rows, out_splits, in_splits):
-        made = rows.new_empty(sum(out_splits), rows.shape[1])
-        dist.all_to_all_single(made, rows, out_splits, in_splits, group=exchange)
-        return made
+        return AllToAll.apply(rows, out_splits, in_splits, exchange)
 
     def layer():
+        up, down = (bench_peers.as_matrices(call, name) for name in ("w_up", "w_down"))
         weights, ids = bench_peers.route(case, x, w_router)
         slots = ids.flatten().argsort(stable=True)
         sent = torch.bincount(ids.flatten(), minlength=case.experts)  # [W * E_loc]
@@ -59,16 +73,40 @@ def find(case, call, y, exchange, everyone):
 
     y [T, H]: what ours gives on this rank. everyone(value): the values of all ranks.
     """
+
+    def judge(layer):
+        return bench_peers.disagreement(layer(), y)
+
+    return admitted(case, call, lambda: torch_layer(case, call, exchange), judge, everyone)
+
+
+def find_trained(case, call, expected, exchange, everyone):
+    """The same of layers that autograd differentiates, `backward_peers.Trained`. expected: name ->
+    gradient of ours. call: of `backward_peers.differentiable`."""
+
+    def make():
+        layer = torch_layer(case, call, exchange)
+        return backward_peers.Trained(layer, call.leaves(), call.grad_y)
+
+    def judge(trained):
+        return backward_peers.disagreement(trained.gradients(), expected)
+
+    return admitted(case, call, make, judge, everyone)
+
+
+def admitted(case, call, make, judge, everyone):
+    """(name -> what make() gives, name -> why it is not there): where all ranks have no reason
+    against it. judge(made): this rank's reason, "" for none."""
     reason = bench_peers.reason_against(bench_peers.GROUPED, case, call)
-    layer = None
+    made = None
     if not reason:
         try:
-            layer = torch_layer(case, call, exchange)
-            reason = bench_peers.disagreement(layer(), y)
+            made = make()
+            reason = judge(made)
         except (AttributeError, NotImplementedError, RuntimeError) as error:
             reason = f"fails: {type(error).__name__}: {error}"
     reasons = [one for one in everyone(reason) if one]
-    return ({}, {TORCH: reasons[0]}) if reasons else ({TORCH: layer}, {})
+    return ({}, {TORCH: reasons[0]}) if reasons else ({TORCH: made}, {})
 
 
 # ---- the exchange by itself -------------------------------------------------------------------
@@ -116,17 +154,36 @@ def copy_once(buffers, streams, starters):
 # ---- values -----------------------------------------------------------------------------------
 
 
+class Ranks:
+    """The tokens of several ranks, as many on each, as `backward_quality.OneRank` has one rank's.
+    exchange: a torch process group of them."""
+
+    def __init__(self, exchange):
+        self.exchange = exchange
+        self.rank, self.world = dist.get_rank(exchange), dist.get_world_size(exchange)
+
+    def joined(self, own):
+        parts = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(parts, own.contiguous(), group=self.exchange)
+        return torch.cat(parts)
+
+    def own_of_sum(self, parts):
+        total = parts.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.exchange)
+        return total.chunk(self.world)[self.rank]
+
+
 def plain_layer(case, call, topk_ids, dtype, exchange):
     """y of plain PyTorch in a dtype for given ids [T, k], the same T on all ranks: each rank adds
     up what its experts make of all ranks' tokens, and these sums are added in fp32 or wider."""
     order, transposed, _ = LAYOUTS[case.layout]
-    rank, world = dist.get_rank(exchange), dist.get_world_size(exchange)
-    local = case.experts // world
+    ranks = Ranks(exchange)
+    local = case.experts // ranks.world
     x = call.x.to(dtype)
     logits = reference.router_logits(x, call.routing["w_router"].to(dtype))
     weights = reference.topk_weights(logits, topk_ids, case.routing)
-    xs, ids, all_weights = (joined(one, exchange) for one in (x, topk_ids, weights))
-    mine = torch.where(ids // local == rank, ids - rank * local, -1)
+    xs, ids, all_weights = (ranks.joined(one) for one in (x, topk_ids, weights))
+    mine = torch.where(ids // local == ranks.rank, ids - ranks.rank * local, -1)
     part = reference.experts(
         xs,
         mine,
@@ -137,16 +194,7 @@ def plain_layer(case, call, topk_ids, dtype, exchange):
         transposed=transposed,
         weight_on_input=case.weight_on_input,
     )
-    total = part.to(logits.dtype)
-    dist.all_reduce(total, group=exchange)
-    return total[rank * len(x) :][: len(x)].to(dtype)
-
-
-def joined(tensor, exchange):
-    """The tensors of all ranks, one behind the other."""
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(exchange))]
-    dist.all_gather(parts, tensor.contiguous(), group=exchange)
-    return torch.cat(parts)
+    return ranks.own_of_sum(part.to(logits.dtype)).to(dtype)
 
 
 def error_ratio(case, call, y, topk_ids, exchange, everyone):

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-# What the CUDA engine tells every rank of each slot, and of each of its experts
-# (src/cuda/config/ranks.h: RankSlot, counts). Flags, a byte a token, are not counted.
+# What the CUDA engine tells every rank of each slot, and of each of its experts, and what its
+# backward sends home of each slot (src/cuda/config/ranks.h: RankSlot, counts, slot gradients).
+# Flags, a byte a token, are not counted.
 SLOT_BYTES = 8
 COUNT_BYTES = 4
+SLOT_GRAD_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The exchange of one launch of W ranks.
+    """The exchange of one launch of W ranks. A forward sends tokens, a backward tokens and
+    gradients of y; both get a sum a row back, a backward also a number a slot.
 
     rows[source][owner]: token rows that go from a source to an owner of experts, its own included;
     rows_plain: the same with a row for every slot. tokens: of each rank.
@@ -30,6 +33,7 @@ class Traffic:
     top_k: int
     experts: int
     row_bytes: int
+    backward: bool = False
 
     @property
     def world(self) -> int:
@@ -44,18 +48,24 @@ class Traffic:
         rows = self.rows_plain if plain else self.rows
         return sum(map(sum, rows)) - sum(rows[rank][rank] for rank in range(self.world))
 
+    def load_most_over_mean(self) -> float:
+        """Rows of the rank that computes most over the mean."""
+        rows = self.expert_rows()
+        return max(rows) * len(rows) / sum(rows)
+
     def link_bytes(self, plain: bool = False) -> list[list[int]]:
-        """[from][to]: rows to experts, sums (plain: rows) back, and metadata; 0 on the diagonal."""
+        """[from][to]: rows to experts, sums (plain: rows) and gradients of slots back, and
+        metadata; 0 on the diagonal."""
         rows = self.rows_plain if plain else self.rows
-        return [
-            [
-                0
-                if rank == peer
-                else (rows[rank][peer] + rows[peer][rank]) * self.row_bytes + self.metadata(rank)
-                for peer in range(self.world)
-            ]
-            for rank in range(self.world)
-        ]
+        kinds = 2 if self.backward else 1
+
+        def sent(rank: int, peer: int) -> int:
+            slot_grads = self.rows_plain[peer][rank] * SLOT_GRAD_BYTES if self.backward else 0
+            num_rows = kinds * rows[rank][peer] + rows[peer][rank]
+            return num_rows * self.row_bytes + slot_grads + self.metadata(rank)
+
+        ranks = range(self.world)
+        return [[0 if rank == peer else sent(rank, peer) for peer in ranks] for rank in ranks]
 
     def bytes_sent(self, plain: bool = False) -> int:
         """Bytes on the links, over all ranks."""
@@ -67,7 +77,9 @@ class Traffic:
         return self.tokens[rank] * self.top_k * SLOT_BYTES + local_experts * COUNT_BYTES
 
 
-def traffic_of(topk_ids: list[torch.Tensor], experts: int, row_bytes: int) -> Traffic:
+def traffic_of(
+    topk_ids: list[torch.Tensor], experts: int, row_bytes: int, backward: bool = False
+) -> Traffic:
     """The exchange of a launch whose ranks have chosen `topk_ids`, [T, k] each; an id that is no
     expert (-1) goes nowhere. row_bytes: of a token's row."""
     world = len(topk_ids)
@@ -79,7 +91,7 @@ def traffic_of(topk_ids: list[torch.Tensor], experts: int, row_bytes: int) -> Tr
         rows.append([int(slots.any(-1).sum()) for slots in goes_to])
         rows_plain.append([int(slots.sum()) for slots in goes_to])
     tokens = [len(ids) for ids in topk_ids]
-    return Traffic(rows, rows_plain, tokens, topk_ids[0].shape[-1], experts, row_bytes)
+    return Traffic(rows, rows_plain, tokens, topk_ids[0].shape[-1], experts, row_bytes, backward)
 
 
 def overlap(fused_us: float, compute_us: float, communication_us: float) -> float:

@@ -1,6 +1,6 @@
 """A GPU that is not there: what `flashmoe bench --ranks` and `--direction backward` ask of torch,
-NVML and the CUDA runtime on one, answered from the CPU, so that every line of them runs. Times are
-the host's; memory is 1000 bytes more at each question."""
+NVML, the CUDA runtime and the links on one, answered from the CPU, so that every line of them runs.
+Times are the host's; memory is 1000 bytes more at each question."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from flashmoe import doctor
 from torch.overrides import TorchFunctionMode
 
 
@@ -112,6 +113,11 @@ def runtime():
     return module
 
 
+def link(one, other):
+    """What `doctor.measured_link` says of a pair."""
+    return {"from": one, "to": other, "gb_per_s": 400.0, "flag_us": 1.5}
+
+
 def install():
     """In a process of its own, for good."""
     memory = Memory()
@@ -137,6 +143,7 @@ def install():
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
     torch.Generator = Generator
+    doctor.measured_link = link
     dist.new_group = lambda backend: dist.group.WORLD
     bindings = types.ModuleType("cuda.bindings")
     bindings.runtime = runtime()

@@ -384,7 +384,6 @@ def test_the_command_writes_shows_and_draws(faked, capsys, tmp_path, records):
     ("arguments", "text"),
     [
         ([], "--direction is backward with device cpu"),
-        (["--device", "cuda", "--ranks", "2"], "accepted without --ranks"),
         (["--device", "cuda", "--explain"], "accepted without --explain"),
         (["--device", "cuda", "--case", "gpt*"], "no GPU case of the backward matches 'gpt*'"),
     ],

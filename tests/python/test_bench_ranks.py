@@ -13,7 +13,8 @@ import fake_gpu
 import flashmoe
 import pytest
 import torch
-from flashmoe import bench_ranks, cli, doctor, plots, rank_peers, rank_timing
+from flashmoe import bench_ranks, cli, plots, rank_peers, rank_timing
+from flashmoe.bench import OURS
 from flashmoe.cases import Case
 from flashmoe.inputs import make_operands
 from flashmoe.passes import on_all_ranks, rank_call, run_rank
@@ -43,6 +44,18 @@ def test_rows_are_counted_once_a_token_and_owner():
     assert traffic.link_bytes() == [[0, 30 + slots[0]], [30 + slots[1], 0]]
     assert traffic.link_bytes(plain=True) == [[0, 50 + slots[0]], [50 + slots[1], 0]]
     assert traffic.bytes_sent() == 60 + sum(slots)
+    assert traffic.load_most_over_mean() == 1.0
+
+
+def test_a_backward_sends_two_rows_and_gets_a_number_a_slot_as_well():
+    ids = [torch.tensor([[0, 1, 2], [3, 2, -1]]), torch.tensor([[0, 3, 1]])]
+    traffic = traffic_of(ids, experts=4, row_bytes=10, backward=True)
+    forward = traffic_of(ids, experts=4, row_bytes=10)
+    assert traffic.rows_sent() == forward.rows_sent()
+    slots = [2 * 3 * 8 + 2 * 4, 1 * 3 * 8 + 2 * 4]
+    there, back = 2 * 2 * 10 + 1 * 10, 2 * 1 * 10 + 2 * 10
+    # rank 1 has three slots of rank 0, which has two of rank 1
+    assert traffic.link_bytes() == [[0, there + 2 * 4 + slots[0]], [back + 3 * 4 + slots[1], 0]]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -125,7 +138,8 @@ def test_cases_that_the_ranks_cannot_divide_are_left_out():
     ],
 )
 def test_a_figure_is_held_against_floor_and_goal(name, world, us, figure, met):
-    judged = bench_ranks.judged(name, world, us, 1000.0)
+    times = {OURS: us, bench_ranks.REFERENCE: 1000.0}
+    judged = bench_ranks.judged(bench_ranks.TARGETS, name, world, times)
     assert (judged["figure"], judged["met"]) == (figure, met)
 
 
@@ -224,9 +238,6 @@ def test_a_rank_that_fails_ends_all(how, text):
 def fake_gpu_rank(rank, spec):
     """`bench_ranks.bench_rank` for device cuda, on a GPU that is not there."""
     fake_gpu.install()
-    doctor.measured_link = lambda one, other: {
-        "from": one, "to": other, "gb_per_s": 400.0, "flag_us": 1.5,
-    }  # fmt: skip
     yield from bench_ranks.bench_rank(rank, spec)
 
 
@@ -408,10 +419,12 @@ def made_up(case, ranks, us, **sizes):
     """A record as plots read it."""
     record = {
         "case": case, "ranks": ranks, "dtype": "bf16", "gpu": "NVIDIA H200", "source": "abc",
+        "direction": "forward",
         "tokens": 8192, "experts": 64, "us": us, "reference": "one-gpu", "reference_us": 900.0,
         "eager_peers": {rank_peers.TORCH: 4 * us},
     }  # fmt: skip
-    return record | bench_ranks.judged(case, ranks, us, 900.0) | sizes
+    times = {OURS: us, bench_ranks.REFERENCE: 900.0}
+    return record | bench_ranks.judged(bench_ranks.TARGETS, case, ranks, times) | sizes
 
 
 def test_the_scaling_study_as_a_png(tmp_path):
@@ -448,7 +461,8 @@ def test_ranks_are_aligned_where_their_plans_end():
     assert lanes["rank 1, rows"] == [("push", 80.0, 380.0), ("return", 50.0, 90.0)]
     assert "rank 0, rows" not in lanes
     assert (bench_ranks.launch_us(early), bench_ranks.launch_us(late)) == (760.0, 90.0)
-    assert set(plots.SPAN_COLOURS) == set(plots.SPAN_NAMES) < set(bench_ranks.PHASES)
+    assert set(plots.SPAN_NAMES) == set(bench_ranks.PHASES) - {"weight"}
+    assert set(plots.SPAN_COLOURS) == set(plots.BACKWARD_NAMES) == set(bench_ranks.PHASES)
 
 
 def test_the_roofline_is_drawn_from_the_records_there_are(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEPS = ["values", "behaviour", "products", "backward", "training", "programs", "ranks",
          "ranks_backward", "ranks_more", "sanitize", "bench", "backward_bench",
-         "ranks_bench"]  # fmt: skip
+         "ranks_bench", "ranks_backward_bench"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,42 @@ def test_the_benchmark_of_ranks_draws_what_it_measured(script, monkeypatch, tmp_
     assert "table" in capsys.readouterr().out
     script.ranks_bench(arguments(out=tmp_path, seconds=0.5, quick=True))
     assert len(drawn) == 5
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_benchmark_of_the_backward_of_ranks_draws_what_it_measured(
+    quick, script, monkeypatch, tmp_path, capsys
+):
+    from flashmoe import bench_ranks, bench_ranks_backward, plots
+
+    asked = []
+
+    def run_bench(plan, seconds):
+        asked.append(([(world, [case.name for case in cases]) for world, cases in plan], seconds))
+        record = {"case": "seed", "gpu": "NVIDIA H200", "part": "ranks-backward"}
+        return iter([record] * len(plan))
+
+    monkeypatch.setattr(bench_ranks, "check_gpus", lambda ranks: None)
+    monkeypatch.setattr(bench_ranks_backward, "run_bench", run_bench)
+    for shown in ("row", "table", "timeline"):
+        monkeypatch.setattr(bench_ranks_backward, shown, lambda one, name=shown: name)
+    for name in ("plot_ranks", "plot_timeline"):
+        monkeypatch.setattr(plots, name, lambda one, path: asked.append(path.name))
+    [step] = script.planned(
+        arguments(out=tmp_path, quick=quick, ranks=4, seconds=0.5, steps=["ranks_backward_bench"])
+    )
+    monkeypatch.setattr(sys, "argv", step.command[1:])
+    assert script.main() == 0
+    cases = ["qwen3-30b", "seed", "mixtral"] + ["deepseek-v3"] * (not quick)
+    expected = [([(4, cases)], 0.5), "ranks_backward.png", "ranks_backward_timeline.png"]
+    assert asked == expected
+    assert len((tmp_path / "h200-ranks-backward.jsonl").read_text().splitlines()) == 1
+    assert "timeline" in capsys.readouterr().out
+    command = step.command[1:]
+    command[command.index("--cases") + 1] = "nothing"
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="no case of 4 ranks matches 'nothing'"):
+        script.main()
 
 
 def test_the_benchmark_of_the_backward_draws_what_it_measured(
