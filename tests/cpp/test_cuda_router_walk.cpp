@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -170,9 +171,9 @@ void expect_product(const Sizes& s, std::mt19937& random) {
   const int32_t rows = walk.rows();
   std::vector<double> sums(static_cast<size_t>(rows) * static_cast<size_t>(s.hidden));
   std::vector<int32_t> times(sums.size());
-  for (int32_t idx = 0; idx < runs.num_products(); ++idx) {
-    const tile::RouterRun run = runs.run_at(idx);
-    if (run.task != (kIsX ? RouterTask::kGradX : RouterTask::kGradWeight)) continue;
+  for (int32_t idx = 0; idx < (kIsX ? runs.num_shares() : runs.num_sums()); ++idx) {
+    const tile::RouterRun run = kIsX ? tile::RouterRun{RouterTask::kGradX, idx} : runs.run_at(idx);
+    if (run.task == RouterTask::kBias) continue;
     RouterUnit unit = walk.run_at(run.idx);
     do {
       ASSERT_LT(unit.segment, segments);
@@ -239,19 +240,20 @@ TEST(CudaRouterWalk, RunsAreEverythingThatIsAskedFor) {
         x.run_rows = runs.x_run_rows();
         const int32_t of_weight = s.num_experts * s.hidden;
         int32_t word = has_weight ? 0 : of_weight;
-        int32_t next[4] = {};
+        std::map<RouterTask, int32_t> next;
         for (int32_t idx = 0; idx < runs.num_runs(); ++idx) {
           const tile::RouterRun run = runs.run_at(idx);
-          EXPECT_EQ(run.idx, next[static_cast<int>(run.task)]++);
-          EXPECT_EQ(run.task == RouterTask::kReduce, idx >= runs.num_products());
+          EXPECT_EQ(run.idx, next[run.task]++);
+          EXPECT_EQ(run.task == RouterTask::kReduce, idx >= runs.num_sums());
           if (run.task != RouterTask::kReduce) continue;
           EXPECT_EQ(runs.words_begin(run.idx), word);
           word = runs.words_end(run.idx);
         }
         const int32_t of_segment = plan::ceil_div(s.num_experts, tile::kRouterBiasExperts);
-        EXPECT_EQ(next[0], has_bias ? weight.num_segments() * of_segment : 0);
-        EXPECT_EQ(next[1], has_weight ? weight.num_runs() : 0);
-        EXPECT_EQ(next[2], x.num_runs());
+        EXPECT_EQ(next[RouterTask::kBias], has_bias ? weight.num_segments() * of_segment : 0);
+        EXPECT_EQ(next[RouterTask::kGradWeight], has_weight ? weight.num_runs() : 0);
+        EXPECT_EQ(next[RouterTask::kGradX], 0);
+        EXPECT_EQ(runs.num_shares(), x.num_runs());
         EXPECT_EQ(word, of_weight + (has_bias ? s.num_experts : 0));
       }
     }
@@ -260,7 +262,8 @@ TEST(CudaRouterWalk, RunsAreEverythingThatIsAskedFor) {
 
 TEST(CudaRouterWalk, WithoutTokensThereAreOnlyZerosToWrite) {
   const tile::RouterRuns runs(0, 64, 8, true, true);
-  EXPECT_EQ(runs.num_products(), 0);
+  EXPECT_EQ(runs.num_shares(), 0);
+  EXPECT_EQ(runs.num_sums(), 0);
   EXPECT_EQ(runs.words_end(runs.num_runs() - 1), 8 * 64 + 8);
   EXPECT_EQ(tile::RouterRuns().num_runs(), 0);
 }

@@ -3,14 +3,14 @@
 // tile/backward_walk.h.
 //
 //   tickets, weights, tokens  as in pipeline.cuh; of a sum over rows, its M and its N side
-//   math  (two warpgroups of each CTA)  take tiles in turn, but share those of weights' gradients;
-//                                       then what is left of the router's gradients; then combine
-//                                       the input gradients
+//   math  (two warpgroups of each CTA)  take tiles in turn, but share those of weights' gradients
 //   comm  (a warpgroup of each CTA)     sends grad y and tokens to the other ranks that need
 //                                       them, and copies what came into expert order ahead of the
 //                                       tiles; then gradients of slots and biases, when the hidden
-//                                       gradients are there, and of the router (runs that warps
-//                                       take by tickets); then combines
+//                                       gradients are there
+//   both, then                          the router's share of grad x; the combine of the input
+//                                       gradients onto it; the gradients of the router. All by
+//                                       tickets, so that those who are free take them
 //
 // Counters: kernel/backward.h. Every tile of a gradient has one owner, and every sum one order.
 #pragma once
@@ -456,43 +456,62 @@ FM_DEVICE void finish_logits(const BackwardParams& params) {
   publish_count(params.counters.logits_done, 1);
 }
 
-// The next run of the router's gradients. Whole warp.
-FM_DEVICE int32_t take_router_run(const BackwardParams& params) {
+// The next run that `taken` counts. Whole warp.
+FM_DEVICE int32_t take_router_run(uint32_t* taken) {
   int32_t idx = 0;
-  if (ptx::lane_idx() == 0) {
-    idx = static_cast<int32_t>(atomicAdd(params.counters.router_taken, 1u));
-  }
+  if (ptx::lane_idx() == 0) idx = static_cast<int32_t>(atomicAdd(taken, 1u));
   return __shfl_sync(stage::kAllLanes, idx, 0);
 }
 
-// The router's gradients: takes runs until none is left, and leaves when the router's share of
-// grad x is there. Whole warp.
-template <class Config, config::RouterStages kStages>
-FM_DEVICE void differentiate_router(const BackwardParams& params, sync::Waiter& waiter) {
-  using Element = tile::ElementOf<Config::value.element>;
-  if (params.routing.w_router == nullptr) return;
-  const tile::RouterRuns& runs = params.router_runs;
-  int32_t idx = take_router_run(params);
-  if (idx < runs.num_products()) {
+// Takes runs of those before num_runs, which read the gradients of the logits, until none is left
+// and all are done. Returns the first one behind that this warp took, or kNoRun if its time was
+// over. Whole warp.
+inline constexpr int32_t kNoRun = 0x7FFFFFFF;
+template <class Make>
+FM_DEVICE int32_t make_router_runs(const BackwardParams& params, uint32_t* taken, uint32_t* done,
+                                   int32_t num_runs, sync::Waiter& waiter, const Make& make) {
+  int32_t idx = take_router_run(taken);
+  if (idx < num_runs) {
     waiter.wait_word(params.counters.logits_done, num_comm_warps(), sync::WaitTag::kLogitsDone);
   }
   if (!__all_sync(stage::kAllLanes, waiter.alive())) {
     // The run that it took counts all the same: nobody waits for it.
-    if (idx < runs.num_products()) publish_count(params.counters.router_done, 1);
-    return;
+    if (idx < num_runs) publish_count(done, 1);
+    return kNoRun;
   }
   __builtin_assume(waiter.alive());  // no register holds it meanwhile
   uint32_t num_done = 0;
 #pragma unroll 1
-  for (; idx < runs.num_products(); idx = take_router_run(params)) {
-    stage::make_router_run<Element, kStages>(params, runs.run_at(idx));
+  for (; idx < num_runs; idx = take_router_run(taken)) {
+    make(idx);
     ++num_done;
   }
-  if (num_done > 0) publish_count(params.counters.router_done, num_done);
-  waiter.wait_word(params.counters.router_done, runs.num_products(), sync::WaitTag::kRouterDone);
-  if (!__all_sync(stage::kAllLanes, waiter.alive())) return;
+  if (num_done > 0) publish_count(done, num_done);
+  waiter.wait_word(done, num_runs, sync::WaitTag::kRouterDone);
+  return __all_sync(stage::kAllLanes, waiter.alive()) ? idx : kNoRun;
+}
+
+// The router's share of grad x: before the combine, which adds to it. Whole warp.
+template <class Config, config::RouterStages kStages>
+FM_DEVICE void share_router(const BackwardParams& params, sync::Waiter& waiter) {
+  using Element = tile::ElementOf<Config::value.element>;
+  if (params.routing.w_router == nullptr) return;
+  make_router_runs(params, params.counters.shares_taken, params.counters.shares_done,
+                   params.router_runs.num_shares(), waiter,
+                   [&](int32_t idx) { stage::make_router_share<Element, kStages>(params, idx); });
+}
+
+// The gradients of the router's weight and bias, after the combine. Whole warp.
+template <class Config, config::RouterStages kStages>
+FM_DEVICE void differentiate_router(const BackwardParams& params, sync::Waiter& waiter) {
+  using Element = tile::ElementOf<Config::value.element>;
+  const tile::RouterRuns& runs = params.router_runs;
+  if (runs.num_runs() == 0) return;
+  int32_t idx = make_router_runs(
+      params, params.counters.sums_taken, params.counters.sums_done, runs.num_sums(), waiter,
+      [&](int32_t at) { stage::make_router_sum<Element, kStages>(params, at); });
 #pragma unroll 1
-  for (; idx < runs.num_runs(); idx = take_router_run(params)) {
+  for (; idx < runs.num_runs(); idx = take_router_run(params.counters.sums_taken)) {
     stage::reduce_router(params, runs.run_at(idx).idx);
   }
 }
@@ -526,8 +545,9 @@ FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config
   }
   differentiate_routing<Config>(params, smem, worker_idx, waiter);
   finish_logits(params);
-  differentiate_router<Config, config::kCommRouterStages>(params, waiter);
+  share_router<Config, config::kCommRouterStages>(params, waiter);
   combine_inputs<Config, 1, 4>(params, smem, waiter);
+  differentiate_router<Config, config::kCommRouterStages>(params, waiter);
 }
 
 // The roles, after the plan.
@@ -560,8 +580,9 @@ FM_DEVICE void run_backward_roles(const BackwardParams& params, BackwardShared<C
     ptx::setmaxnreg_inc<Job::kShape.math_registers>();
     // Made anew from the thread's number: what came out of a collective would stay in a register.
     math_role<Job>(params, smem, waiter, config::math_warpgroup_of(threadIdx.x));
-    differentiate_router<Config, config::kMathRouterStages>(params, waiter);
+    share_router<Config, config::kMathRouterStages>(params, waiter);
     combine_inputs<Config, 2, 8>(params, smem, waiter);
+    differentiate_router<Config, config::kMathRouterStages>(params, waiter);
   }
 }
 

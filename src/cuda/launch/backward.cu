@@ -58,7 +58,7 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
 }
 
 int64_t num_counters(const config::ForwardSizes& sizes) {
-  return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 5;
+  return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 7;
 }
 
 int64_t row_bytes_of(const fm_tensor& tensor) {
@@ -176,8 +176,10 @@ class Builder {
     p_.forward.memory.down_done = take(sizes.column_blocks);
     counters.hidden_of_all = take(1);
     counters.logits_done = take(1);
-    counters.router_taken = take(1);
-    counters.router_done = take(1);
+    counters.shares_taken = take(1);
+    counters.shares_done = take(1);
+    counters.sums_taken = take(1);
+    counters.sums_done = take(1);
     counters.left = take(1);
   }
 

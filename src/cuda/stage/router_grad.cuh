@@ -286,21 +286,24 @@ FM_DEVICE void reduce_router(const kernel::BackwardParams& params, int32_t run_i
   }
 }
 
-// Makes what a run has of the gradients of the logits. Whole warp.
+// A run of the router's share of grad x. Whole warp.
 template <class Element, config::RouterStages kStages>
-FM_DEVICE void make_router_run(const kernel::BackwardParams& params, const RouterRun& run) {
-  switch (run.task) {
-    case RouterTask::kBias:
-      return sum_router_bias(params, run.idx);
-    case RouterTask::kGradWeight:
-      return multiply_router_weight<Element, kStages.num_steps>(params, run.idx);
-    case RouterTask::kGradX:
-      if (params.routing.w_router_is_wide) {
-        return multiply_router_x<Element, true, kStages.num_wide_steps>(params, run.idx);
-      }
-      return multiply_router_x<Element, false, kStages.num_steps>(params, run.idx);
-    case RouterTask::kReduce:
-      return;  // reduce_router(), when all others are done
+FM_DEVICE void make_router_share(const kernel::BackwardParams& params, int32_t idx) {
+  if (params.routing.w_router_is_wide) {
+    multiply_router_x<Element, true, kStages.num_wide_steps>(params, idx);
+  } else {
+    multiply_router_x<Element, false, kStages.num_steps>(params, idx);
+  }
+}
+
+// A run of the sums over tokens. Whole warp.
+template <class Element, config::RouterStages kStages>
+FM_DEVICE void make_router_sum(const kernel::BackwardParams& params, int32_t idx) {
+  const tile::RouterRun run = params.router_runs.run_at(idx);
+  if (run.task == RouterTask::kBias) {
+    sum_router_bias(params, run.idx);
+  } else {
+    multiply_router_weight<Element, kStages.num_steps>(params, run.idx);
   }
 }
 

@@ -133,9 +133,9 @@ inline constexpr int32_t kRouterRunSteps = 32;      // of a run of grad_x, at mo
 inline constexpr int32_t kRouterLeastRuns = 4096;   // of grad_x, where there are so many units
 
 enum class RouterTask {
+  kGradX,       // RouterWalk
   kBias,        // column sums of grad_logits: of 32 experts, then segments
   kGradWeight,  // RouterWalk
-  kGradX,       // RouterWalk
   kReduce,      // words of the segments' sums: of the weight, then of the bias
 };
 
@@ -144,9 +144,9 @@ struct RouterRun {
   int32_t idx;  // of the task's
 };
 
-// All that is made of the gradients of the logits, as runs that warps take by tickets: those that
-// read grad_logits, long ones first, so that the last ones end together; then the additions of the
-// segments, which wait for those.
+// All that is made of the gradients of the logits, as runs that warps take by tickets. The share of
+// grad x first, for which the combine waits; by other tickets, behind it, sums over tokens, then
+// the additions of their segments, which wait for all of those.
 class RouterRuns {
  public:
   RouterRuns() = default;
@@ -161,26 +161,28 @@ class RouterRuns {
       units *= 2;
     }
     x.run_rows = x_run_rows_ = units * kRouterRows;
+    num_shares_ = x.num_runs();
     if (has_bias) {
       weight_begin_ = weight.num_segments() * plan::ceil_div(num_experts, kRouterBiasExperts);
     }
-    x_begin_ = weight_begin_ + (has_weight ? weight.num_runs() : 0);
-    num_products_ = x_begin_ + x.num_runs();
+    num_sums_ = weight_begin_ + (has_weight ? weight.num_runs() : 0);
     const int32_t of_weight = num_experts * hidden;
     words_begin_ = has_weight ? 0 : of_weight;
     words_end_ = of_weight + (has_bias ? num_experts : 0);
-    num_runs_ = num_products_ + plan::ceil_div(words_end_ - words_begin_, kRouterReduceWords);
+    num_runs_ = num_sums_ + plan::ceil_div(words_end_ - words_begin_, kRouterReduceWords);
   }
 
-  // Runs that read grad_logits, and all.
-  FM_HD constexpr int32_t num_products() const { return num_products_; }
+  // Runs of grad x.
+  FM_HD constexpr int32_t num_shares() const { return num_shares_; }
+  // Of the others, those that read grad_logits, and all.
+  FM_HD constexpr int32_t num_sums() const { return num_sums_; }
   FM_HD constexpr int32_t num_runs() const { return num_runs_; }
 
+  // Of the others.
   FM_HD constexpr RouterRun run_at(int32_t idx) const {
     if (idx < weight_begin_) return {RouterTask::kBias, idx};
-    if (idx < x_begin_) return {RouterTask::kGradWeight, idx - weight_begin_};
-    if (idx < num_products_) return {RouterTask::kGradX, idx - x_begin_};
-    return {RouterTask::kReduce, idx - num_products_};
+    if (idx < num_sums_) return {RouterTask::kGradWeight, idx - weight_begin_};
+    return {RouterTask::kReduce, idx - num_sums_};
   }
   FM_HD constexpr int32_t x_run_rows() const { return x_run_rows_; }
   FM_HD constexpr const RouterDepth& x_depth() const { return x_depth_; }
@@ -193,9 +195,9 @@ class RouterRuns {
   }
 
  private:
+  int32_t num_shares_ = 0;
   int32_t weight_begin_ = 0;  // where runs of a task begin
-  int32_t x_begin_ = 0;
-  int32_t num_products_ = 0;
+  int32_t num_sums_ = 0;
   int32_t num_runs_ = 0;
   int32_t x_run_rows_ = kRouterRows;
   RouterDepth x_depth_{};
