@@ -120,6 +120,18 @@ TEST(RankLayout, FlagsOfALaunchAreApartAndHaveRoom) {
   }
 }
 
+// Each kind once. A rank copies its peers' rows of one kind before it sends its own of the next:
+// with orders of their own two ranks would wait for each other.
+TEST(RankLayout, KindsOfRowsHaveAnOrder) {
+  using cuda::config::kind_of_step;
+  using cuda::config::RowKind;
+  static_assert(cuda::config::kRowKinds == 2);
+  EXPECT_EQ(kind_of_step(true, 0), RowKind::kToken);
+  EXPECT_EQ(kind_of_step(true, 1), RowKind::kGrad);
+  EXPECT_EQ(kind_of_step(false, 0), RowKind::kGrad);
+  EXPECT_EQ(kind_of_step(false, 1), RowKind::kToken);
+}
+
 TEST(RankLayout, RegionsAreApart) {
   const auto capacity = cuda::config::needed_capacity(cuda::sizes_of(2, kNeeds));
   const auto table = cuda::config::symmetric_table(2, capacity);

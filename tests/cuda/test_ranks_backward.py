@@ -125,6 +125,20 @@ def gradients(layers, groups):
     return backward_all(layers, forward_all(layers, groups))
 
 
+@pytest.mark.parametrize("tokens", [(500, 300), (3000, 2500), (700, 0)], ids=str)
+@pytest.mark.parametrize("keeper", range(RANKS))
+def test_one_rank_alone_keeps_z(keeper, tokens, groups):
+    """The other one makes it, of rows of x that it wants before those of grad y."""
+    layers = shards(tokens=tokens)
+    expected = finished(gradients(layers, groups), groups)
+    layers[keeper] = replace(layers[keeper], options=layers[keeper].options | {"save_z": True})
+    made = finished(gradients(layers, groups), groups)
+    for rank in range(RANKS):
+        for one, other in zip(made[rank], expected[rank], strict=True):
+            exact = other.double()
+            assert (one.double() - exact).norm() <= 2**-7 * exact.norm()
+
+
 def test_one_thread_and_one_thread_a_rank_give_the_same_bits(groups):
     layers = shards()
     in_turn = finished(gradients(layers, groups), groups)

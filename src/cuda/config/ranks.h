@@ -11,8 +11,7 @@
 //   return flag [d][c][unit]  written by d behind the sums of a warp; read where the owner adds up
 //                             its tokens' parts: the rows are in kPartial
 //   slot flag [d][unit]       backward: written by d behind the gradients of the weights of a
-//   unit's
-//                             slots; read where their source makes the router's gradients of them
+//                             unit's slots; read where their source makes the router's gradients
 //   abort                     written by a rank that gives up, or by the host: 1 + that rank; read
 //                             by every wait for a rank or a counter
 //
@@ -55,7 +54,8 @@ enum class RankField : int32_t {
 enum class Direction : int64_t { kForward, kBackward };
 
 struct RankHeader {
-  int64_t tokens;  // of the sender; may differ
+  int64_t tokens;        // of the sender; may differ
+  int64_t tokens_first;  // likewise: a backward that makes Z of the tokens, and wants them first
   int64_t fields[static_cast<int>(RankField::kCount)];
 };
 
@@ -94,6 +94,12 @@ enum class Symmetric : int {
 // Rows that travel from the rank of a token to those of its experts.
 enum class RowKind : int32_t { kToken, kGrad, kCount };
 inline constexpr int32_t kRowKinds = static_cast<int32_t>(RowKind::kCount);
+
+// The kind that the backward sends and copies in its n-th step. Warps wait for peers' rows of one
+// kind before they send the next: all ranks of a launch have one order, or wait for each other.
+FM_HD constexpr RowKind kind_of_step(bool tokens_first, int32_t step) {
+  return tokens_first == (step == 0) ? RowKind::kToken : RowKind::kGrad;
+}
 
 using SymmetricTable = plan::RegionTable<Symmetric, static_cast<int>(Symmetric::kCount)>;
 

@@ -104,7 +104,7 @@ struct BackwardParams {
   bool down_is_hidden_major;
   config::BackwardSizes sizes;
   BackwardCounters counters;
-  RowCopy copies[2];
+  RowCopy copies[config::kRowKinds];  // by kind
   RoutingGrads routing;
   tile::RouterRuns router_runs;  // none without a fused router
   RouterStrides router_strides;

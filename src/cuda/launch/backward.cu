@@ -206,30 +206,30 @@ class Builder {
     forward.waits = waits_of(a_.ranks, *a_.reports, a_.timeout_ns);
     forward.ranks = rank_params(layer_, o_.x.shape[0], a_.ranks, p_.sizes.max_rows,
                                 config::Direction::kBackward);
+    forward.ranks.header.tokens_first = present(o_.z) ? 0 : 1;
     forward.launch_id = a_.launch_id;
     forward.may_run_beside = a_.max_sms > 0;
     p_.grad_y = o_.grad_y.data;
     p_.grad_y_stride = o_.grad_y.stride[0];
   }
 
-  // Rows of tokens come first where pre-activations are made of them.
   void set_copies() {
-    const int x_place = present(o_.z) ? 1 : 0;
-    p_.copies[x_place] = {.kind = config::RowKind::kToken,
-                          .from = o_.x.data,
-                          .stride = o_.x.stride[0],
-                          .to = region<void>(BackwardScratch::kXRows),
-                          .of_block = p_.counters.x_ready,
-                          .of_expert = p_.counters.x_of_expert,
-                          .is_weighted = layer_.weight_on_input != 0};
-    p_.copies[1 - x_place] = {.kind = config::RowKind::kGrad,
-                              .from = o_.grad_y.data,
-                              .stride = o_.grad_y.stride[0],
-                              .to = region<void>(BackwardScratch::kRows),
-                              .of_block = p_.counters.grad_y_ready,
-                              .of_expert = nullptr,
-                              .is_weighted = false};
+    set_copy({.kind = config::RowKind::kToken,
+              .from = o_.x.data,
+              .stride = o_.x.stride[0],
+              .to = region<void>(BackwardScratch::kXRows),
+              .of_block = p_.counters.x_ready,
+              .of_expert = p_.counters.x_of_expert,
+              .is_weighted = layer_.weight_on_input != 0});
+    set_copy({.kind = config::RowKind::kGrad,
+              .from = o_.grad_y.data,
+              .stride = o_.grad_y.stride[0],
+              .to = region<void>(BackwardScratch::kRows),
+              .of_block = p_.counters.grad_y_ready,
+              .of_expert = nullptr,
+              .is_weighted = false});
   }
+  void set_copy(const kernel::RowCopy& copy) { p_.copies[static_cast<int>(copy.kind)] = copy; }
 
   // Boxes of 64 by 64 at (contiguous dimension, other dimension, expert).
   CUtensorMap weight_map(const fm_tensor& weight, const char* name) const {

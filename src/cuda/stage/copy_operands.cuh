@@ -70,14 +70,20 @@ FM_DEVICE void copy_operand_unit(const kernel::ForwardParams& params, const kern
   }
 }
 
+// The rows that are copied in the n-th step: tokens first where Z is made of them.
+FM_DEVICE const kernel::RowCopy& copy_of_step(const kernel::BackwardParams& params,
+                                              bool tokens_first, int step) {
+  return params.copies[static_cast<int32_t>(config::kind_of_step(tokens_first, step))];
+}
+
 // Both operands of a rank alone, one after the other: every num_workers-th unit of rows, from the
 // first expert to the last. Whole warp.
 template <class Config>
 FM_DEVICE void copy_operands(const kernel::BackwardParams& params, const tile::ExpertTable& experts,
                              int32_t worker_idx, int32_t num_workers) {
 #pragma unroll 1
-  for (int which = 0; which < 2; ++which) {
-    const OwnRows rows{params.copies[which]};
+  for (int step = 0; step < config::kRowKinds; ++step) {
+    const OwnRows rows{copy_of_step(params, params.sizes.pre_activation_pairs > 0, step)};
     for (int32_t row = worker_idx * config::kCopyRows; row < experts.begin(experts.num_experts);
          row += num_workers * config::kCopyRows) {
       copy_operand_unit<Config, 8>(params.forward, rows.copy, experts, row,
@@ -87,14 +93,15 @@ FM_DEVICE void copy_operands(const kernel::BackwardParams& params, const tile::E
 }
 
 // Both operands of several ranks: those of this rank's tokens are sent, those of all sources copied
-// when they are there. Whole warp; worker_idx() and num_workers() as in send_and_copy_rows().
+// when they are there, a kind after the other in the order of all ranks. Whole warp; worker_idx()
+// and num_workers() as in send_and_copy_rows().
 template <class Config, class Index, class Count>
 FM_DEVICE void exchange_operands(const kernel::BackwardParams& params, RankState& state,
                                  const tile::ExpertTable& experts, const Index& worker_idx,
                                  const Count& num_workers, sync::Waiter& waiter) {
 #pragma unroll 1
-  for (int which = 0; which < 2; ++which) {
-    const OwnRows rows{params.copies[which]};
+  for (int step = 0; step < config::kRowKinds; ++step) {
+    const OwnRows rows{copy_of_step(params, state.tokens_first, step)};
     send_and_copy_rows(params.forward, state, rows, experts, worker_idx, num_workers, waiter,
                        [&](int32_t row, const auto& find) {
                          copy_operand_unit<Config, 4>(params.forward, rows.copy, experts, row,

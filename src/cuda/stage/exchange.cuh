@@ -16,6 +16,7 @@ namespace flashmoe::cuda::stage {
 struct RankState {
   uint32_t epoch;
   int32_t tokens[config::kMaxRanks];
+  bool tokens_first;  // of a backward: at least one rank asked for it
   sync::PostOffice<config::kMathWarps + config::kCommWarps> post;  // by post_box()
 };
 
@@ -171,6 +172,20 @@ FM_DEVICE bool check_headers(const kernel::ForwardParams& params, uint32_t epoch
   return __syncthreads_and(agrees);
 }
 
+// What may differ between ranks. All threads of the CTA; __syncthreads() before it is read.
+FM_DEVICE void read_headers(const kernel::ForwardParams& params, uint32_t epoch, RankState& state) {
+  const auto& ranks = params.ranks;
+  const auto& headers = Regions{ranks}.control(ranks.rank).headers[plan::bank_of(epoch)];
+  const int32_t peer = ptx::thread_idx();
+  int tokens_first = 0;
+  if (peer < ranks.world) {
+    state.tokens[peer] = static_cast<int32_t>(headers[peer].tokens);
+    tokens_first = headers[peer].tokens_first != 0 ? 1 : 0;
+  }
+  const bool any = __syncthreads_or(tokens_first) != 0;
+  if (peer == 0) state.tokens_first = any;
+}
+
 // Slots that a group of sources sends to a local expert.
 FM_DEVICE int32_t rows_of_group(const kernel::ForwardParams& params, uint32_t epoch, int32_t group,
                                 int32_t local_expert_idx) {
@@ -264,10 +279,7 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   if (ptx::block_idx() == 0 && thread == 0) regions.control(ranks.rank).epoch = epoch;
   if (!meet_ranks(params, epoch)) return kStopped;
   if (!check_headers(params, epoch)) return kRanksDiffer;
-  if (thread < ranks.world) {
-    const auto& header = regions.control(ranks.rank).headers[plan::bank_of(epoch)][thread];
-    state.tokens[thread] = static_cast<int32_t>(header.tokens);
-  }
+  read_headers(params, epoch, state);
   make_rank_table<kBlockRows>(params, epoch, words);
   const tile::ExpertTable experts{words, sizes.table_experts()};
   const int32_t num_words = tile::ExpertTable::num_words(sizes.table_experts());
