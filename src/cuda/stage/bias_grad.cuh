@@ -1,6 +1,6 @@
 // Gradients of the experts' biases: sums over an expert's rows, in row order (source after source
-// where they have rows apart) and fp64 (a long fp32
-// sum would be less exact than the blocked sums of a plain layer). A warp takes 256 columns.
+// where they have rows apart) and fp64 (a long fp32 sum would be less exact than the blocked sums
+// of a plain layer). A warp takes 256 columns.
 #pragma once
 
 #include "cuda/kernel/backward.h"
