@@ -127,8 +127,14 @@ Workspace::Ranks Workspace::join(const fm_layer& layer, const Args& args,
   launch::RankArguments& known = ranks.arguments;
   known.rank = view.rank;
   known.world = view.world();
-  launch::check_supported(layer, args);
-  if (view.ranks == nullptr) return ranks;
+  if (view.ranks == nullptr) {
+    launch::check_supported(layer, args);
+    return ranks;
+  }
+  // Before memory is made for it; as of a rank alone, whose z has as many rows as there can be.
+  Args without_z = args;
+  without_z.z = {};
+  launch::check_supported(layer, without_z);
   ranks.memory = view.ranks->memory({view.rank, device_, options.max_sms, capturing},
                                     needs_of(layer, args, known.world));
   known.capacity = ranks.memory->capacity();
