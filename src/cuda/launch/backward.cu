@@ -411,7 +411,6 @@ fm_forward_args shared_operands(const Operands& operands) {
   shared.w_up = operands.w_up;
   shared.w_down = operands.w_down;
   shared.w_router = operands.w_router;
-  shared.y = operands.grad_x;
   return shared;
 }
 
@@ -421,6 +420,7 @@ void check_supported(const fm_layer& layer, const fm_backward_args& operands,
                      const RankArguments& ranks) {
   check_supported(layer, shared_operands(operands), ranks);
   std::string reason = refuse_rows("grad_y", operands.grad_y, config::kElementBytes);
+  if (reason.empty()) reason = refuse_rows("grad_x", operands.grad_x, config::kElementBytes);
   if (reason.empty()) {
     reason = refuse_z(layer, operands.x.shape[0], operands.z, ranks.world);
   }
