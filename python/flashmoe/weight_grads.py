@@ -78,9 +78,25 @@ class WeightOwner:
             if weight.grad is None:
                 weight.grad = dummy
         elif weight.grad is None:
-            weight.grad = self._turned(gradient)
+            weight.grad = self._of_parameter(gradient)
         else:
-            weight.grad += self._turned(gradient)
+            weight.grad += self._of_parameter(gradient)
+
+    def _of_parameter(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient as the parameter is: in its layout, a DTensor where it is one."""
+        weight, local = self.parameter, self._turned(gradient)
+        if not hasattr(weight, "to_local"):
+            return local
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            local,
+            weight.device_mesh,
+            weight.placements,
+            run_check=False,
+            shape=weight.shape,
+            stride=weight.stride(),
+        )
 
     def _turned(self, gradient: torch.Tensor) -> torch.Tensor:
         """Between the layout of the parameter and that of the operator."""

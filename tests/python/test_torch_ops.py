@@ -75,8 +75,8 @@ def test_opcheck_backward():
         torch.library.opcheck(ops.backward, (*tensors, text, group, needs))
 
 
-def loss_of_moe(x, w_router, w_up, w_down):
-    y, routed = flashmoe.moe(x, w_router, w_up, w_down, top_k=2)
+def loss_of_moe(x, w_router, w_up, w_down, **options):
+    y, routed = flashmoe.moe(x, w_router, w_up, w_down, top_k=2, **options)
     return y.square().sum() + routed.logits.square().sum() + routed.topk_weights[:, 0].sum()
 
 
@@ -469,6 +469,25 @@ def test_dtensor_main_grad(mesh):
     loss_of_moe(sharded.x, sharded.w_router, sharded.w_up, sharded.w_down).backward()
     assert torch.equal(sharded.w_up.main_grad.to_local(), expected["w_up"])
     assert sharded.w_up.grad is None
+
+
+def test_dtensor_parameters_with_delayed_weight_gradients(mesh):
+    from flashmoe.weight_grads import WeightGradQueue
+    from torch.distributed.tensor import DTensor
+
+    layer, queue = small_layer(), WeightGradQueue()
+    expected = gradients(loss_of_moe, layer)
+    sharded = distributed(layer, mesh)
+    for times in (1, 2):
+        loss_of_moe(
+            sharded.x, sharded.w_router, sharded.w_up, sharded.w_down, weight_grad_queue=queue
+        ).backward()
+        queue.backward_dw()
+        for name in ("w_up", "w_down"):
+            grad = getattr(sharded, name).grad
+            assert isinstance(grad, DTensor)
+            assert torch.equal(grad.to_local(), times * expected[name])
+    torch.optim.SGD([sharded.w_up, sharded.w_down], lr=0.1).step()
 
 
 def test_process_group_of_one_rank_is_self(mesh):
