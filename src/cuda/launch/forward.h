@@ -14,8 +14,7 @@
 namespace flashmoe::cuda::launch {
 
 // What one forward runs with. The engine has checked shapes, dtypes and strides of `operands` as
-// for the CPU and that there is no z (engine/cuda_call.h); every data pointer is memory of the
-// current device.
+// for the CPU (engine/cuda_call.h); every data pointer is memory of the current device.
 struct ForwardArguments {
   fm_layer layer;
   fm_forward_args operands;
