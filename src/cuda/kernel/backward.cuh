@@ -22,7 +22,6 @@
 #include "cuda/stage/router_grad.cuh"
 #include "cuda/stage/slot_exchange.cuh"
 #include "cuda/tile/backward_load.cuh"
-#include "cuda/tile/expert_memory.cuh"
 #include "cuda/tile/hidden_grad.cuh"
 #include "cuda/tile/weight_grad.cuh"
 
@@ -35,7 +34,6 @@ using tile::product_of;
 using tile::table_of;
 
 struct BackwardExtra {
-  tile::ExpertMemory experts;             // for the ticket warp
   tile::HiddenGradMemory hidden_grad[2];  // of each math warpgroup
   int32_t num_blocks;                     // of all experts
   stage::RankState ranks;
@@ -75,23 +73,19 @@ struct BackwardShared {
   }
 };
 
-// Whether the table of experts is in shared memory too, for the ticket warp: a tile follows from
-// words of it that are read one after the other.
-FM_DEVICE bool has_near_table(const BackwardParams& params) {
-  return params.forward.sizes.table_experts() <= config::kNearExperts;
-}
-
 // What a tile's rows wait for: up to two counts.
 struct BackwardDependency {
   uint32_t* words[2];
   uint32_t expected[2];
 
-  FM_DEVICE BackwardDependency(const BackwardParams& params, const tile::ExpertParts& parts,
-                               const tile::Tile& tile) {
+  FM_DEVICE BackwardDependency(const BackwardParams& params, const tile::Tile& tile) {
     const BackwardCounters& counters = params.counters;
     const int32_t group = tile.row_begin / config::kRowGroup;
     const int32_t e = tile.local_expert_idx;
     const uint32_t ctas_of_hidden = params.sizes.hidden_pairs * config::kClusterSize;
+    const auto blocks = [&] {
+      return parts_of(params, tile).blocks();
+    };
     switch (product_of(tile)) {
       case BackwardProduct::kPreActivation:
         set(0, &counters.x_ready[group], tile.num_rows);
@@ -107,12 +101,12 @@ struct BackwardDependency {
             params.sizes.weight_grads[0].num_halves() * config::kClusterSize);
         return;
       case BackwardProduct::kDownGrad:
-        set(0, &counters.hidden_of_expert[e], parts.blocks() * ctas_of_hidden);
-        set(1, &counters.hidden_of_expert[e], parts.blocks() * ctas_of_hidden);
+        set(0, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
+        set(1, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
         return;
       default:
-        set(0, &counters.hidden_of_expert[e], parts.blocks() * ctas_of_hidden);
-        set(1, &counters.x_of_expert[e], parts.rows());
+        set(0, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
+        set(1, &counters.x_of_expert[e], parts_of(params, tile).rows());
     }
   }
 
@@ -132,20 +126,17 @@ struct BackwardJob {
   using TokenLoad = tile::BackwardTokenLoad;
   static constexpr config::GroupedProduct kShape = Shared::kShape;
   static constexpr uint32_t kTicketLead = config::kBackwardTicketLead;
-  static constexpr bool kTakesEarly = true;
   template <config::Major kMajor>
   using Rows = config::BackwardProductOf<Config, kMajor>;
   using Sums = config::BackwardSumsOf<Config>;
 
   class Source {
    public:
-    FM_DEVICE Source(const Params& params, const Shared& smem) : params_(params), smem_(smem) {}
+    FM_DEVICE Source(const Params& params, Shared&) : params_(params) {}
     FM_DEVICE tile::Tile tile_of(int32_t ticket) {
       const config::BackwardSizes& sizes = params_.sizes;
-      tile::ExpertTable experts = table_of(params_);
-      if (has_near_table(params_)) experts.words = smem_.extra.experts.words;
       const tile::BackwardWalk walk{
-          experts,
+          table_of(params_),
           params_.forward.sizes.local_experts,
           config::kBackwardBlockRows,
           pre_activation_pairs(params_),
@@ -156,34 +147,23 @@ struct BackwardJob {
       if (params_.forward.sizes.source_groups > 1) {
         tile.local_expert_idx %= params_.forward.sizes.local_experts;
       }
-      if (tile.is_end()) return tile;
-      const tile::ExpertParts parts{walk.experts, walk.local_experts, tile.local_expert_idx};
-      tile.num_k_blocks = num_k_blocks(params_, parts, tile);
-      tile.is_ready = is_ready(parts, tile);
+      bool is_ready = true;
+      const int32_t lane = ptx::lane_idx();
+      if (lane < 2 && !tile.is_end()) {
+        const BackwardDependency rows(params_, tile);
+        uint32_t* word = lane == 0 ? rows.words[0] : rows.words[1];
+        is_ready = ptx::ld_acquire_gpu(word) == (lane == 0 ? rows.expected[0] : rows.expected[1]);
+      }
+      tile.is_ready = __all_sync(0xFFFFFFFF, is_ready);
+      if (!tile.is_end()) tile.num_k_blocks = num_k_blocks(params_, tile);
       mark(tile);
       return tile;
     }
 
    private:
-    // Whether the tile's rows are there. Those of a sum are its expert's, the same for all tiles of
-    // the gradient: once they are there, nobody looks again.
-    FM_DEVICE bool is_ready(const tile::ExpertParts& parts, const tile::Tile& tile) {
-      const int32_t sum =
-          tile::is_weight_grad(tile) ? tile.product << 16 | tile.local_expert_idx : kNoSum;
-      bool is_ready = true;
-      const int32_t lane = ptx::lane_idx();
-      if (lane < 2 && (sum == kNoSum || sum != ready_sum_)) {
-        const BackwardDependency rows(params_, parts, tile);
-        uint32_t* word = lane == 0 ? rows.words[0] : rows.words[1];
-        is_ready = ptx::ld_acquire_gpu(word) == (lane == 0 ? rows.expected[0] : rows.expected[1]);
-      }
-      is_ready = __all_sync(0xFFFFFFFF, is_ready);
-      ready_sum_ = is_ready ? sum : kNoSum;
-      return is_ready;
-    }
     // The first tile of each product.
     FM_DEVICE void mark(const tile::Tile& tile) {
-      if (tile.product == product_) return;
+      if (tile.is_end() || tile.product == product_) return;
       product_ = tile.product;
       if (ptx::lane_idx() != 0) return;
       switch (product_of(tile)) {
@@ -200,11 +180,8 @@ struct BackwardJob {
       }
     }
 
-    static constexpr int32_t kNoSum = -1;
     const Params& params_;
-    const Shared& smem_;
     int32_t product_ = -1;
-    int32_t ready_sum_ = kNoSum;  // product and expert
   };
 
   FM_DEVICE static TicketCounter& tickets(const Params& params) {
@@ -334,8 +311,7 @@ struct BackwardJob {
 
  private:
   using ForwardSizes = config::ForwardSizes;
-  FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::ExpertParts& parts,
-                                        const tile::Tile& tile) {
+  FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile& tile) {
     const ForwardSizes& sizes = params.forward.sizes;
     switch (product_of(tile)) {
       case BackwardProduct::kPreActivation:
@@ -344,31 +320,19 @@ struct BackwardJob {
       case BackwardProduct::kInputGrad:
         return params.sizes.up_columns / config::kDepthStep;
       default:
-        return parts.num_steps(config::kSumDepth);
+        return parts_of(params, tile).num_steps(config::kSumDepth);
     }
   }
   FM_DEVICE static void wait_for_rows(const Params& params, const tile::Tile& tile,
                                       sync::Waiter& waiter) {
     if (!tile.is_ready) {
-      const BackwardDependency rows(params, parts_of(params, tile), tile);
+      const BackwardDependency rows(params, tile);
       waiter.wait_rows(rows.words[0], rows.expected[0], sync::WaitTag::kRowsReady);
       waiter.wait_rows(rows.words[1], rows.expected[1], sync::WaitTag::kGradDone);
     }
     ptx::fence_proxy_async(ptx::space_global);
   }
 };
-
-// The table of experts, which the plan has made, beside the ticket warp. All threads of the CTA:
-// each reads what it wrote itself.
-template <class Config>
-FM_DEVICE void keep_near(const BackwardParams& params, BackwardShared<Config>& smem) {
-  if (!has_near_table(params)) return;
-  const tile::ExpertTable experts = table_of(params);
-  const int32_t num_words = tile::ExpertTable::num_words(experts.num_experts);
-  for (int32_t i = ptx::thread_idx(); i < num_words; i += config::kForwardThreads) {
-    smem.extra.experts.words[i] = experts.words[i];
-  }
-}
 
 // Plan of the rows, from routing that is given. All threads of all CTAs; false if a CTA did not
 // come in time.
@@ -397,7 +361,6 @@ FM_DEVICE bool plan_rows(const BackwardParams& params, BackwardShared<Config>& s
           : stage::plan_ranks<config::kBackwardBlockRows>(forward, arena, forward.memory.experts,
                                                           smem.extra.ranks);
   if (num_blocks < 0) return false;
-  keep_near(params, smem);
   if (ptx::thread_idx() == 0) smem.extra.num_blocks = num_blocks;
   // The arena becomes operand stages, which the copy engine fills.
   ptx::fence_proxy_async(ptx::space_shared);

@@ -71,7 +71,6 @@ struct ForwardJob {
   using Down = config::DownOf<Config>;
   static constexpr config::GroupedProduct kShape = Config::value.up();
   static constexpr uint32_t kTicketLead = config::kTicketLead;
-  static constexpr bool kTakesEarly = false;
 
   // What a tile's tokens wait for: a count, and where it is.
   struct Dependency {

@@ -26,7 +26,6 @@ struct ProductJob {
   using Shared = ProductShared<Config>;
   static constexpr config::GroupedProduct kShape = Config::value;
   static constexpr uint32_t kTicketLead = config::kTicketLead;
-  static constexpr bool kTakesEarly = false;
 
   class Source {
    public:

@@ -9,9 +9,8 @@
 //
 // A Job says what a kernel's tiles are and what becomes of them; the roles own rings, phases and
 // turns. It names Params, Shared, kShape (the geometry of the stages), kTicketLead (tiles that a
-// pair has tickets of beside the one that it loads), kTakesEarly (whether the ticket warp takes the
-// ticket of a tile when it has sent the one before, or when the tile is due), and has static
-// functions of the launch's parameters:
+// pair has tickets of beside the one that it loads), and has static functions of the launch's
+// parameters:
 //   tickets(params)                         the counter
 //   stage_bytes(tile)                       of one step's operands
 //   pace_block(num_k_blocks)                the step at whose load a later ticket is due
@@ -42,45 +41,31 @@
 
 namespace flashmoe::cuda::kernel {
 
-// Whole warp of the leader. The kTicketLead'th tile after it is sent when about half of a tile is
-// loaded: early enough to hide the counter's latency, late enough that no pair sits on tiles that
-// others could start. Where tiles are short, tickets are taken early: the counter's latency is over
-// when a tile is due, for one more tile that the pair sits on.
+// Whole warp of the leader. The ticket of the kTicketLead'th tile after it is taken when about half
+// of a tile is loaded: early enough to hide the counter's latency, late enough that no pair sits on
+// tiles that others could start.
 template <class Job>
 FM_DEVICE void tickets_role(const typename Job::Params& params, typename Job::Shared& smem,
                             sync::Waiter waiter) {
-  const auto num_clusters = [] {  // read where it is used
-    return ptx::num_blocks() / config::kClusterSize;
-  };
-  const auto is_taker = [] {
-    return ptx::lane_idx() == 0;
-  };
+  const int32_t num_clusters = ptx::num_blocks() / config::kClusterSize;
+  const bool is_taker = ptx::lane_idx() == 0;
   TileWriter tiles(smem.tiles);
   typename Job::Source source(params, smem);
-  int32_t ticket = 0;  // of lane 0
-  if (is_taker()) ticket = take_ticket(Job::tickets(params), true, num_clusters());
   for (uint32_t tile_idx = 0;; ++tile_idx) {
     if (tile_idx >= Job::kTicketLead) {
       const uint32_t paced = tile_idx - Job::kTicketLead;
       waiter.wait(&smem.pace[paced % Job::kTicketLead], paced / Job::kTicketLead % 2,
                   sync::WaitTag::kPace);
     }
-    const auto take_next = [&] {
-      if (is_taker()) ticket = take_ticket(Job::tickets(params), false, num_clusters());
-    };
-    if (!Job::kTakesEarly && tile_idx > 0) take_next();
-    const int32_t current = __shfl_sync(0xFFFFFFFF, ticket, 0);
-    if (!__all_sync(0xFFFFFFFF, waiter.alive())) {
-      tiles.send(tile::Tile{}, waiter);
-      break;
-    }
-    __builtin_assume(waiter.alive());  // no register holds it meanwhile
-    const tile::Tile tile = source.tile_of(current);
+    int32_t ticket = 0;
+    if (is_taker) ticket = take_ticket(Job::tickets(params), tile_idx == 0, num_clusters);
+    ticket = __shfl_sync(0xFFFFFFFF, ticket, 0);
+    const bool alive = __all_sync(0xFFFFFFFF, waiter.alive());
+    const tile::Tile tile = alive ? source.tile_of(ticket) : tile::Tile{};
     tiles.send(tile, waiter);
     if (tile.is_end()) break;
-    if (Job::kTakesEarly) take_next();
   }
-  if (is_taker()) finish_tickets(Job::tickets(params), num_clusters());
+  if (is_taker) finish_tickets(Job::tickets(params), num_clusters);
 }
 
 // A warp of each CTA, of which one thread works. It announces a stage's bytes, its tokens' too, and
