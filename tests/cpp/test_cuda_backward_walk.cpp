@@ -35,7 +35,7 @@ class Coverage {
   void add(const Tile& tile) {
     const auto product = tile::product_of(tile);
     ASSERT_GT(tile.num_rows, 0);
-    ASSERT_LE(tile.num_rows, tile::is_weight_grad(tile) ? tile::kGradColumns : kMaxRows);
+    ASSERT_LE(tile.num_rows, kMaxRows);
     expect_dependencies(tile, product);
     for (int32_t i = 0; i < tile.num_rows; ++i) {
       const auto place =
@@ -109,8 +109,8 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
       std::vector<int32_t> rows(static_cast<size_t>(groups * num_experts));
       for (int32_t& count : rows) count = from(0, 2) == 0 ? 0 : from(1, 500);
       const Table table(rows);
-      const tile::WeightGrid down{from(0, 3), 16 * from(1, 50)};
-      const tile::WeightGrid up{from(0, 3), 16 * from(1, 50)};
+      const tile::WeightGrid down{from(0, 3), 16 * from(1, 30)};
+      const tile::WeightGrid up{from(0, 3), 16 * from(1, 30)};
       expect_cover_and_order(table, {table.view(),
                                      num_experts,
                                      kMaxRows,
@@ -129,64 +129,9 @@ TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
   EXPECT_EQ(tile::product_of(walk.tile_at(0)), BackwardProduct::kDownGrad);
 }
 
-// Both math warpgroups of a CTA have a half of every tile, which may be of no column: every column
-// is in one of them, and what waits for a gradient counts them all.
-TEST(CudaBackwardWalk, HalvesCoverTheColumnsOfAGradientOnce) {
-  for (int32_t units = 1; units <= 50; ++units) {
-    const tile::WeightGrid grid{1 + units % 3, units * tile::kTokenStep};
-    std::map<std::pair<int32_t, int32_t>, int32_t> times;  // of (pair, column)
-    int32_t num_halves = 0;
-    for (int32_t tile_idx = 0; tile_idx < grid.num_tiles(); ++tile_idx) {
-      const Tile tile = grid.tile_at(tile_idx, 5, BackwardProduct::kDownGrad);
-      for (int32_t g = 0; g < tile::kGradHalves; ++g) {
-        const Tile half = tile::half_of(tile, g);
-        ++num_halves;
-        ASSERT_GE(half.num_rows, g == 0 ? 1 : 0) << units;
-        ASSERT_LE(half.num_rows, 128) << units;
-        ASSERT_EQ(half.row_begin, tile.row_begin + g * 128) << "where its operand is in a stage";
-        ASSERT_EQ(half.weight_pair_idx, tile.weight_pair_idx);
-        ASSERT_EQ(half.local_expert_idx, 5);
-        for (int32_t i = 0; i < half.num_rows; ++i) {
-          ++times[{half.weight_pair_idx, half.row_begin + i}];
-        }
-      }
-    }
-    ASSERT_EQ(num_halves, grid.num_halves()) << "the input gradients wait for as many";
-    ASSERT_EQ(times.size(),
-              static_cast<size_t>(grid.m_pairs) * static_cast<size_t>(grid.n_columns));
-    for (const auto& [place, count] : times) ASSERT_EQ(count, 1) << place.second;
-  }
-}
-
-TEST(CudaBackwardWalk, WeightGradientsHaveTilesOf256Columns) {
-  const tile::WeightGrid grid{3, 1024};
-  EXPECT_EQ(grid.num_tiles(), 3 * 4);
-  for (int32_t tile_idx = 0; tile_idx < grid.num_tiles(); ++tile_idx) {
-    EXPECT_EQ(grid.tile_at(tile_idx, 0, BackwardProduct::kUpGrad).num_rows, 256) << tile_idx;
-  }
-  EXPECT_EQ((tile::WeightGrid{1, 256}.num_tiles()), 1);
-  EXPECT_EQ((tile::WeightGrid{1, 272}.num_tiles()), 2) << "of 128 and 144 columns";
-  const Tile narrow = tile::WeightGrid{1, 128}.tile_at(0, 0, BackwardProduct::kUpGrad);
-  EXPECT_EQ(tile::half_of(narrow, 0).num_rows, 128);
-  EXPECT_EQ(tile::half_of(narrow, 1).num_rows, 0);
-}
-
-// A stage holds the operands of either kind of products, and a half begins where its boxes do.
-TEST(CudaBackward, StagesHoldBothKindsOfProducts) {
-  constexpr config::Backward kConfig{};
-  constexpr auto kRows = kConfig.product(config::Major::kDepth);
-  constexpr auto kSums = kConfig.sums();
-  EXPECT_EQ(kSums.depth_step, config::kSumDepth);
-  EXPECT_LE(config::kGradBoxes * config::kSumBoxBytes, kRows.token_bytes(kRows.max_steps()));
-  EXPECT_LE(kSums.weight_bytes(), kRows.weight_bytes());
-  EXPECT_EQ(kSums.second_tokens % config::kBoxColumns, 0);
-  EXPECT_LE(tile::kGradHalf, kSums.max_tokens) << "a half's sums are a warpgroup's";
-  EXPECT_EQ(kRows.stage_readers, 2 * kSums.stage_readers) << "one alone releases for two";
-}
-
 // The steps of a sum over an expert's rows take in each row once, part after part.
 TEST(ExpertParts, StepsCoverTheRowsOfEveryPart) {
-  constexpr int32_t kStep = config::kSumDepth;
+  constexpr int32_t kStep = config::kDepthStep;
   constexpr int32_t kLocal = 4;
   const Table table({0, 64, 65, 0, 130, 0, 1, 0, 0, 0, 63, 0});  // three parts
   for (int32_t e = 0; e < kLocal; ++e) {
@@ -211,8 +156,8 @@ TEST(ExpertParts, StepsCoverTheRowsOfEveryPart) {
     EXPECT_EQ(expert.rows(), static_cast<int32_t>(expected.size())) << e;
     EXPECT_EQ(expert.blocks(), blocks) << e;
   }
-  EXPECT_EQ((tile::ExpertParts{table.view(), kLocal, 0}.num_steps(kStep)), 5);
-  EXPECT_EQ((tile::ExpertParts{table.view(), kLocal, 1}.num_steps(kStep)), 2);
+  EXPECT_EQ((tile::ExpertParts{table.view(), kLocal, 0}.num_steps(kStep)), 3);
+  EXPECT_EQ((tile::ExpertParts{table.view(), kLocal, 1}.num_steps(kStep)), 1);
   EXPECT_EQ((tile::ExpertParts{table.view(), kLocal, 3}.num_steps(kStep)), 1) << "of zeros";
 }
 

@@ -10,10 +10,6 @@
 
 namespace flashmoe::cuda::config {
 
-// Rows of a step of the sums over rows, the weights' gradients: the 256 columns of such a tile then
-// fit where a stage has 144 tokens of 64 k.
-inline constexpr int32_t kSumDepth = 32;
-
 // One kernel an element type: it holds the products of every layout, runtime values choose.
 struct Backward {
   Element element = Element::kBf16;
@@ -26,19 +22,9 @@ struct Backward {
             .epilogue = Epilogue::kStore,
             .token_major = token_major,
             .max_tokens = 144,
-            .stage_readers = 2,
             .num_stages = 5,
             .load_registers = 32,
             .math_registers = 208};
-  }
-  // Of the weights' gradients, whose tiles both math warpgroups share: a pair's tile of 256 by 256
-  // reads two thirds of what two of 256 by 128 do, and the L2 cache is what bounds these sums.
-  FM_HD constexpr GroupedProduct sums() const {
-    GroupedProduct sums = product(Major::kColumns, Major::kColumns);
-    sums.depth_step = kSumDepth;
-    sums.second_tokens = tile::kGradHalf;
-    sums.stage_readers = 1;
-    return sums;
   }
 };
 inline constexpr int32_t kBackwardCommRegisters = 64;
@@ -50,8 +36,7 @@ inline constexpr int32_t kBackwardBlockRows = Backward{}.product(Major::kDepth).
 
 inline constexpr int32_t kBoxColumns = 64;  // of a copy: 128 bytes
 inline constexpr int32_t kBoxBytes = kBoxColumns * kDepthStep * kElementBytes;
-inline constexpr int32_t kSumBoxBytes = kBoxColumns * kSumDepth * kElementBytes;
-inline constexpr int32_t kGradBoxes = tile::kGradColumns / kBoxColumns;
+inline constexpr int32_t kMaxColumnBoxes = tile::kGradColumns / kBoxColumns;
 // Of a math warpgroup: chunks of the hidden gradients, or the other tiles' staging.
 inline constexpr int32_t kHiddenRows = 16;  // of a chunk, by 64 columns
 inline constexpr int32_t kHiddenBytes = kHiddenRows * kHalfRows * kElementBytes;
@@ -107,11 +92,6 @@ struct BackwardOf {
 template <BackwardConfig Config, Major kMajor, Major kTokenMajor = Major::kDepth>
 struct BackwardProductOf {
   static constexpr GroupedProduct value = Config::value.product(kMajor, kTokenMajor);
-};
-
-template <BackwardConfig Config>
-struct BackwardSumsOf {
-  static constexpr GroupedProduct value = Config::value.sums();
 };
 
 // What a launch needs beside config::ForwardSizes, whose down product is the input gradient here.

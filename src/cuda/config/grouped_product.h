@@ -43,10 +43,6 @@ inline constexpr int32_t kStoreBytes = kStoreTokens * kHalfRows * kElementBytes;
 inline constexpr int32_t kStoreBuffers = 3;  // a math warpgroup; four stages and more of these lost
 inline constexpr int32_t kWarpgroup = 128;   // threads
 inline constexpr int32_t kThreads = 3 * kWarpgroup;  // load, math, math
-// Math warpgroup (0 or 1) of a thread; kernels of more roles have them in the same places.
-FM_HD constexpr int32_t math_warpgroup_of(int32_t thread_idx) {
-  return thread_idx / kWarpgroup - 1;
-}
 inline constexpr int32_t kRegisterFile = 65536;
 // Tokens of the widest tile. A product by itself would have registers for 192, 1 % more speed; the
 // forward's other roles need them (docs/perf-notes.md).
@@ -60,13 +56,6 @@ struct GroupedProduct {
   Epilogue epilogue = Epilogue::kStore;
   Major token_major = Major::kDepth;  // kColumns: sums over rows, in the weights' gradients
   int32_t max_tokens = kMaxTokens;
-  int32_t depth_step = kDepthStep;  // k of a stage
-  // Of tiles that both math warpgroups of a CTA share: where in a stage the second one's tokens
-  // begin. They read the same weights.
-  int32_t second_tokens = 0;
-  // Readers that a warp stands for when it releases a stage. A kernel with shared tiles counts the
-  // warps of both math warpgroups: one that has a tile alone releases its stages for two.
-  uint32_t stage_readers = 1;
   int32_t num_stages = 5;
   int32_t load_registers = 56;
   int32_t math_registers = 224;
@@ -83,9 +72,9 @@ struct GroupedProduct {
     return halves_are_gates() ? kHalfRows : kWeightRows;
   }
   FM_HD constexpr int32_t max_steps() const { return max_tokens / tile::kTokenStep; }
-  FM_HD constexpr int32_t weight_bytes() const { return kWeightRows * depth_step * kElementBytes; }
+  FM_HD constexpr int32_t weight_bytes() const { return kWeightRows * kDepthStep * kElementBytes; }
   FM_HD constexpr int32_t token_bytes(int32_t num_steps) const {
-    return num_steps * tile::kTokenStep * depth_step * kElementBytes;
+    return num_steps * tile::kTokenStep * kDepthStep * kElementBytes;
   }
   FM_HD constexpr int32_t stage_bytes() const { return weight_bytes() + token_bytes(max_steps()); }
   FM_HD constexpr int32_t staging_bytes() const { return 2 * kStoreBuffers * kStoreBytes; }

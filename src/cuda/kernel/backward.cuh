@@ -3,7 +3,7 @@
 // tile/backward_walk.h.
 //
 //   tickets, weights, tokens  as in pipeline.cuh; of a sum over rows, its M and its N side
-//   math  (two warpgroups of each CTA)  take tiles in turn, but share those of weights' gradients
+//   math  (two warpgroups of each CTA)  take tiles in turn
 //   comm  (a warpgroup of each CTA)     sends grad y and tokens to the other ranks that need
 //                                       them, and copies what came into expert order ahead of the
 //                                       tiles; then gradients of slots and biases, when the hidden
@@ -62,9 +62,9 @@ struct BackwardShared {
 
   // One thread of the CTA, before the cluster is synchronised.
   FM_DEVICE void init() {
-    constexpr int kStageReaders = 4 * kShape.stage_readers;
+    constexpr int kMathWarps = 4;
     constexpr int kTileReaders = 8 + 2;
-    stage_barriers.init(kStageReaders * config::kClusterSize);
+    stage_barriers.init(kMathWarps * config::kClusterSize);
     tiles.init(kTileReaders * config::kClusterSize);
     for (uint64_t& barrier : pace) ptx::mbarrier_init(&barrier, 1);
     turns.init();
@@ -98,7 +98,7 @@ struct BackwardDependency {
       case BackwardProduct::kInputGrad:
         set(0, &counters.hidden_done[group], ctas_of_hidden);
         set(1, &counters.down_of_expert[e],
-            params.sizes.weight_grads[0].num_halves() * config::kClusterSize);
+            params.sizes.weight_grads[0].num_tiles() * config::kClusterSize);
         return;
       case BackwardProduct::kDownGrad:
         set(0, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
@@ -128,7 +128,7 @@ struct BackwardJob {
   static constexpr uint32_t kTicketLead = config::kBackwardTicketLead;
   template <config::Major kMajor>
   using Rows = config::BackwardProductOf<Config, kMajor>;
-  using Sums = config::BackwardSumsOf<Config>;
+  using Sums = config::BackwardProductOf<Config, config::Major::kColumns, config::Major::kColumns>;
 
   class Source {
    public:
@@ -210,18 +210,13 @@ struct BackwardJob {
     wait_for_rows(params, tile, waiter);
   }
 
-  FM_DEVICE static bool is_shared(const tile::Tile& tile) { return tile::is_weight_grad(tile); }
-
   // A mainloop for each pair of major orders.
   template <class... Operands>
   FM_DEVICE static void multiply(const Params& params, const tile::Tile& tile,
                                  Operands&&... operands) {
     const BackwardProduct product = product_of(tile);
     if (tile::is_weight_grad(tile)) {
-      // A half without columns makes products all the same, which nobody stores: it releases the
-      // stages with the other.
-      const int32_t warpgroup = config::math_warpgroup_of(ptx::thread_idx());
-      tile::multiply_steps<Sums>(max(tile::half_of(tile, warpgroup).num_steps(), 1), operands...);
+      tile::multiply_steps<Sums>(tile.num_steps(), operands...);
       return;
     }
     const bool depth_is_hidden = product != BackwardProduct::kInputGrad;
@@ -254,7 +249,12 @@ struct BackwardJob {
       const tile::Tile tile = current;
       const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
       if (tile::is_weight_grad(tile)) {
-        finish_sum(params, sums, tile::half_of(tile, staging_.warpgroup_idx()), weight_tile_idx);
+        const int32_t which = tile::gradient_of(tile);
+        // Threads that store by themselves do not meet again before `current` is the next tile.
+        if (params.weight_grad_out[which].is_direct) staging_.sync();
+        tile::finish_weight_grad<Row>(sums, staging_, params.weight_grads[which],
+                                      params.weight_grad_out[which], tile, weight_tile_idx);
+        if (which == 0) staging_.publish(&params.counters.down_of_expert[tile.local_expert_idx]);
       } else {
         store_rows(params, sums, tile, weight_tile_idx);
       }
@@ -277,18 +277,6 @@ struct BackwardJob {
       if (!tile::Staging::is_storer()) return;
       ptx::add_release_gpu(&counters.hidden_of_expert[current.local_expert_idx], 1);
       ptx::add_release_gpu(counters.hidden_of_all, 1);
-    }
-    // tile: this warpgroup's half.
-    FM_DEVICE void finish_sum(const Params& params, const float* sums, const tile::Tile& tile,
-                              int32_t weight_tile_idx) {
-      const int32_t which = tile::gradient_of(tile);
-      // Threads that store by themselves do not meet again before `current` is the next tile.
-      if (params.weight_grad_out[which].is_direct) staging_.sync();
-      // Found here: no register holds the addresses of the buffers while products run.
-      uint8_t* buffers = smem_.staging[config::math_warpgroup_of(ptx::thread_idx())];
-      tile::finish_weight_grad<Row>(sums, staging_, buffers, params.weight_grads[which],
-                                    params.weight_grad_out[which], tile, weight_tile_idx);
-      if (which == 0) staging_.publish(&params.counters.down_of_expert[tile.local_expert_idx]);
     }
     FM_DEVICE void store_rows(const Params& params, const float* sums, const tile::Tile& tile,
                               int32_t weight_tile_idx) {
@@ -320,7 +308,7 @@ struct BackwardJob {
       case BackwardProduct::kInputGrad:
         return params.sizes.up_columns / config::kDepthStep;
       default:
-        return parts_of(params, tile).num_steps(config::kSumDepth);
+        return parts_of(params, tile).num_steps(config::kDepthStep);
     }
   }
   FM_DEVICE static void wait_for_rows(const Params& params, const tile::Tile& tile,
@@ -541,8 +529,7 @@ FM_DEVICE void run_backward_roles(const BackwardParams& params, BackwardShared<C
     backward_comm<Config>(params, smem, waiter);
   } else {
     ptx::setmaxnreg_inc<Job::kShape.math_registers>();
-    // Made anew from the thread's number: what came out of a collective would stay in a register.
-    math_role<Job>(params, smem, waiter, config::math_warpgroup_of(threadIdx.x));
+    math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
     share_router<Config, config::kMathRouterStages>(params, waiter);
     combine_inputs<Config, 2, 8>(params, smem, waiter);
     differentiate_router<Config, config::kMathRouterStages>(params, waiter);

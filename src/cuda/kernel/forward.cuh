@@ -181,7 +181,6 @@ struct ForwardJob {
       return (is_up ? params.row_tokens : params.hidden_tokens)[tile.num_steps() - 1];
     }
   };
-  FM_DEVICE static constexpr bool is_shared(const tile::Tile&) { return false; }
   // Both mainloops are one where the weights' major orders are.
   template <class... Operands>
   FM_DEVICE static void multiply(const Params&, const tile::Tile& tile, Operands&&... operands) {

@@ -74,7 +74,6 @@ struct ProductJob {
     FM_DEVICE TokenLoad(const Params& params, const tile::Tile& tile, int32_t cta_rank)
         : tile::TokenLoad(params.tokens[tile.num_steps() - 1], tile, cta_rank) {}
   };
-  FM_DEVICE static constexpr bool is_shared(const tile::Tile&) { return false; }
   template <class... Operands>
   FM_DEVICE static void multiply(const Params&, const tile::Tile& tile, Operands&&... operands) {
     tile::multiply_steps<Config>(tile.num_steps(), operands...);

@@ -4,8 +4,7 @@
 //   weights (a thread of each CTA)         copies the CTA's own weights
 //   tokens  (a thread of each CTA)         copies half the pair's tokens, when they are there
 //   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
-//                                          epilogue (ping-pong). Or both share a tile: the same
-//                                          weights by other tokens, read once for the two
+//                                          epilogue (ping-pong)
 //
 // A Job says what a kernel's tiles are and what becomes of them; the roles own rings, phases and
 // turns. It names Params, Shared, kShape (the geometry of the stages), kTicketLead (tiles that a
@@ -16,14 +15,12 @@
 //   pace_block(num_k_blocks)                the step at whose load a later ticket is due
 //   wait_for_weights(params, tile, waiter)  the copy engine may read the tile's weights
 //   wait_for_tokens(params, tile, waiter)   and its tokens
-//   is_shared(tile)                         both math warpgroups have a part of it
 //   multiply(params, tile, operands...)     tile::multiply_steps of the tile's configuration
 // and classes, which a role makes for itself or for a tile:
 //   Source(params, smem)                    the ticket warp's
 //     tile_of(ticket)                       whole warp; tickets do not decrease. Says also how many
-//                                           steps it has, and whether its tokens are there
-//   WeightLoad(params, tile, cta_rank)      load(to, full, k): this CTA's weights of one step; k:
-//                                           as if it were one of 64
+//                                           steps of 64 k it has, and whether its tokens are there
+//   WeightLoad(params, tile, cta_rank)      load(to, full, k): this CTA's weights of one step
 //   TokenLoad(params, tile, cta_rank)       likewise its half of the tokens, for both CTAs
 //   Output(smem, warpgroup_idx)             a math warpgroup's; all of it calls
 //     all(vote)                             whether the vote holds in all threads
@@ -127,7 +124,7 @@ struct MathPlace {
   uint32_t turn;
 };
 
-// One warpgroup: its part of the shared tiles, and of the others every second one (TurnOrder).
+// One warpgroup. Warpgroup 0 has the CTA's tiles 0, 2, 4, ...; warpgroup 1 the others.
 template <class Job>
 FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Shared& smem,
                          sync::Waiter& waiter, int warpgroup_idx) {
@@ -138,15 +135,16 @@ FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Share
   typename Job::Output output(smem, warpgroup_idx);
   float sums[kShape.max_tokens];
 
-  tile::Tile tile;
-  const auto take = [&] {  // the next tile that this warpgroup has a part of
+  tile::Tile tile = tiles.take(waiter);
+  const auto pass_over = [&] {  // from the other's tile to the own one after it
+    if (tile.is_end()) return;
+    stages.skip(tile.num_k_blocks);
     tile = tiles.take(waiter);
-    while (!tile.is_end() && !turns.order().takes(Job::is_shared(tile))) {
-      stages.skip(tile.num_k_blocks);
-      tile = tiles.take(waiter);
-    }
   };
-  take();
+  if (warpgroup_idx == 1) {
+    turns.pass();
+    pass_over();
+  }
   tile::Tile& current = smem.extra.current[warpgroup_idx];
   // The four warps leave together, also when the time of one of them is over: they meet at
   // barriers.
@@ -154,24 +152,25 @@ FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Share
     if (threadIdx.x % config::kWarpgroup == 0) current = tile;
     if (!output.all(!tile.is_end() && waiter.alive())) break;
     output.prepare(params, current, waiter);
-    turns.begin(waiter);
+    turns.wait(waiter);
     Job::multiply(params, tile, sums, smem.stages, stages, tile.num_k_blocks, waiter,
-                  [&] { turns.end(); });
+                  [&] { turns.pass(); });
     if constexpr (requires { smem.extra.places; }) {
       const auto place = [&]() -> volatile MathPlace& {  // all lanes write and read the same
         return smem.extra.places[(ptx::thread_idx() - config::kWarpgroup) / 32];
       };
       place().stages = stages.cursor().word();
       place().tiles = tiles.cursor().word();
-      place().turn = turns.order().word();
+      place().turn = turns.parity();
       output.finish(params, sums, current, waiter);
       stages.cursor().set(place().stages);
       tiles.cursor().set(place().tiles);
-      turns.order().set(place().turn);
+      turns.parity() = place().turn;
     } else {
       output.finish(params, sums, current, waiter);
     }
-    take();
+    tile = tiles.take(waiter);
+    pass_over();
   }
   output.drain();
 }

@@ -320,10 +320,11 @@ class Builder {
                     int64_t num_columns, bool m_is_second) {
     const void* row_base = region<void>(rows);
     const void* column_base = region<void>(columns);
-    const CUtensorMap of_rows = window(row_base, num_rows, config::kSumDepth);
-    const CUtensorMap of_columns = window(column_base, num_columns, config::kSumDepth);
-    p_.grad_m[which] = m_is_second ? of_columns : of_rows;
-    p_.grad_n[which] = m_is_second ? of_rows : of_columns;
+    constexpr uint32_t kDepth = config::kDepthStep;
+    p_.grad_m[which] =
+        m_is_second ? window(column_base, num_columns, kDepth) : window(row_base, num_rows, kDepth);
+    p_.grad_n[which] = m_is_second ? window(row_base, num_rows, kDepth / 2)
+                                   : window(column_base, num_columns, kDepth / 2);
   }
 
   // row_offset: of the gradient's first row in its operand.

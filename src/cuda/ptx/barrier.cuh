@@ -5,19 +5,18 @@
 
 namespace flashmoe::cuda::ptx {
 
-// kCount arrivals on the barrier at the same place in the CTA `cta_rank` of the cluster. Any
-// thread, sm_90. Default order (release, CTA scope), as the pair's stages need it: the form with
+// One arrival on the barrier at the same place in the CTA `cta_rank` of the cluster. Any thread,
+// sm_90. Default order (release, CTA scope), as the pair's stages need it: the form with
 // .release.cluster compiles to a fence of the whole GPU and costs the main loop a third.
-template <uint32_t kCount = 1>
 FM_DEVICE void mbarrier_arrive_cluster_default(uint64_t* barrier, uint32_t cta_rank) {
   asm volatile(
       "{\n\t"
       ".reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote], %2;\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t"
       "}"
       :
-      : "r"(shared_address(barrier)), "r"(cta_rank), "n"(kCount)
+      : "r"(shared_address(barrier)), "r"(cta_rank)
       : "memory");
 }
 

@@ -93,13 +93,10 @@ class StageReader {
   // Passes over the stages that the other warpgroup reads.
   FM_DEVICE void skip(int num_stages) { cursor_.skip(num_stages); }
   FM_DEVICE RingCursor<kSlots>& cursor() { return cursor_; }
-  // Whole warp, after its last read of the slot; kReaders: as many of the readers that the ring
-  // counts.
-  template <uint32_t kReaders = 1>
+  // Whole warp, after its last read of the slot.
   FM_DEVICE void release(int slot) {
     const uint32_t lane = threadIdx.x % 32;
-    if (lane < kReleases)
-      ptx::mbarrier_arrive_cluster_default<kReaders>(&barriers_.empty[slot], lane);
+    if (lane < kReleases) ptx::mbarrier_arrive_cluster_default(&barriers_.empty[slot], lane);
   }
 
  private:

@@ -35,11 +35,11 @@ FM_DEVICE int32_t column_boxes(const Tile& tile) {
   return (tile.num_rows + config::kBoxColumns - 1) / config::kBoxColumns;
 }
 
-// A box of rows [row, end) of a map that clips, at most kSumDepth of them; the others are zeros.
-template <class... Mask>
+// A box of rows [row, end) of a map that clips, at most kRows of them; the others are zeros.
+template <int32_t kRows, class... Mask>
 FM_DEVICE void load_rows(uint8_t* to, uint64_t* full, const CUtensorMap& map, int32_t column,
                          int32_t row, int32_t end, const Mask&... mask) {
-  const int32_t num_rows = max(min(end - row, config::kSumDepth), 0);
+  const int32_t num_rows = max(min(end - row, kRows), 0);
   const int32_t at[4] = {column, kWindow - num_rows, row + num_rows, kWindow};
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &map, at, full, mask...);
 }
@@ -58,18 +58,18 @@ class BackwardWeightLoad {
 
   // Of one step after the other.
   FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) {
-    const bool is_sum = is_weight_grad(tile_);
     FM_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int32_t m = m_ + half * config::kHalfRows;
-      if (is_sum) {
-        load_rows(to + half * config::kSumBoxBytes, full, params_.grad_m[gradient_of(tile_) > 0], m,
-                  rows_.row, rows_.end);
+      uint8_t* box = to + half * config::kBoxBytes;
+      if (is_weight_grad(tile_)) {
+        load_rows<config::kDepthStep>(box, full, params_.grad_m[gradient_of(tile_) > 0], m,
+                                      rows_.row, rows_.end);
       } else {
-        load_weights(to + half * config::kBoxBytes, full, m, depth);
+        load_weights(box, full, m, depth);
       }
     }
-    if (is_sum) rows_.advance(parts_of(params_, tile_), config::kSumDepth);
+    if (is_weight_grad(tile_)) rows_.advance(parts_of(params_, tile_), config::kDepthStep);
   }
 
  private:
@@ -97,7 +97,7 @@ class BackwardWeightLoad {
   StepRows rows_;  // of a sum over rows
 };
 
-// Half of the pair's N side, for both CTAs: half of the rows, or every other box of columns.
+// Half of the pair's N side, for both CTAs: half of the rows, or half the depth of every box.
 class BackwardTokenLoad {
  public:
   FM_DEVICE BackwardTokenLoad(const kernel::BackwardParams& params, const Tile& tile,
@@ -106,7 +106,8 @@ class BackwardTokenLoad {
     if (is_weight_grad(tile)) {
       rows_ = StepRows(parts_of(params, tile));
       column_ = params.weight_grad_out[gradient_of(tile)].n_offset + tile.row_begin;
-      first_ = cta_rank;
+      first_ = cta_rank * kHalfDepth;
+      place_ = cta_rank * (config::kBoxBytes / 2);
     } else {
       const int32_t first = cta_rank * tile.num_steps() * (kTokenStep / config::kClusterSize);
       first_ = tile.row_begin + first;
@@ -124,16 +125,17 @@ class BackwardTokenLoad {
       return;
     }
     FM_UNROLL
-    for (int i = 0; i < config::kGradBoxes; i += config::kClusterSize) {
-      const int32_t box = i + first_;
+    for (int box = 0; box < config::kMaxColumnBoxes; ++box) {
       if (box >= column_boxes(tile_)) break;
-      load_rows(to + box * config::kSumBoxBytes, full, map_, column_ + box * config::kBoxColumns,
-                rows_.row, rows_.end, kBoth);
+      load_rows<kHalfDepth>(to + place_ + box * config::kBoxBytes, full, map_,
+                            column_ + box * config::kBoxColumns, rows_.row + first_, rows_.end,
+                            kBoth);
     }
-    rows_.advance(parts_of(params_, tile_), config::kSumDepth);
+    rows_.advance(parts_of(params_, tile_), config::kDepthStep);
   }
 
  private:
+  static constexpr int32_t kHalfDepth = config::kDepthStep / config::kClusterSize;
   FM_DEVICE static const CUtensorMap& map_of(const kernel::BackwardParams& params,
                                              const Tile& tile) {
     switch (product_of(tile)) {
@@ -153,16 +155,16 @@ class BackwardTokenLoad {
   const CUtensorMap& map_;
   StepRows rows_;  // of a sum over rows, and its columns
   int32_t column_ = 0;
-  int32_t first_;      // row; of a sum over rows, box of columns
-  int32_t place_ = 0;  // in the stage
+  int32_t first_;  // row; of a sum over rows, in the step
+  int32_t place_;  // in the stage
 };
 
 // Bytes of a stage.
 template <class Shape>
 FM_DEVICE uint32_t backward_stage_bytes(const Shape& shape, const Tile& tile) {
-  constexpr int32_t kWeightBoxes = config::kWeightRows / config::kBoxColumns;
-  if (!is_weight_grad(tile)) return shape.weight_bytes() + shape.token_bytes(tile.num_steps());
-  return (kWeightBoxes + column_boxes(tile)) * config::kSumBoxBytes;
+  const int32_t tokens = is_weight_grad(tile) ? column_boxes(tile) * config::kBoxBytes
+                                              : shape.token_bytes(tile.num_steps());
+  return shape.weight_bytes() + tokens;
 }
 
 }  // namespace flashmoe::cuda::tile

@@ -5,9 +5,8 @@
 //
 // Pre-activations are computed again where the forward did not keep them. The input gradients
 // replace the rows of grad y, which the gradient of w_down is the last to read; the gradients of
-// w_up hide the combination of the input gradients. A tile of a weight gradient is for both math
-// warpgroups of each CTA, the others for one. Every task depends only on smaller tickets and on
-// copies that wait for no ticket, so the walk never deadlocks.
+// w_up hide the combination of the input gradients. Every task depends only on smaller tickets and
+// on copies that wait for no ticket, so the walk never deadlocks.
 #pragma once
 
 #include "cuda/tile/walk.h"
@@ -32,20 +31,8 @@ FM_HD constexpr bool is_weight_grad(const Tile& tile) {
   return product_of(tile) >= BackwardProduct::kDownGrad;
 }
 
-// Most columns of a weight gradient's N tile. Both math warpgroups of a CTA share it: the first one
-// has the first 128 columns, two boxes of 64.
-inline constexpr int32_t kGradColumns = 256;
-inline constexpr int32_t kGradHalves = 2;
-inline constexpr int32_t kGradHalf = kGradColumns / kGradHalves;
-
-// The part of such a tile that a math warpgroup (0 or 1) has; the second one's may be of no column.
-FM_HD constexpr Tile half_of(Tile tile, int32_t warpgroup_idx) {
-  const int32_t first = warpgroup_idx * kGradHalf;
-  const int32_t left = plan::max_of(tile.num_rows - first, 0);
-  tile.row_begin += first;
-  tile.num_rows = static_cast<int16_t>(plan::min_of(left, kGradHalf));
-  return tile;
-}
+// Most columns of a weight gradient's N tile: two boxes of 64.
+inline constexpr int32_t kGradColumns = 128;
 
 // How an expert's weight gradient [n_columns, M] is cut. No tiles where it was not asked for.
 struct WeightGrid {
@@ -54,8 +41,6 @@ struct WeightGrid {
 
   FM_HD constexpr int32_t num_blocks() const { return plan::ceil_div(n_columns, kGradColumns); }
   FM_HD constexpr int32_t num_tiles() const { return m_pairs * num_blocks(); }
-  // Of an expert's tiles; those without columns count.
-  FM_HD constexpr int32_t num_halves() const { return num_tiles() * kGradHalves; }
   // The side with fewer tiles runs fastest: its operand stays in the L2 cache.
   FM_HD constexpr Tile tile_at(int32_t tile_idx, int32_t local_expert_idx,
                                BackwardProduct product) const {

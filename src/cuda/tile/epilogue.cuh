@@ -47,22 +47,6 @@ class Staging {
     buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
   }
 
-  // The same in steps, for several of kStoreBuffers buffers at a time: free_all(), or free_one()
-  // for the oldest; write them; close(); copy_out() each.
-  FM_DEVICE void free_all() { free<0>(); }
-  FM_DEVICE void free_one() { free<config::kStoreBuffers - 1>(); }
-  FM_DEVICE void close() {
-    ptx::fence_proxy_async(ptx::space_shared);
-    sync();
-  }
-  template <int kDims>
-  FM_DEVICE void copy_out(const CUtensorMap& out, const int32_t (&at)[kDims],
-                          const uint8_t* buffer) {
-    if (!is_storer()) return;
-    ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at, buffer);
-    ptx::cp_async_bulk_commit_group();
-  }
-
   // Counts the tile at `done` when all that was stored is in global memory.
   FM_DEVICE void publish(uint32_t* done) {
     if (!is_storer()) return;
@@ -96,12 +80,6 @@ class Staging {
 
  private:
   static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads
-
-  template <int kUnread>  // copies out that may still read their buffers
-  FM_DEVICE void free() {
-    if (is_storer()) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<kUnread>());
-    sync();
-  }
 
   uint8_t* buffers_;
   int barrier_idx_;

@@ -9,14 +9,6 @@
 
 namespace flashmoe::cuda::tile {
 
-// Where in a stage this warpgroup's tokens begin, in bytes: of a tile of its own, at 0.
-template <class Config>
-FM_DEVICE uint32_t tokens_of_warpgroup() {
-  constexpr uint32_t kBytes =
-      Config::value.second_tokens * Config::value.depth_step * config::kElementBytes;
-  return config::math_warpgroup_of(threadIdx.x) * kBytes;
-}
-
 // sums[0, N / 2): the first 64 rows, sums[max_tokens / 2, ...): the second. One group of products
 // stays in flight; before_last_wait() runs while the last one does.
 template <class Config, int kTokens, class Stage, class BeforeLastWait>
@@ -31,35 +23,32 @@ FM_DEVICE void multiply(float* sums, const Stage* ring,
   constexpr int kTokenDepthStep = kDepthMajorTokens ? kDepthMajorStep : kColumnMajorStep;
   constexpr int kTokensTransposed = kDepthMajorTokens ? 0 : 1;
   constexpr int kSecondHalf = Config::value.max_tokens / 2;
-  constexpr int kDepth = Config::value.depth_step;
-  constexpr uint32_t kReaders = Config::value.stage_readers;
   int previous = 0;
 #pragma unroll 1
   for (int k_block = 0; k_block < num_k_blocks; ++k_block) {
     stages.wait(waiter);
     const Stage& stage = ring[stages.slot()];
-    const uint64_t weights = operand_descriptor<kDepth>(ptx::shared_address(stage.weights));
-    const uint64_t tokens = operand_descriptor<kDepth>(ptx::shared_address(stage.tokens) +
-                                                       tokens_of_warpgroup<Config>());
+    const uint64_t weights = operand_descriptor(ptx::shared_address(stage.weights));
+    const uint64_t tokens = operand_descriptor(ptx::shared_address(stage.tokens));
     ptx::wgmma_fence();
     FM_UNROLL
-    for (int step = 0; step < kDepth / 16; ++step) {
+    for (int step = 0; step < config::kDepthStep / 16; ++step) {
       const uint64_t a = weights + step * kWeightStep;
       const uint64_t b = tokens + step * kTokenDepthStep;
       const int accumulate = (k_block | step) != 0;
       ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(sums, a, b, accumulate);
-      ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(
-          sums + kSecondHalf, a + kHalfStep<kDepth>, b, accumulate);
+      ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(sums + kSecondHalf,
+                                                                   a + kHalfStep, b, accumulate);
     }
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<1>();
-    if (k_block > 0) stages.template release<kReaders>(previous);
+    if (k_block > 0) stages.release(previous);
     previous = stages.slot();
     stages.advance();
   }
   before_last_wait();
   ptx::wgmma_wait_group<0>();
-  stages.template release<kReaders>(previous);
+  stages.release(previous);
 }
 
 // multiply() of the width that num_steps asks for: the number of tokens of a product is a constant

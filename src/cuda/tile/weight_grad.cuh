@@ -1,5 +1,4 @@
-// The epilogue of weight gradients: a warpgroup's half of a tile, [N columns, 128 of M] of an
-// expert's matrix.
+// The epilogue of weight gradients: a tile [N columns, 128 of M] of an expert's matrix.
 #pragma once
 
 #include "cuda/config/backward.h"
@@ -9,40 +8,28 @@
 
 namespace flashmoe::cuda::tile {
 
-// By the copy engine, in chunks of 64 n by 64 m: as many at once as there are buffers, then the
-// last one. Chunks past the tile's columns go the same way, and the map clips them.
+// By the copy engine, in chunks of 64 n by 64 m.
 template <class Config>
-FM_DEVICE void store_weight_grad(const float* sums, Staging& staging, uint8_t* buffers,
-                                 const CUtensorMap& out, const Tile& tile,
-                                 int32_t weight_tile_idx) {
-  constexpr int kChunks = 2 * kGradHalf / config::kGradStoreColumns;
-  static_assert(kChunks == config::kStoreBuffers + 1);
+FM_DEVICE void store_weight_grad(const float* sums, Staging& staging, const CUtensorMap& out,
+                                 const Tile& tile, int32_t weight_tile_idx) {
+  constexpr config::GroupedProduct kConfig = Config::value;
+  constexpr int kChunks = kGradColumns / config::kGradStoreColumns;
   const Results<Config, Identity> results{sums, RowBias{}, config::Activation{}, Identity{}};
-  const auto buffer_of = [&](int idx) {
-    return buffers + idx % config::kStoreBuffers * config::kGradStoreBytes;
-  };
-  const auto fill = [&](int idx) {
-    fill_chunk<Config, config::kGradStoreColumns>(ptx::shared_address(buffer_of(idx)), idx / 2,
-                                                  idx % 2, results);
-  };
-  const auto copy_out = [&](int idx) {
-    const int32_t first = idx / 2 * config::kGradStoreColumns;
-    const int32_t num_rows = max(min(config::kGradStoreColumns, tile.num_rows - first), 0);
-    const int32_t at[5] = {weight_tile_idx * config::kWeightRows + idx % 2 * config::kHalfRows,
-                           kWindow - num_rows, tile.row_begin + first + num_rows, kWindow,
-                           tile.local_expert_idx};
-    staging.copy_out(out, at, buffer_of(idx));
-  };
-  staging.free_all();
+  const int32_t column = weight_tile_idx * config::kWeightRows;
   FM_UNROLL
-  for (int idx = 0; idx < config::kStoreBuffers; ++idx) fill(idx);
-  staging.close();
-#pragma unroll 1
-  for (int idx = 0; idx < config::kStoreBuffers; ++idx) copy_out(idx);
-  staging.free_one();
-  fill(kChunks - 1);
-  staging.close();
-  copy_out(kChunks - 1);
+  for (int chunk_idx = 0; chunk_idx < kChunks; ++chunk_idx) {
+    const int32_t first = chunk_idx * config::kGradStoreColumns;
+    if (first >= tile.num_rows) break;
+    const int32_t num_rows = min(config::kGradStoreColumns, tile.num_rows - first);
+    FM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      fill_chunk<Config, config::kGradStoreColumns>(staging.acquire<config::kGradStoreBytes>(),
+                                                    chunk_idx, half, results);
+      const int32_t at[5] = {column + half * config::kHalfRows, kWindow - num_rows,
+                             tile.row_begin + first + num_rows, kWindow, tile.local_expert_idx};
+      staging.store_at<config::kGradStoreBytes>(out, at);
+    }
+  }
 }
 
 template <class T>
@@ -62,7 +49,7 @@ FM_DEVICE void write_weight_grad(const float* sums, const kernel::WeightGradOut&
   T* of_tile = static_cast<T*>(out.data) + tile.local_expert_idx * out.expert_stride +
                (tile.row_begin + lane % 4 * 2) * out.n_stride + first_m * out.m_stride;
   FM_UNROLL
-  for (int group = 0; group < kGradHalf / 8; ++group) {
+  for (int group = 0; group < kConfig.max_tokens / 8; ++group) {
     if (group * 8 >= tile.num_rows) break;
     FM_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -81,11 +68,11 @@ FM_DEVICE void write_weight_grad(const float* sums, const kernel::WeightGradOut&
 }
 
 template <class Config>
-FM_DEVICE void finish_weight_grad(const float* sums, Staging& staging, uint8_t* buffers,
-                                  const CUtensorMap& map, const kernel::WeightGradOut& out,
-                                  const Tile& tile, int32_t weight_tile_idx) {
+FM_DEVICE void finish_weight_grad(const float* sums, Staging& staging, const CUtensorMap& map,
+                                  const kernel::WeightGradOut& out, const Tile& tile,
+                                  int32_t weight_tile_idx) {
   if (!out.is_direct) {
-    store_weight_grad<Config>(sums, staging, buffers, map, tile, weight_tile_idx);
+    store_weight_grad<Config>(sums, staging, map, tile, weight_tile_idx);
   } else if (out.is_wide) {
     write_weight_grad<Config, float>(sums, out, tile, weight_tile_idx);
   } else {
