@@ -454,7 +454,7 @@ FM_DEVICE void share_router(const BackwardParams& params, sync::Waiter& waiter) 
 
 // The gradients of the router's weight and bias, after the combine. Whole warp.
 template <class Config, config::RouterStages kStages>
-FM_DEVICE void differentiate_router(const BackwardParams& params, sync::Waiter& waiter) {
+FM_DEVICE void finish_router(const BackwardParams& params, sync::Waiter& waiter) {
   using Element = tile::ElementOf<Config::value.element>;
   const tile::RouterRuns& runs = params.router_runs;
   if (runs.num_runs() == 0) return;
@@ -498,7 +498,7 @@ FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config
   finish_logits(params);
   share_router<Config, config::kCommRouterStages>(params, waiter);
   combine_inputs<Config, 1, 4>(params, smem, waiter);
-  differentiate_router<Config, config::kCommRouterStages>(params, waiter);
+  finish_router<Config, config::kCommRouterStages>(params, waiter);
 }
 
 // The roles, after the plan.
@@ -532,7 +532,7 @@ FM_DEVICE void run_backward_roles(const BackwardParams& params, BackwardShared<C
     math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
     share_router<Config, config::kMathRouterStages>(params, waiter);
     combine_inputs<Config, 2, 8>(params, smem, waiter);
-    differentiate_router<Config, config::kMathRouterStages>(params, waiter);
+    finish_router<Config, config::kMathRouterStages>(params, waiter);
   }
 }
 
