@@ -181,6 +181,10 @@ class Builder {
     counters.sums_taken = take(1);
     counters.sums_done = take(1);
     counters.left = take(1);
+    const int64_t taken = next - counters.first;
+    if (taken != counters.count) {
+      fail(FM_INTERNAL, "backward: ", taken, " counters in room for ", counters.count);
+    }
   }
 
   void set_forward() {

@@ -1,0 +1,310 @@
+// The backward's tiles for the roles in pipeline.cuh: its shared memory, what a tile waits for,
+// which products it is made of, and where its results go. The kernel is in backward.cuh.
+#pragma once
+
+#include "cuda/kernel/backward.h"
+#include "cuda/kernel/mark.cuh"
+#include "cuda/kernel/pipeline.cuh"
+#include "cuda/stage/exchange.cuh"
+#include "cuda/tile/backward_load.cuh"
+#include "cuda/tile/hidden_grad.cuh"
+#include "cuda/tile/weight_grad.cuh"
+
+namespace flashmoe::cuda::kernel {
+
+using tile::BackwardProduct;
+using tile::parts_of;
+using tile::pre_activation_pairs;
+using tile::product_of;
+using tile::table_of;
+
+struct BackwardExtra {
+  tile::HiddenGradMemory hidden_grad[2];  // of each math warpgroup
+  int32_t num_blocks;                     // of all experts
+  stage::RankState ranks;
+  bool has_scratch;
+  uint32_t here[config::kClusterSize];  // CTAs of the pair that have the plan
+  tile::Tile current[2];                // of each math warpgroup while its products run
+  MathPlace places[config::kMathWarps];
+};
+
+// As tile::SharedMemory, with more staging.
+template <config::BackwardConfig Config>
+struct BackwardShared {
+  static constexpr config::GroupedProduct kShape = Config::value.product(config::Major::kDepth);
+
+  struct alignas(1024) Stage {
+    uint8_t weights[kShape.weight_bytes()];
+    alignas(1024) uint8_t tokens[kShape.token_bytes(kShape.max_steps())];
+  };
+  Stage stages[kShape.num_stages];
+  alignas(1024) uint8_t staging[2][config::kBackwardStagingBytes];
+  sync::RingBarriers<kShape.num_stages> stage_barriers;
+  sync::MessageRing<tile::Tile, config::kTileSlots> tiles;
+  uint64_t pace[config::kBackwardTicketLead];
+  sync::TurnBarriers turns;
+  BackwardExtra extra;
+
+  // One thread of the CTA, before the cluster is synchronised.
+  FM_DEVICE void init() {
+    constexpr int kMathWarps = 4;
+    constexpr int kTileReaders = 8 + 2;
+    stage_barriers.init(kMathWarps * config::kClusterSize);
+    tiles.init(kTileReaders * config::kClusterSize);
+    for (uint64_t& barrier : pace) ptx::mbarrier_init(&barrier, 1);
+    turns.init();
+    for (int i = 0; i < 2; ++i) extra.hidden_grad[i].init(staging[i]);
+    ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+  }
+};
+
+// What a tile's rows wait for: up to two counts.
+struct BackwardDependency {
+  uint32_t* words[2];
+  uint32_t expected[2];
+
+  FM_DEVICE BackwardDependency(const BackwardParams& params, const tile::Tile& tile) {
+    const BackwardCounters& counters = params.counters;
+    const int32_t group = tile.row_begin / config::kRowGroup;
+    const int32_t e = tile.local_expert_idx;
+    const uint32_t ctas_of_hidden = params.sizes.hidden_pairs * config::kClusterSize;
+    const auto blocks = [&] {
+      return parts_of(params, tile).blocks();
+    };
+    switch (product_of(tile)) {
+      case BackwardProduct::kPreActivation:
+        set(0, &counters.x_ready[group], tile.num_rows);
+        set(1, &counters.x_ready[group], tile.num_rows);
+        return;
+      case BackwardProduct::kHiddenGrad:
+        set(0, &counters.grad_y_ready[group], tile.num_rows);
+        set(1, &counters.z_done[group], pre_activation_pairs(params) * config::kClusterSize);
+        return;
+      case BackwardProduct::kInputGrad:
+        set(0, &counters.hidden_done[group], ctas_of_hidden);
+        set(1, &counters.down_of_expert[e],
+            params.sizes.weight_grads[0].num_tiles() * config::kClusterSize);
+        return;
+      case BackwardProduct::kDownGrad:
+        set(0, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
+        set(1, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
+        return;
+      default:
+        set(0, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
+        set(1, &counters.x_of_expert[e], parts_of(params, tile).rows());
+    }
+  }
+
+ private:
+  FM_DEVICE void set(int i, uint32_t* word, uint32_t count) {
+    words[i] = word;
+    expected[i] = count;
+  }
+};
+
+// The backward's part of the roles in pipeline.cuh.
+template <class Config>
+struct BackwardJob {
+  using Params = BackwardParams;
+  using Shared = BackwardShared<Config>;
+  using WeightLoad = tile::BackwardWeightLoad;
+  using TokenLoad = tile::BackwardTokenLoad;
+  static constexpr config::GroupedProduct kShape = Shared::kShape;
+  static constexpr uint32_t kTicketLead = config::kBackwardTicketLead;
+  template <config::Major kMajor>
+  using Rows = config::BackwardProductOf<Config, kMajor>;
+  using Sums = config::BackwardProductOf<Config, config::Major::kColumns, config::Major::kColumns>;
+
+  class Source {
+   public:
+    FM_DEVICE Source(const Params& params, Shared&) : params_(params) {}
+    FM_DEVICE tile::Tile tile_of(int32_t ticket) {
+      const config::BackwardSizes& sizes = params_.sizes;
+      const tile::BackwardWalk walk{
+          table_of(params_),
+          params_.forward.sizes.local_experts,
+          config::kBackwardBlockRows,
+          pre_activation_pairs(params_),
+          sizes.hidden_pairs,
+          params_.forward.sizes.down_pairs,
+          {sizes.weight_grads[0], sizes.weight_grads[1], sizes.weight_grads[2]}};
+      tile::Tile tile = walk.tile_at(ticket);
+      if (params_.forward.sizes.source_groups > 1) {
+        tile.local_expert_idx %= params_.forward.sizes.local_experts;
+      }
+      bool is_ready = true;
+      const int32_t lane = ptx::lane_idx();
+      if (lane < 2 && !tile.is_end()) {
+        const BackwardDependency rows(params_, tile);
+        uint32_t* word = lane == 0 ? rows.words[0] : rows.words[1];
+        is_ready = ptx::ld_acquire_gpu(word) == (lane == 0 ? rows.expected[0] : rows.expected[1]);
+      }
+      tile.is_ready = __all_sync(0xFFFFFFFF, is_ready);
+      if (!tile.is_end()) tile.num_k_blocks = num_k_blocks(params_, tile);
+      mark(tile);
+      return tile;
+    }
+
+   private:
+    // The first tile of each product.
+    FM_DEVICE void mark(const tile::Tile& tile) {
+      if (tile.is_end() || tile.product == product_) return;
+      product_ = tile.product;
+      if (ptx::lane_idx() != 0) return;
+      switch (product_of(tile)) {
+        case BackwardProduct::kHiddenGrad:
+          return set_mark_of_first(params_.forward, Mark::kUp);
+        case BackwardProduct::kDownGrad:
+          return set_mark_of_first(params_.forward, Mark::kDownGrad);
+        case BackwardProduct::kInputGrad:
+          return set_mark_of_first(params_.forward, Mark::kDown);
+        case BackwardProduct::kUpGrad:
+          return set_mark_of_first(params_.forward, Mark::kUpGrad);
+        default:
+          return;
+      }
+    }
+
+    const Params& params_;
+    int32_t product_ = -1;
+  };
+
+  FM_DEVICE static TicketCounter& tickets(const Params& params) {
+    return params.forward.memory.state->tickets;
+  }
+
+  FM_DEVICE static uint32_t stage_bytes(const tile::Tile& tile) {
+    constexpr config::GroupedProduct kOne = kShape;  // device code has no address of the member
+    return tile::backward_stage_bytes(kOne, tile);
+  }
+  // As the forward's.
+  FM_DEVICE static int32_t pace_block(int32_t num_k_blocks) {
+    constexpr int32_t kLead = 4;
+    return max(num_k_blocks / 2 - kLead, 0);
+  }
+  // Of a sum over rows, both operands are rows.
+  FM_DEVICE static void wait_for_weights(const Params& params, const tile::Tile& tile,
+                                         sync::Waiter& waiter) {
+    if (tile::is_weight_grad(tile)) wait_for_rows(params, tile, waiter);
+  }
+  FM_DEVICE static void wait_for_tokens(const Params& params, const tile::Tile& tile,
+                                        sync::Waiter& waiter) {
+    if (product_of(tile) == BackwardProduct::kHiddenGrad) {
+      tile::fetch_z(params, tile, static_cast<int32_t>(ptx::get_sreg_cluster_ctarank()));
+    }
+    wait_for_rows(params, tile, waiter);
+  }
+
+  // A mainloop for each pair of major orders.
+  template <class... Operands>
+  FM_DEVICE static void multiply(const Params& params, const tile::Tile& tile,
+                                 Operands&&... operands) {
+    const BackwardProduct product = product_of(tile);
+    if (tile::is_weight_grad(tile)) {
+      tile::multiply_steps<Sums>(tile.num_steps(), operands...);
+      return;
+    }
+    const bool depth_is_hidden = product != BackwardProduct::kInputGrad;
+    const bool hidden_major = product == BackwardProduct::kHiddenGrad ? params.down_is_hidden_major
+                                                                      : params.up_is_hidden_major;
+    if (depth_is_hidden == hidden_major) {
+      tile::multiply_steps<Rows<config::Major::kDepth>>(tile.num_steps(), operands...);
+    } else {
+      tile::multiply_steps<Rows<config::Major::kColumns>>(tile.num_steps(), operands...);
+    }
+  }
+
+  class Output {
+   public:
+    FM_DEVICE Output(Shared& smem, int warpgroup_idx)
+        : staging_(smem.staging[warpgroup_idx], warpgroup_idx), smem_(smem) {}
+    FM_DEVICE bool all(bool vote) { return staging_.all(vote); }
+    FM_DEVICE void prepare(const Params& params, const tile::Tile& tile, sync::Waiter& waiter) {
+      if (product_of(tile) == BackwardProduct::kHiddenGrad) {
+        hidden_grad().request(params, tile::HiddenPlace(tile), waiter);
+      }
+    }
+    // Stores a tile's results and counts it where its readers wait.
+    FM_DEVICE void finish(const Params& params, const float* sums, const tile::Tile& current,
+                          sync::Waiter& waiter) {
+      if (product_of(current) == BackwardProduct::kHiddenGrad) {
+        finish_hidden(params, sums, current, waiter);
+        return;
+      }
+      const tile::Tile tile = current;
+      const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
+      if (tile::is_weight_grad(tile)) {
+        const int32_t which = tile::gradient_of(tile);
+        // Threads that store by themselves do not meet again before `current` is the next tile.
+        if (params.weight_grad_out[which].is_direct) staging_.sync();
+        tile::finish_weight_grad<Row>(sums, staging_, params.weight_grads[which],
+                                      params.weight_grad_out[which], tile, weight_tile_idx);
+        if (which == 0) staging_.publish(&params.counters.down_of_expert[tile.local_expert_idx]);
+      } else {
+        store_rows(params, sums, tile, weight_tile_idx);
+      }
+    }
+    FM_DEVICE void drain() { staging_.drain(); }
+
+   private:
+    using Row = Rows<config::Major::kDepth>;
+
+    // Found where it is used: no register holds it while products run.
+    FM_DEVICE tile::HiddenGrad hidden_grad() const {
+      return tile::HiddenGrad(smem_.extra.hidden_grad[staging_.warpgroup_idx()]);
+    }
+    FM_DEVICE void finish_hidden(const Params& params, const float* sums, const tile::Tile& current,
+                                 sync::Waiter& waiter) {
+      const BackwardCounters& counters = params.counters;
+      hidden_grad().template finish<Row>(params, sums, staging_, tile::HiddenPlace(current),
+                                         waiter);
+      staging_.publish(&counters.hidden_done[current.row_begin / config::kRowGroup]);
+      if (!tile::Staging::is_storer()) return;
+      ptx::add_release_gpu(&counters.hidden_of_expert[current.local_expert_idx], 1);
+      ptx::add_release_gpu(counters.hidden_of_all, 1);
+    }
+    FM_DEVICE void store_rows(const Params& params, const float* sums, const tile::Tile& tile,
+                              int32_t weight_tile_idx) {
+      const bool is_z = product_of(tile) == BackwardProduct::kPreActivation;
+      config::BiasView bias = params.forward.up_bias;
+      if (!is_z) bias.data = nullptr;
+      const tile::RowBias row_bias =
+          tile::load_bias<Row>(bias, tile.local_expert_idx, weight_tile_idx);
+      const CUtensorMap& out = is_z ? params.pre_activation_out : params.forward.row_out;
+      tile::with_results<Row>(sums, params.forward.activation, row_bias, [&](const auto& results) {
+        tile::store_tile<Row>(results, staging_, out, tile, weight_tile_idx);
+      });
+      staging_.publish(is_z ? &params.counters.z_done[tile.row_begin / config::kRowGroup]
+                            : params.forward.memory.down_done);
+    }
+
+    tile::Staging staging_;
+    Shared& smem_;
+  };
+
+ private:
+  using ForwardSizes = config::ForwardSizes;
+  FM_DEVICE static int32_t num_k_blocks(const Params& params, const tile::Tile& tile) {
+    const ForwardSizes& sizes = params.forward.sizes;
+    switch (product_of(tile)) {
+      case BackwardProduct::kPreActivation:
+      case BackwardProduct::kHiddenGrad:
+        return sizes.hidden / config::kDepthStep;
+      case BackwardProduct::kInputGrad:
+        return params.sizes.up_columns / config::kDepthStep;
+      default:
+        return parts_of(params, tile).num_steps(config::kDepthStep);
+    }
+  }
+  FM_DEVICE static void wait_for_rows(const Params& params, const tile::Tile& tile,
+                                      sync::Waiter& waiter) {
+    if (!tile.is_ready) {
+      const BackwardDependency rows(params, tile);
+      waiter.wait_rows(rows.words[0], rows.expected[0], sync::WaitTag::kRowsReady);
+      waiter.wait_rows(rows.words[1], rows.expected[1], sync::WaitTag::kGradDone);
+    }
+    ptx::fence_proxy_async(ptx::space_global);
+  }
+};
+
+}  // namespace flashmoe::cuda::kernel
