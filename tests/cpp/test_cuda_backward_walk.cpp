@@ -129,6 +129,23 @@ TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
   EXPECT_EQ(tile::product_of(walk.tile_at(0)), BackwardProduct::kDownGrad);
 }
 
+// Gate and up columns of the widest layer: products of their sizes do not fit in 32 bits.
+TEST(CudaBackwardWalk, TilesOfTheWidestGradientFollowEachOther) {
+  constexpr auto kColumns = static_cast<int32_t>(2 * config::kMaxWidth);
+  for (const int32_t columns : {kColumns, kColumns - tile::kTokenStep}) {
+    const tile::WeightGrid grid{1, columns};
+    int32_t end = 0;
+    for (int32_t idx = 0; idx < grid.num_tiles(); ++idx) {
+      const tile::Tile tile = grid.tile_at(idx, 0, BackwardProduct::kUpGrad);
+      ASSERT_EQ(tile.row_begin, end);
+      ASSERT_GT(tile.num_rows, 0);
+      ASSERT_LE(tile.num_rows, tile::kGradColumns);
+      end += tile.num_rows;
+    }
+    EXPECT_EQ(end, columns);
+  }
+}
+
 // The steps of a sum over an expert's rows take in each row once, part after part.
 TEST(ExpertParts, StepsCoverTheRowsOfEveryPart) {
   constexpr int32_t kStep = config::kDepthStep;

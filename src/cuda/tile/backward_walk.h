@@ -50,8 +50,12 @@ struct WeightGrid {
     const int32_t outer = tile_idx / (pairs_inner ? m_pairs : blocks);
     const int32_t inner = tile_idx - outer * (pairs_inner ? m_pairs : blocks);
     const int32_t block = pairs_inner ? outer : inner;
-    const int32_t begin = block * units / blocks;
-    const int32_t end = (block + 1) * units / blocks;
+    // The first unit of a block, block * units / blocks, whose product may not fit.
+    const auto first = [&](int32_t of) {
+      return of * (units / blocks) + of * (units % blocks) / blocks;
+    };
+    const int32_t begin = first(block);
+    const int32_t end = first(block + 1);
     return {.row_begin = begin * kTokenStep,
             .num_k_blocks = 0,
             .num_rows = static_cast<int16_t>((end - begin) * kTokenStep),
