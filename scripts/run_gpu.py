@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,17 +244,11 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def backward_bench(arguments: argparse.Namespace) -> None:
     """The benchmark of the backward by itself: records as they come, then tables and the PNG."""
-    from flashmoe import bench_backward, bench_cuda, plots
+    from flashmoe import bench_backward, plots
 
-    records = []
     print(bench_backward.head(), flush=True)
-    for record in bench_backward.run_bench(arguments.cases or "*", seconds=arguments.seconds):
-        records.append(record)
-        bench_cuda.write_records([record], arguments.out)
-        print(bench_backward.row(record), flush=True)
-    if not records:
-        raise SystemExit(f"no case of the backward matches '{arguments.cases}'")
-    print(f"\n{bench_backward.table(records)}\n\n{bench_backward.timeline(records)}", flush=True)
+    made = bench_backward.run_bench(arguments.cases or "*", seconds=arguments.seconds)
+    records = collected(arguments, bench_backward, made, "of the backward")
     plots.plot_backward(records, arguments.out / "backward.png")
 
 
@@ -282,18 +277,28 @@ def ranks_backward_bench(arguments: argparse.Namespace) -> None:
 def ranks_records(
     arguments: argparse.Namespace, module: Any, plan: list[tuple[int, list[Any]]]
 ) -> list[dict[str, Any]]:
-    """What a module of the benchmark measures of a plan: written and shown as it comes, then as
-    tables."""
-    from flashmoe import bench_cuda, bench_ranks
+    """What a module of the benchmark of several ranks measures of a plan."""
+    from flashmoe import bench_ranks
 
     bench_ranks.check_gpus(arguments.ranks)
+    made = module.run_bench(plan, seconds=arguments.seconds)
+    return collected(arguments, module, made, f"of {arguments.ranks} ranks")
+
+
+def collected(
+    arguments: argparse.Namespace, module: Any, made: Iterable[dict[str, Any]], what: str
+) -> list[dict[str, Any]]:
+    """The records that a module of the benchmark makes: written and shown as they come, then as
+    tables. what: the cases are."""
+    from flashmoe import bench_cuda
+
     records = []
-    for record in module.run_bench(plan, seconds=arguments.seconds):
+    for record in made:
         records.append(record)
         bench_cuda.write_records([record], arguments.out)
         print(module.row(record), flush=True)
     if not records:
-        raise SystemExit(f"no case of {arguments.ranks} ranks matches '{arguments.cases}'")
+        raise SystemExit(f"no case {what} matches '{arguments.cases}'")
     print(f"\n{module.table(records)}\n\n{module.timeline(records)}", flush=True)
     return records
 

@@ -4,14 +4,17 @@ Times are the host's; memory is 1000 bytes more at each question."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 import types
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from flashmoe import doctor
+from flashmoe import bench_ranks, doctor
+from flashmoe.rank_processes import on_ranks
 from torch.overrides import TorchFunctionMode
 
 
@@ -150,3 +153,17 @@ def install():
     for module in (nvml(), types.ModuleType("cuda"), bindings, bindings.runtime):
         sys.modules[module.__name__] = module
     OnCpu().__enter__()
+
+
+def rank_records(module, case):
+    """What a module of the benchmark of several ranks records of two cases, `case` and one of which
+    each rank has fewer experts than k, on two ranks of a GPU that is not there."""
+    few = replace(case, name="seed", experts=2, top_k=2)
+    spec = bench_ranks.Spec(2, [case, few], "bf16", 0.05, "cuda")
+    return list(on_ranks(2, bench_rank, module.__name__, spec))
+
+
+def bench_rank(rank, module, spec):
+    """`bench_rank` of a module, by its name."""
+    install()
+    yield from importlib.import_module(module).bench_rank(rank, spec)

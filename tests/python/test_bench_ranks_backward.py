@@ -195,18 +195,9 @@ def test_tallies_of_ranks_are_one():
 # ---- the bench as a whole --------------------------------------------------------------------
 
 
-def fake_gpu_rank(rank, spec):
-    """`bench_ranks_backward.bench_rank` for device cuda, on a GPU that is not there."""
-    fake_gpu.install()
-    yield from bench_ranks_backward.bench_rank(rank, spec)
-
-
 @pytest.fixture(scope="module")
 def records():
-    """Of two cases on two ranks of a GPU that is not there."""
-    few = replace(CASE, name="seed", experts=2, top_k=2)  # each rank has fewer experts than k
-    spec = bench_ranks.Spec(2, [CASE, few], "bf16", 0.05, "cuda")
-    return list(on_ranks(2, fake_gpu_rank, spec))
+    return fake_gpu.rank_records(bench_ranks_backward, CASE)
 
 
 def test_a_record_says_what_was_measured(records):

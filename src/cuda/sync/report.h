@@ -20,7 +20,7 @@ enum class WaitTag : uint32_t {
   kDownDone,    // a combine unit waits for its column block
   kGradDone,    // a tile of the backward waits for tiles before it
   kLogitsDone,  // the router's products wait for the gradients of all logits
-  kRouterDone,  // the combine of the backward waits for the router's share
+  kRouterDone,  // the combine waits for the router's share, its gradients for their segments
   kMetadata,    // the plan waits for what a rank says of its tokens
   kPushed,      // a copy waits for rows that a rank sends
   kReturned,    // a sum waits for the part of a rank
@@ -65,7 +65,7 @@ constexpr const char* name_of(WaitTag tag) {
     case WaitTag::kLogitsDone:
       return "gradients of all logits";
     case WaitTag::kRouterDone:
-      return "the router's share of the input gradients";
+      return "runs of the router's gradients";
     case WaitTag::kMetadata:
       return "metadata of a rank";
     case WaitTag::kPushed:

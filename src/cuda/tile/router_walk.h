@@ -133,7 +133,6 @@ inline constexpr int32_t kRouterRunSteps = 32;      // of a run of grad_x, at mo
 inline constexpr int32_t kRouterLeastRuns = 4096;   // of grad_x, where there are so many units
 
 enum class RouterTask {
-  kGradX,       // RouterWalk
   kBias,        // column sums of grad_logits: of 32 experts, then segments
   kGradWeight,  // RouterWalk
   kReduce,      // words of the segments' sums: of the weight, then of the bias
