@@ -182,6 +182,15 @@ def python_tests(context: Context) -> Outcome:
     return outcome
 
 
+def emulated_tests(context: Context) -> Outcome:
+    """The case table on the CUDA kernels, which the CPU runs; in a process of its own, because its
+    library stands for the other one."""
+    folder = ROOT / "tests" / "emulator"
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    shared = ["-n", str(workers), "--dist", "worksteal", "--durations=15"]
+    return pytest(context, "cases", *shared, folder, OMP_NUM_THREADS="1")
+
+
 def sanitizer(preset: str) -> Callable[[Context], Outcome]:
     def step(context: Context) -> Outcome:
         build(context, preset)
@@ -224,6 +233,7 @@ STEPS = [
     Step("gates", gates),
     Step("cpp", cpp_tests),
     Step("python", python_tests),
+    Step("emulated", emulated_tests, quick=False),
     Step("tsan", sanitizer("tsan"), quick=False),
     Step("asan", sanitizer("asan"), quick=False),
     Step("fuzz", fuzz, quick=False, by_name=True),

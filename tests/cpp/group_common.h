@@ -1,15 +1,9 @@
 // What the tests of groups share.
 #pragma once
 
-#include <vector>
-
 #include "layer_case.h"
 
 namespace flashmoe::test {
-
-inline void expect_all_ok(const std::vector<Outcome>& results) {
-  for (const Outcome& result : results) expect_ok(result);
-}
 
 inline fm_layer small_layer(int64_t experts, int64_t top_k, int64_t hidden = 8) {
   return plain_layer(FM_F32, hidden, 8, experts, top_k);

@@ -43,6 +43,7 @@ struct CaseOptions {
   bool duplicates = false;
   bool save_z = false;  // W = 1 only
   int32_t id_dtype = FM_I64;
+  int32_t device_type = FM_DEVICE_HOST;  // on CUDA rank r has device r
 };
 
 // Operands and results of one rank, by the field names of the C ABI.
@@ -162,13 +163,15 @@ class LayerCase {
 
   std::vector<Outcome> forward(const Ranks& group) {
     return launch([&](int32_t r) {
-      const fm_forward_args args = ranks[static_cast<size_t>(r)].forward_args();
+      fm_forward_args args = ranks[static_cast<size_t>(r)].forward_args();
+      set_device(args, r);
       return fm_forward(group[r], &layer, &args);
     });
   }
   std::vector<Outcome> backward(const Ranks& group) {
     return launch([&](int32_t r) {
-      const auto args = ranks[static_cast<size_t>(r)].backward_args(options.wide_gradients);
+      auto args = ranks[static_cast<size_t>(r)].backward_args(options.wide_gradients);
+      set_device(args, r);
       return fm_backward(group[r], &layer, &args);
     });
   }
@@ -190,6 +193,12 @@ class LayerCase {
   int64_t up_row(int64_t row) const {
     if (!layer.gated || layer.gate_layout != FM_GATE_INTERLEAVED) return row;
     return row < layer.intermediate ? 2 * row : 2 * (row - layer.intermediate) + 1;
+  }
+
+  template <class Args>
+  void set_device(Args& args, int32_t rank) const {
+    args.device_type = options.device_type;
+    args.device = options.device_type == FM_DEVICE_CUDA ? rank : 0;
   }
 
   std::vector<Outcome> launch(const std::function<fm_status(int32_t)>& call) {
@@ -297,10 +306,8 @@ class LayerCase {
 inline std::vector<uint8_t> calm_bytes(LayerCase c, bool backward) {
   const Ranks group(c.options.world);
   c.poison_outputs();
-  for (const Outcome& result : c.forward(group)) expect_ok(result);
-  if (backward) {
-    for (const Outcome& result : c.backward(group)) expect_ok(result);
-  }
+  expect_all_ok(c.forward(group));
+  if (backward) expect_all_ok(c.backward(group));
   return c.output_bytes();
 }
 

@@ -393,4 +393,19 @@ inline void expect_within_yardstick(LayerCase& c, bool backward) {
   yardstick.check();
 }
 
+// Activation, layout of the gates, capacity and weights of a layer, drawn.
+inline void draw_options(Rng& rng, fm_layer& layer) {
+  layer.activation = rng.between32(FM_SILU, FM_IDENTITY);
+  layer.gated = rng.chance(0.7) ? 1 : 0;
+  layer.gate_layout = rng.between32(FM_GATE_CONCATENATED, FM_GATE_SEPARATE);
+  layer.weight_on_input = rng.chance(0.3) ? 1 : 0;
+  if (layer.activation == FM_SILU && rng.chance(0.4)) layer.act_alpha = 1.702;
+  if (layer.gated && rng.chance(0.3)) layer.act_limit = 0.8;
+  if (layer.gated && rng.chance(0.3)) layer.up_offset = 1;
+  if (rng.chance(0.3)) layer.capacity_factor = rng.pick({0.25, 0.5, 1.0, 1.25});
+  layer.score = rng.between32(FM_SCORE_SOFTMAX, FM_SCORE_SQRT_SOFTPLUS);
+  layer.renormalize = rng.chance(0.5) ? 1 : 0;
+  layer.scale = rng.pick({1.0, 2.5});
+}
+
 }  // namespace flashmoe::test

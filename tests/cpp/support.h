@@ -139,6 +139,9 @@ inline Outcome outcome(fm_status status) {
 }
 
 inline void expect_ok(const Outcome& result) { EXPECT_EQ(result.status, FM_OK) << result.text; }
+inline void expect_all_ok(const std::vector<Outcome>& results) {
+  for (const Outcome& result : results) expect_ok(result);
+}
 
 // The call failed with `status` and its text holds every word.
 inline void expect_error(const Outcome& result, fm_status status,

@@ -4,26 +4,12 @@
 namespace flashmoe::test {
 namespace {
 
-void expect_all_ok(const std::vector<Outcome>& results) {
-  for (const Outcome& result : results) expect_ok(result);
-}
-
 fm_layer random_layer(Rng& rng, int32_t dtype, int32_t world) {
   const int64_t experts = world * rng.between(1, std::max(2, 8 / world));
   fm_layer layer =
       plain_layer(dtype, rng.pick<int64_t>({1, 3, 24, 40, 61}), rng.pick<int64_t>({1, 5, 16, 33}),
                   experts, rng.between(1, std::min<int64_t>(experts, 4)));
-  layer.activation = rng.between32(FM_SILU, FM_IDENTITY);
-  layer.gated = rng.chance(0.7) ? 1 : 0;
-  layer.gate_layout = rng.between32(FM_GATE_CONCATENATED, FM_GATE_SEPARATE);
-  layer.weight_on_input = rng.chance(0.3) ? 1 : 0;
-  if (layer.activation == FM_SILU && rng.chance(0.4)) layer.act_alpha = 1.702;
-  if (layer.gated && rng.chance(0.3)) layer.act_limit = 0.8;
-  if (layer.gated && rng.chance(0.3)) layer.up_offset = 1;
-  if (rng.chance(0.3)) layer.capacity_factor = rng.pick({0.25, 0.5, 1.0, 1.25});
-  layer.score = rng.between32(FM_SCORE_SOFTMAX, FM_SCORE_SQRT_SOFTPLUS);
-  layer.renormalize = rng.chance(0.5) ? 1 : 0;
-  layer.scale = rng.pick({1.0, 2.5});
+  draw_options(rng, layer);
   return layer;
 }
 

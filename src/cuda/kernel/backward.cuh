@@ -248,7 +248,7 @@ FM_DEVICE void leave_backward(const BackwardParams& params) {
 template <config::BackwardConfig Config>
 __global__ void __launch_bounds__(config::kForwardThreads, 1)
     backward(const __grid_constant__ BackwardParams params) {
-  extern __shared__ __align__(1024) uint8_t raw[];
+  FM_DYNAMIC_SHARED(raw);
   auto& smem = *reinterpret_cast<BackwardShared<Config>*>(raw);
   if (ptx::thread_idx() == 0) {
     smem.init();
@@ -273,8 +273,7 @@ template <config::BackwardConfig Config>
 BackwardEntry backward_entry_of() {
   constexpr std::size_t kSharedLimit = 227 * 1024;  // a Hopper CTA's
   static_assert(sizeof(BackwardShared<Config>) <= kSharedLimit);
-  return {reinterpret_cast<const void*>(&backward<Config>), sizeof(BackwardShared<Config>),
-          Config::value};
+  return {ptx::kernel_address(&backward<Config>), sizeof(BackwardShared<Config>), Config::value};
 }
 
 }  // namespace flashmoe::cuda::kernel

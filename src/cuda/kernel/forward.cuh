@@ -387,7 +387,7 @@ FM_DEVICE bool take_scratch(const ForwardParams& params, Shared& smem) {
 template <config::ForwardConfig Config>
 __global__ void __launch_bounds__(config::kForwardThreads, 1)
     forward(const __grid_constant__ ForwardParams params) {
-  extern __shared__ __align__(1024) uint8_t raw[];
+  FM_DYNAMIC_SHARED(raw);
   auto& smem = *reinterpret_cast<ForwardShared<Config>*>(raw);
   if (ptx::thread_idx() == 0) {
     smem.init();
@@ -413,8 +413,7 @@ template <config::ForwardConfig Config>
 ForwardEntry forward_entry_of() {
   constexpr std::size_t kSharedLimit = 227 * 1024;  // a Hopper CTA's
   static_assert(sizeof(ForwardShared<Config>) <= kSharedLimit);
-  return {reinterpret_cast<const void*>(&forward<Config>), sizeof(ForwardShared<Config>),
-          Config::value};
+  return {ptx::kernel_address(&forward<Config>), sizeof(ForwardShared<Config>), Config::value};
 }
 
 }  // namespace flashmoe::cuda::kernel

@@ -97,7 +97,7 @@ struct ProductJob {
 template <config::GroupedProductConfig Config>
 __global__ void __launch_bounds__(config::kThreads, 1)
     grouped_product(const __grid_constant__ GroupedProductParams params) {
-  extern __shared__ __align__(1024) uint8_t raw[];
+  FM_DYNAMIC_SHARED(raw);
   auto& smem = *reinterpret_cast<ProductShared<Config>*>(raw);
   const int32_t cta_rank = ptx::get_sreg_cluster_ctarank();
   if (threadIdx.x == 0) {
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(config::kThreads, 1)
 // What the host needs to launch one configuration.
 template <config::GroupedProductConfig Config>
 KernelEntry entry_of() {
-  return {reinterpret_cast<const void*>(&grouped_product<Config>), sizeof(ProductShared<Config>),
+  return {ptx::kernel_address(&grouped_product<Config>), sizeof(ProductShared<Config>),
           Config::value};
 }
 

@@ -7,6 +7,8 @@
 
 #define FM_DEVICE __device__ __forceinline__
 #define FM_UNROLL _Pragma("unroll")
+// Declares the CTA's dynamic shared memory.
+#define FM_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 
 namespace flashmoe::cuda::ptx {
 
@@ -15,6 +17,12 @@ using namespace ::cuda::ptx;
 // Address of shared memory in its own 32-bit window, as the instructions of this directory take it.
 FM_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// A kernel's address as launches take it.
+template <class Params>
+const void* kernel_address(void (*kernel)(Params)) {
+  return reinterpret_cast<const void*>(kernel);
 }
 
 // threadIdx.x, read where it stands. The compiler keeps the ordinary one, and what follows from it,

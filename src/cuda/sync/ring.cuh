@@ -133,6 +133,9 @@ class MessageWriter {
   FM_DEVICE void send(const Message& message, Waiter& waiter) {
     const int slot = cursor_.slot();
     waiter.wait(&ring_.barriers.empty[slot], cursor_.parity() ^ 1, WaitTag::kTileEmpty);
+    // Else a lane might look after this message has been read: at the phase after the one that it
+    // waits for.
+    __syncwarp();
     if (threadIdx.x % 32 < 2) {
       ptx::st_async_16(&ring_.messages[slot], as_int4(message), &ring_.barriers.full[slot],
                        threadIdx.x % 32);
