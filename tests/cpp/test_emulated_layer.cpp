@@ -149,6 +149,18 @@ TEST_P(EmulatedFewTokens, ValuesAreWithinTheYardstick) {
   run(8, false, [](Rng&, fm_layer&, CaseOptions&) {});
 }
 
+// Depths of several turns of the ring of weights, odd numbers of chunks, more experts than slots.
+TEST_P(EmulatedFewTokens, OfWiderLayersAreWithinTheYardstick) {
+  run(4, false, [](Rng& rng, fm_layer& layer, CaseOptions&) {
+    layer.hidden = rng.pick<int64_t>({320, 1088, 4160});
+    layer.intermediate = rng.pick<int64_t>({64, 320, 832});
+    if (layer.num_groups == 1) {
+      layer.num_experts = rng.pick<int64_t>({3, 33, 200});
+      layer.top_k = std::min<int64_t>(layer.num_experts, rng.pick<int64_t>({1, 5, 32}));
+    }
+  });
+}
+
 INSTANTIATE_TEST_SUITE_P(Tokens, EmulatedFewTokens,
                          testing::Combine(testing::Values(FM_BF16, FM_F16),
                                           testing::Values(Tokens{1}, Tokens{3}, Tokens{8})),

@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     smem.init();
     smem.extra.ranks.post.init();
   }
-  if (!take_scratch(params.forward, smem)) return;
+  if (!take_scratch(params.forward, smem.extra.has_scratch)) return;
   if (ptx::thread_idx() == 0) set_mark_of_first(params.forward, Mark::kStart);
   tell_pair(smem.extra.here, plan_rows<Config>(params, smem));
   ptx::barrier_cluster_arrive();

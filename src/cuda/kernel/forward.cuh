@@ -21,6 +21,7 @@
 #include "cuda/kernel/forward.h"
 #include "cuda/kernel/mark.cuh"
 #include "cuda/kernel/pipeline.cuh"
+#include "cuda/kernel/take_scratch.cuh"
 #include "cuda/ptx/prefetch.cuh"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/stage/combine.cuh"
@@ -30,7 +31,6 @@
 #include "cuda/stage/route.cuh"
 #include "cuda/stage/send_rows.cuh"
 #include "cuda/sync/grid_barrier.cuh"
-#include "cuda/sync/holder.h"
 #include "cuda/tile/expert_memory.cuh"
 #include "cuda/tile/pre_activation.cuh"
 #include "cuda/tile/shared_memory.cuh"
@@ -361,29 +361,6 @@ FM_DEVICE void run_roles(const ForwardParams& params, ForwardShared<Config>& sme
   }
 }
 
-// Whether the scratch is this launch's; the same in all threads of all CTAs.
-template <class Shared>
-FM_DEVICE bool take_scratch(const ForwardParams& params, Shared& smem) {
-  uint32_t* holder = &params.memory.state->holder;
-  if (!params.may_run_beside) {
-    if (ptx::block_idx() == 0 && ptx::thread_idx() == 0)
-      ptx::st_release_gpu(holder, params.launch_id);
-    return true;
-  }
-  if (ptx::thread_idx() == 0) {
-    smem.extra.has_scratch =
-        sync::claim(params.launch_id, [&](uint32_t expected, uint32_t desired) {
-          return ptx::cas_acq_rel_gpu(holder, expected, desired);
-        });
-    if (!smem.extra.has_scratch) {
-      sync::write_report(params.waits.report, sync::WaitTag::kHeld, ptx::block_idx(),
-                         params.launch_id);
-    }
-  }
-  __syncthreads();
-  return smem.extra.has_scratch;
-}
-
 template <config::ForwardConfig Config>
 __global__ void __launch_bounds__(config::kForwardThreads, 1)
     forward(const __grid_constant__ ForwardParams params) {
@@ -395,7 +372,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     ptx::prefetch_tensormap(&params.up_weights[0]);
     ptx::prefetch_tensormap(&params.down_weights);
   }
-  if (!take_scratch(params, smem)) return;
+  if (!take_scratch(params, smem.extra.has_scratch)) return;
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kStart);
   tell_pair(smem.extra.here, route_and_plan<Config>(params, smem));
   ptx::barrier_cluster_arrive();

@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <string>
 
-#include "base/error.h"
 #include "cuda/config/activation.h"
 #include "cuda/kernel/forward.h"
+#include "cuda/launch/check.h"
 #include "flashmoe/c_api.h"
 #include "plan/layout.h"
 #include "plan/problem.h"

@@ -26,24 +26,26 @@ FM_DEVICE void write_slot(const kernel::ForwardParams& params, int32_t token, in
 }
 
 // value(e) for the lane's experts into memory.scores, kBatch of them under way together.
-template <int kBatch, class Value>
-FM_DEVICE void fill_scores(const TeamMemory& memory, const Value& value) {
+template <int kBatch, int32_t kLanes, class Value>
+FM_DEVICE void fill_scores(const TeamMemory<kLanes>& memory, const Value& value) {
   const int32_t last = memory.num_experts - 1;
 #pragma unroll 1
-  for (int32_t first = team_lane(); first <= last; first += kBatch * kTeamLanes) {
+  for (int32_t first = team_lane<kLanes>(); first <= last; first += kBatch * kLanes) {
     float values[kBatch];
     FM_UNROLL
-    for (int i = 0; i < kBatch; ++i) values[i] = value(min(first + i * kTeamLanes, last));
+    for (int i = 0; i < kBatch; ++i) values[i] = value(min(first + i * kLanes, last));
     FM_UNROLL
     for (int i = 0; i < kBatch; ++i) {
-      if (first + i * kTeamLanes <= last) memory.scores[first + i * kTeamLanes] = values[i];
+      if (first + i * kLanes <= last) memory.scores[first + i * kLanes] = values[i];
     }
   }
 }
 
-// A token's logits into memory.scores. Its lanes.
-FM_DEVICE void load_logits(const kernel::ForwardParams& params, int32_t token,
-                           const TeamMemory& memory) {
+// A token's logits into memory.scores and, if they were in parts and is_output, where they are
+// kept. Its lanes.
+template <int32_t kLanes>
+FM_DEVICE void load_logits(const kernel::ForwardParams& params, int32_t token, bool is_output,
+                           const TeamMemory<kLanes>& memory) {
   const auto& router = params.router;
   float* logits = router.logits + int64_t{token} * params.sizes.num_experts;
   if (!params.sizes.has_few_tiles) {
@@ -52,8 +54,9 @@ FM_DEVICE void load_logits(const kernel::ForwardParams& params, int32_t token,
   }
   fill_scores<4>(memory, [&](int32_t e) { return sum_parts(params, token, e); });
 #pragma unroll 1
-  for (int32_t e = team_lane(); e < memory.num_experts; e += kTeamLanes) {
-    logits[e] = memory.scores[e] += read_bias(router.bias, e);
+  for (int32_t e = team_lane<kLanes>(); e < memory.num_experts; e += kLanes) {
+    memory.scores[e] += read_bias(router.bias, e);
+    if (is_output) logits[e] = memory.scores[e];
   }
 }
 
@@ -63,7 +66,7 @@ FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, 
                            int32_t first_token) {
   const auto& sizes = params.sizes;
   const auto& router = params.router;
-  const int32_t team_bytes = 4 * TeamMemory::words(sizes.num_experts, router.num_groups);
+  const int32_t team_bytes = 4 * TeamMemory<>::words(sizes.num_experts, router.num_groups);
   const int32_t num_teams = min(kTileTokens, arena_bytes / team_bytes);
   const int32_t team_idx = ptx::thread_idx() / kTeamLanes;
   const int32_t end = min(first_token + kTileTokens, sizes.tokens);
@@ -71,19 +74,19 @@ FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, 
     const int32_t token = first + team_idx;
     const bool has_token = team_idx < num_teams && token < end;
     if (!__any_sync(kAllLanes, has_token)) continue;
-    const TeamMemory memory =
-        TeamMemory::from(arena, team_idx, sizes.num_experts, router.num_groups, has_token);
-    load_logits(params, token, memory);
+    const TeamMemory<> memory =
+        TeamMemory<>::from(arena, team_idx, sizes.num_experts, router.num_groups, has_token);
+    load_logits(params, token, true, memory);
     const bool is_defined = check_logits(memory);
     choose_experts(router, sizes, memory);
-    const TeamSlots slots = weigh_experts(router, sizes, memory);
+    const TeamSlots<kTeamLanes> slots = weigh_experts(router, sizes, memory);
     if (!has_token) continue;
-    if (!is_defined && team_lane() == 0) {
+    if (!is_defined && team_lane<kTeamLanes>() == 0) {
       sync::write_report(params.notice, sync::WaitTag::kUndefinedLogits, token, 0);
     }
     FM_UNROLL
-    for (int i = 0; i < TeamSlots::kOfLane; ++i) {
-      const int32_t j = team_lane() + i * kTeamLanes;
+    for (int i = 0; i < TeamSlots<kTeamLanes>::kOfLane; ++i) {
+      const int32_t j = team_lane<kTeamLanes>() + i * kTeamLanes;
       if (j >= sizes.top_k) break;
       const Choice choice = is_defined ? Choice{slots.expert_idx[i], slots.weight[i]}
                                        : Choice{kUndefined, not_a_number()};
@@ -92,20 +95,27 @@ FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, 
   }
 }
 
-// The routing that came from outside, for the slots of a tile. Whole warp.
+// A slot's routing that came from outside. reports: an id that is none is written down.
+FM_DEVICE Choice read_choice(const kernel::ForwardParams& params, int32_t slot, bool reports) {
+  const auto& sizes = params.sizes;
+  const int32_t token = slot / sizes.top_k;
+  const int32_t j = slot - token * sizes.top_k;
+  const int64_t id = tile::read_index(params.router.ids, token, j);
+  if (id < kNoExpert && reports) {
+    sync::write_report(params.notice, sync::WaitTag::kInvalidId, token, 0);
+  }
+  if (id < 0 || id >= sizes.num_experts) return {id < kNoExpert ? kUndefined : kNoExpert, 0.0f};
+  return {static_cast<int32_t>(id), tile::read_real(params.router.weights, token, j)};
+}
+
+// The same for the slots of a tile. Whole warp.
 FM_DEVICE void read_tile(const kernel::ForwardParams& params, int32_t first_slot,
                          int32_t num_slots) {
-  const auto& sizes = params.sizes;
   for (int32_t i = ptx::lane_idx(); i < num_slots; i += 32) {
-    const int32_t token = (first_slot + i) / sizes.top_k;
-    const int32_t j = first_slot + i - token * sizes.top_k;
-    const int64_t id = tile::read_index(params.router.ids, token, j);
-    if (id < kNoExpert) sync::write_report(params.notice, sync::WaitTag::kInvalidId, token, 0);
-    Choice choice{id < kNoExpert ? kUndefined : kNoExpert, 0.0f};
-    if (id >= 0 && id < sizes.num_experts) {
-      choice = {static_cast<int32_t>(id), tile::read_real(params.router.weights, token, j)};
-    }
-    write_slot(params, token, j, choice, false);
+    const int32_t slot = first_slot + i;
+    const int32_t token = slot / params.sizes.top_k;
+    write_slot(params, token, slot - token * params.sizes.top_k, read_choice(params, slot, true),
+               false);
   }
 }
 
@@ -157,7 +167,7 @@ FM_DEVICE void check_selection_bias(const kernel::ForwardParams& params) {
 
 // Least shared memory that routing needs: one team's, or every warp's counts.
 inline constexpr int32_t kRouteBytes =
-    4 * std::max(TeamMemory::words(config::kMaxExperts, config::kMaxExperts),
+    4 * std::max(TeamMemory<>::words(config::kMaxExperts, config::kMaxExperts),
                  static_cast<int32_t>(config::kForwardWarps* config::kMaxExperts));
 
 // Ids, weights and histograms of all tiles, the logits' parts being there. All threads of all CTAs;

@@ -67,6 +67,34 @@ struct Identity {
 FM_DEVICE float at_most(float x, float limit) { return x > limit ? limit : x; }
 FM_DEVICE float at_least(float x, float limit) { return x < limit ? limit : x; }
 
+// Calls use(function) with the activation function of a launch.
+template <class Use>
+FM_DEVICE void with_function(const config::Activation& activation, const Use& use) {
+  switch (activation.kind) {
+    case FM_SILU:
+      return use(Silu{activation.alpha});
+    case FM_GELU_ERF:
+      return use(GeluErf{});
+    case FM_GELU_TANH:
+      return use(GeluTanh{});
+    case FM_RELU:
+      return use(Relu{});
+    case FM_RELU2:
+      return use(ReluSquared{});
+    default:
+      return use(Identity{});
+  }
+}
+
+// What a gate and its up value become.
+template <class Function>
+FM_DEVICE float gated_value(const Function& function, const config::Activation& activation,
+                            float gate, float up) {
+  const float limit = activation.limit;
+  const float clamped = at_least(at_most(up, limit), -limit);
+  return function(at_most(gate, limit)) * (clamped + activation.up_offset);
+}
+
 // Bias of this thread's weight rows: it has rows lane / 4 and lane / 4 + 8 of its warp's 16, in
 // either half of the tile. Zeros where there is none.
 struct RowBias {
@@ -111,9 +139,7 @@ struct Results {
     return sums[half * (Config::value.max_tokens / 2) + i] + bias.of(half, i);
   }
   FM_DEVICE float combine(float gate, float up) const {
-    const float limit = activation.limit;
-    const float clamped = at_least(at_most(up, limit), -limit);
-    return function(at_most(gate, limit)) * (clamped + activation.up_offset);
+    return gated_value(function, activation, gate, up);
   }
   // Of the half's i-th sum; gated, of a gate and its up sum (half 0 only).
   FM_DEVICE float operator()(int half, int i) const {
@@ -151,20 +177,7 @@ FM_DEVICE void with_results(const float* sums, const config::Activation& activat
     use_function(Identity{});
     return;
   }
-  switch (activation.kind) {
-    case FM_SILU:
-      return use_function(Silu{activation.alpha});
-    case FM_GELU_ERF:
-      return use_function(GeluErf{});
-    case FM_GELU_TANH:
-      return use_function(GeluTanh{});
-    case FM_RELU:
-      return use_function(Relu{});
-    case FM_RELU2:
-      return use_function(ReluSquared{});
-    default:
-      return use_function(Identity{});
-  }
+  with_function(activation, use_function);
 }
 
 }  // namespace flashmoe::cuda::tile

@@ -127,6 +127,9 @@ template <class T>
 T atomicAdd(T* address, T value) {
   return std::atomic_ref(*address).fetch_add(value);
 }
+inline uint32_t atomicOr(uint32_t* address, uint32_t bits) {
+  return std::atomic_ref(*address).fetch_or(bits);
+}
 inline uint32_t atomicCAS_system(uint32_t* address, uint32_t expected, uint32_t desired) {
   std::atomic_ref(*address).compare_exchange_strong(expected, desired);
   return expected;

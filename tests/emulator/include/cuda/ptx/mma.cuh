@@ -33,10 +33,8 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
 }
 
 template <class T>
-void mma_m16n8k16(float (&d)[4], const int (&a)[4], const int (&b)[2]) {
-  uint32_t words[6];
-  for (int i = 0; i < 4; ++i) words[i] = static_cast<uint32_t>(a[i]);
-  for (int i = 0; i < 2; ++i) words[4 + i] = static_cast<uint32_t>(b[i]);
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const auto* lanes = emulator::exchange(words, 6);
   for (int i = 0; i < 4; ++i) {
     const int row = lane_idx() / 4 + i / 2 * 8;
