@@ -36,8 +36,9 @@ def test_one_kernel_node(tokens, group):
     assert count_graph_nodes(graph) == ["kernel"]
 
 
-def test_replays_follow_inputs_and_routing(group):
-    layer = make_layer(tokens=500, capacity_factor=0.9)
+@pytest.mark.parametrize("tokens", [7, 500])
+def test_replays_follow_inputs_and_routing(tokens, group):
+    layer = make_layer(tokens=tokens, capacity_factor=0.9)
     layer(group)
     graph, (y, routed) = captured(lambda: layer(group))
     generator = torch.Generator("cuda").manual_seed(4)

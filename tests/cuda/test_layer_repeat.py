@@ -19,6 +19,7 @@ extern "C" __global__ void hold(long long nanoseconds, float* sink) {
 """
 SHAPES = {
     "small": {},
+    "few": {"tokens": 7, "experts": 64, "top_k": 4, "hidden": 2048, "intermediate": 832},
     "one-tile": {"tokens": 20, "experts": 8, "top_k": 2},
     "many-experts": {"tokens": 2000, "experts": 128, "top_k": 8, "hidden": 512},
     "wide": {"tokens": 1500, "experts": 8, "top_k": 2, "hidden": 2048, "intermediate": 1024},

@@ -14,7 +14,7 @@ from flashmoe.inputs import make_operands, on_device
 from flashmoe.passes import engine_pass
 from layer_common import MIXED, finish, make_layer, same_bits
 
-TOKENS = (0, 1, 3, 63, 64, 65, 127, 128, 129, 1000, 8191)
+TOKENS = (0, 1, 3, 8, 9, 63, 64, 65, 127, 128, 129, 1000, 8191)
 POISON = -77
 TABLE = [
     (case.key(dtype, ranks), mode, case, dtype)
@@ -31,6 +31,9 @@ SIZES = [
          activation="gpt_oss", bias=True, router_bias=True, layout="interleaved_transposed"),
     Case("size/wide", experts=4, hidden=7168, intermediate=64, tokens=(40,)),
     Case("size/deep", experts=4, hidden=64, intermediate=4096, tokens=(200,)),
+    Case("size/few_e1024_k32", experts=1024, top_k=32, hidden=64, intermediate=64, tokens=(8,)),
+    Case("size/few_wide", experts=8, top_k=2, hidden=7168, intermediate=64, tokens=(5,)),
+    Case("size/few_deep", experts=4, hidden=64, intermediate=4160, tokens=(8,)),
     Case("size/uneven", experts=6, top_k=3, hidden=832, intermediate=448, tokens=(333,)),
 ]  # fmt: skip
 
