@@ -69,6 +69,7 @@ struct ForwardJob {
   using Shared = ForwardShared<Config>;
   using Up = config::UpOf<Config>;
   using Down = config::DownOf<Config>;
+  using StageFill = OneRing<ForwardJob>;
   static constexpr config::GroupedProduct kShape = Config::value.up();
   static constexpr uint32_t kTicketLead = config::kTicketLead;
 
