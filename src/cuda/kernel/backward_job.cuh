@@ -174,7 +174,7 @@ struct BackwardJob {
   };
 
   FM_DEVICE static TicketCounter& tickets(const Params& params) {
-    return params.forward.memory.state->tickets;
+    return *params.forward.memory.tickets;
   }
 
   FM_DEVICE static uint32_t stage_bytes(const tile::Tile& tile) {

@@ -132,7 +132,12 @@ FM_DEVICE void tokens_role(const typename Job::Params& params, typename Job::Sha
   if (!ptx::elect_one()) return;
   typename Job::StageFill stages(smem);
   TileReader tiles(smem.tiles);
-  for (uint32_t tile_idx = 0;; ++tile_idx) {
+  // Tiles are counted by the ring that they come through.
+  static_assert(config::kTileSlots % Job::kTicketLead == 0);
+  const auto tile_idx = [&] {
+    return static_cast<uint32_t>(tiles.cursor().slot() + config::kTileSlots - 1);
+  };
+  while (true) {
     const tile::Tile tile = tiles.take_alone(waiter);
     if (tile.is_end() || !waiter.alive()) break;
     Job::wait_for_tokens(params, tile, waiter);
@@ -143,7 +148,7 @@ FM_DEVICE void tokens_role(const typename Job::Params& params, typename Job::Sha
       load_step(is_shared, tokens, to, ring.full(), k_block);
       if (k_block == pace_block && cta_rank == 0) {
         ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
-                             &smem.pace[tile_idx % Job::kTicketLead]);
+                             &smem.pace[tile_idx() % Job::kTicketLead]);
       }
     };
     stages.for_each_stage(tile, waiter, fill);

@@ -139,6 +139,7 @@ class Builder {
   void set_memory() {
     kernel::ForwardMemory& memory = p_.forward.memory;
     memory.state = region<kernel::ForwardState>(BackwardScratch::kState);
+    memory.tickets = &memory.state->tickets;
     memory.combine = &memory.state->combine;
     memory.ids = region<int32_t>(BackwardScratch::kIds);
     memory.weights = region<float>(BackwardScratch::kWeights);

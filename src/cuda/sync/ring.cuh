@@ -73,6 +73,7 @@ class StageWriter {
   // Returns when all that was ever filled has been read: its memory may hold something else then.
   FM_DEVICE void drain(Waiter& waiter) const {
     StageWriter next = *this;
+#pragma unroll 1
     for (int i = 0; i < kSlots; ++i) {
       next.acquire(waiter);
       next.advance();

@@ -117,12 +117,14 @@ class BackwardTokenLoad {
   }
 
   FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
+    constexpr uint16_t kBoth = 0b11;
     const int32_t at[2] = {depth, first_};
     ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to + place_, &map_, at, full,
                               kBoth);
   }
   // Of a sum over rows, one step after the other.
   FM_DEVICE void load_shared(uint8_t* to, uint64_t* full) {
+    constexpr uint16_t kBoth = 0b11;
     FM_UNROLL
     for (int box = 0; box < config::kMaxColumnBoxes; ++box) {
       if (box >= column_boxes(tile_)) break;
@@ -134,7 +136,6 @@ class BackwardTokenLoad {
   }
 
  private:
-  static constexpr uint16_t kBoth = 0b11;
   static constexpr int32_t kHalfDepth = config::kGradDepth / config::kClusterSize;
   FM_DEVICE static const CUtensorMap& map_of(const kernel::BackwardParams& params,
                                              const Tile& tile) {
