@@ -35,7 +35,7 @@ class Coverage {
   void add(const Tile& tile) {
     const auto product = tile::product_of(tile);
     ASSERT_GT(tile.num_rows, 0);
-    ASSERT_LE(tile.num_rows, kMaxRows);
+    ASSERT_LE(tile.num_rows, tile::is_weight_grad(tile) ? tile::kGradColumns : kMaxRows);
     expect_dependencies(tile, product);
     for (int32_t i = 0; i < tile.num_rows; ++i) {
       const auto place =
@@ -109,8 +109,8 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
       std::vector<int32_t> rows(static_cast<size_t>(groups * num_experts));
       for (int32_t& count : rows) count = from(0, 2) == 0 ? 0 : from(1, 500);
       const Table table(rows);
-      const tile::WeightGrid down{from(0, 3), 16 * from(1, 30)};
-      const tile::WeightGrid up{from(0, 3), 16 * from(1, 30)};
+      const tile::WeightGrid down{from(0, 3), tile::kGradUnit * from(1, 30)};
+      const tile::WeightGrid up{from(0, 3), tile::kGradUnit * from(1, 30)};
       expect_cover_and_order(table, {table.view(),
                                      num_experts,
                                      kMaxRows,
@@ -124,7 +124,7 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
 
 TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
   const Table table(std::vector<int32_t>(5, 0));
-  const tile::BackwardWalk walk{table.view(), 5, kMaxRows, 2, 2, 2, {{1, 64}, {1, 32}, {0, 0}}};
+  const tile::BackwardWalk walk{table.view(), 5, kMaxRows, 2, 2, 2, {{1, 128}, {1, 64}, {0, 0}}};
   expect_cover_and_order(table, walk);
   EXPECT_EQ(tile::product_of(walk.tile_at(0)), BackwardProduct::kDownGrad);
 }
@@ -132,7 +132,7 @@ TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
 // Gate and up columns of the widest layer: products of their sizes do not fit in 32 bits.
 TEST(CudaBackwardWalk, TilesOfTheWidestGradientFollowEachOther) {
   constexpr auto kColumns = static_cast<int32_t>(2 * config::kMaxWidth);
-  for (const int32_t columns : {kColumns, kColumns - tile::kTokenStep}) {
+  for (const int32_t columns : {kColumns, kColumns - tile::kGradUnit}) {
     const tile::WeightGrid grid{1, columns};
     int32_t end = 0;
     for (int32_t idx = 0; idx < grid.num_tiles(); ++idx) {

@@ -34,9 +34,22 @@ inline constexpr int32_t kBackwardTicketLead = 2;
 // Most rows of a block.
 inline constexpr int32_t kBackwardBlockRows = Backward{}.product(Major::kDepth).max_tokens;
 
-inline constexpr int32_t kBoxColumns = 64;  // of a copy: 128 bytes
+inline constexpr int32_t kBoxColumns = tile::kGradUnit;  // of a copy: 128 bytes
 inline constexpr int32_t kBoxBytes = kBoxColumns * kDepthStep * kElementBytes;
+
+// Tiles of weight gradients: 128 of M by up to 256 of N, which both math warpgroups share, half of N
+// each. Tiles of one warpgroup would have half the N, and take a third more bytes into the
+// multiprocessor than it takes in (docs/backward_pass.md). Steps go through a ring of their own, in
+// the memory of the other tiles' stages.
+inline constexpr int32_t kGradDepth = 32;  // rows of a step
+inline constexpr int32_t kGradBoxBytes = kBoxColumns * kGradDepth * kElementBytes;
 inline constexpr int32_t kMaxColumnBoxes = tile::kGradColumns / kBoxColumns;
+inline constexpr int32_t kGradWeightBytes = kWeightRows / kBoxColumns * kGradBoxBytes;
+inline constexpr int32_t kGradStageBytes = kGradWeightBytes + kMaxColumnBoxes * kGradBoxBytes;
+inline constexpr int32_t kGradStages = 7;
+// Steps that one warpgroup is ahead of the other: what hides a part of either's epilogue.
+inline constexpr int32_t kGradLead = 4;
+
 // Of a math warpgroup: chunks of the hidden gradients, or the other tiles' staging.
 inline constexpr int32_t kHiddenRows = 16;  // of a chunk, by 64 columns
 inline constexpr int32_t kHiddenBytes = kHiddenRows * kHalfRows * kElementBytes;

@@ -3,7 +3,7 @@
 // tile/backward_walk.h.
 //
 //   tickets, weights, tokens  as in pipeline.cuh; of a sum over rows, its M and its N side
-//   math  (two warpgroups of each CTA)  take tiles in turn
+//   math  (two warpgroups of each CTA)  take tiles in turn, or (sums over rows) share them
 //   comm  (a warpgroup of each CTA)     sends grad y and tokens to the other ranks that need
 //                                       them, and copies what came into expert order ahead of the
 //                                       tiles; then gradients of slots and biases, when the hidden
@@ -231,7 +231,7 @@ FM_DEVICE void run_backward_roles(const BackwardParams& params, BackwardShared<C
     backward_comm<Config>(params, smem, waiter);
   } else {
     ptx::setmaxnreg_inc<Job::kShape.math_registers>();
-    math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
+    shared_math_role<Job>(params, smem, waiter, warpgroup_idx - 1);
     share_router<Config, config::kMathRouterStages>(params, waiter);
     combine_inputs<Config, 2, 8>(params, smem, waiter);
     finish_router<Config, config::kMathRouterStages>(params, waiter);

@@ -4,11 +4,10 @@
 
 #include "cuda/kernel/backward.h"
 #include "cuda/kernel/mark.cuh"
-#include "cuda/kernel/pipeline.cuh"
+#include "cuda/kernel/shared_tiles.cuh"
 #include "cuda/stage/exchange.cuh"
 #include "cuda/tile/backward_load.cuh"
 #include "cuda/tile/hidden_grad.cuh"
-#include "cuda/tile/weight_grad.cuh"
 
 namespace flashmoe::cuda::kernel {
 
@@ -26,6 +25,7 @@ struct BackwardExtra {
   uint32_t here[config::kClusterSize];  // CTAs of the pair that have the plan
   tile::Tile current[2];                // of each math warpgroup while its products run
   MathPlace places[config::kMathWarps];
+  LoadPlace load_places[2];
 };
 
 // As tile::SharedMemory, with more staging.
@@ -38,8 +38,10 @@ struct BackwardShared {
     alignas(1024) uint8_t tokens[kShape.token_bytes(kShape.max_steps())];
   };
   Stage stages[kShape.num_stages];
+  static_assert(config::kGradStages * config::kGradStageBytes <= sizeof(stages));
   alignas(1024) uint8_t staging[2][config::kBackwardStagingBytes];
   sync::RingBarriers<kShape.num_stages> stage_barriers;
+  sync::RingBarriers<config::kGradStages> grad_barriers;  // of the stages' memory, see TwoRings
   sync::MessageRing<tile::Tile, config::kTileSlots> tiles;
   uint64_t pace[config::kBackwardTicketLead];
   sync::TurnBarriers turns;
@@ -50,6 +52,7 @@ struct BackwardShared {
     constexpr int kMathWarps = 4;
     constexpr int kTileReaders = 8 + 2;
     stage_barriers.init(kMathWarps * config::kClusterSize);
+    grad_barriers.init(2 * kMathWarps * config::kClusterSize);
     tiles.init(kTileReaders * config::kClusterSize);
     for (uint64_t& barrier : pace) ptx::mbarrier_init(&barrier, 1);
     turns.init();
@@ -83,7 +86,7 @@ struct BackwardDependency {
       case BackwardProduct::kInputGrad:
         set(0, &counters.hidden_done[group], ctas_of_hidden);
         set(1, &counters.down_of_expert[e],
-            params.sizes.weight_grads[0].num_tiles() * config::kClusterSize);
+            params.sizes.weight_grads[0].num_tiles() * config::kClusterSize * kWarpgroups);
         return;
       case BackwardProduct::kDownGrad:
         set(0, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
@@ -96,6 +99,7 @@ struct BackwardDependency {
   }
 
  private:
+  static constexpr uint32_t kWarpgroups = 2;  // of a CTA, each with half of a weight's tile
   FM_DEVICE void set(int i, uint32_t* word, uint32_t count) {
     words[i] = word;
     expected[i] = count;
@@ -107,13 +111,13 @@ template <class Config>
 struct BackwardJob {
   using Params = BackwardParams;
   using Shared = BackwardShared<Config>;
+  using StageFill = TwoRings<BackwardJob>;
   using WeightLoad = tile::BackwardWeightLoad;
   using TokenLoad = tile::BackwardTokenLoad;
   static constexpr config::GroupedProduct kShape = Shared::kShape;
   static constexpr uint32_t kTicketLead = config::kBackwardTicketLead;
   template <config::Major kMajor>
   using Rows = config::BackwardProductOf<Config, kMajor>;
-  using Sums = config::BackwardProductOf<Config, config::Major::kColumns, config::Major::kColumns>;
 
   class Source {
    public:
@@ -170,7 +174,7 @@ struct BackwardJob {
   };
 
   FM_DEVICE static TicketCounter& tickets(const Params& params) {
-    return params.forward.memory.state->tickets;
+    return *params.forward.memory.tickets;
   }
 
   FM_DEVICE static uint32_t stage_bytes(const tile::Tile& tile) {
@@ -195,15 +199,21 @@ struct BackwardJob {
     wait_for_rows(params, tile, waiter);
   }
 
-  // A mainloop for each pair of major orders.
+  FM_DEVICE static bool is_shared(const tile::Tile& tile) {
+    return !tile.is_end() && tile::is_weight_grad(tile);
+  }
+  template <class... Operands>
+  FM_DEVICE static void multiply_shared(const tile::Tile& tile, int warpgroup_idx,
+                                        Operands&&... operands) {
+    const tile::GradBoxes boxes(tile, warpgroup_idx);
+    tile::multiply_grad<Rows<config::Major::kDepth>>(boxes.count, tile.num_k_blocks, boxes.first,
+                                                     operands...);
+  }
+  // A mainloop for each major order of the weights.
   template <class... Operands>
   FM_DEVICE static void multiply(const Params& params, const tile::Tile& tile,
                                  Operands&&... operands) {
     const BackwardProduct product = product_of(tile);
-    if (tile::is_weight_grad(tile)) {
-      tile::multiply_steps<Sums>(tile.num_steps(), operands...);
-      return;
-    }
     const bool depth_is_hidden = product != BackwardProduct::kInputGrad;
     const bool hidden_major = product == BackwardProduct::kHiddenGrad ? params.down_is_hidden_major
                                                                       : params.up_is_hidden_major;
@@ -237,8 +247,9 @@ struct BackwardJob {
         const int32_t which = tile::gradient_of(tile);
         // Threads that store by themselves do not meet again before `current` is the next tile.
         if (params.weight_grad_out[which].is_direct) staging_.sync();
-        tile::finish_weight_grad<Row>(sums, staging_, params.weight_grads[which],
-                                      params.weight_grad_out[which], tile, weight_tile_idx);
+        tile::finish_weight_grad<Row>(
+            sums, staging_, params.weight_grads[which], params.weight_grad_out[which],
+            tile::grad_part(tile, staging_.warpgroup_idx()), weight_tile_idx);
         if (which == 0) staging_.publish(&params.counters.down_of_expert[tile.local_expert_idx]);
       } else {
         store_rows(params, sums, tile, weight_tile_idx);
@@ -293,7 +304,7 @@ struct BackwardJob {
       case BackwardProduct::kInputGrad:
         return params.sizes.up_columns / config::kDepthStep;
       default:
-        return parts_of(params, tile).num_steps(config::kDepthStep);
+        return parts_of(params, tile).num_steps(config::kGradDepth);
     }
   }
   FM_DEVICE static void wait_for_rows(const Params& params, const tile::Tile& tile,

@@ -69,6 +69,7 @@ struct ForwardJob {
   using Shared = ForwardShared<Config>;
   using Up = config::UpOf<Config>;
   using Down = config::DownOf<Config>;
+  using StageFill = OneRing<ForwardJob>;
   static constexpr config::GroupedProduct kShape = Config::value.up();
   static constexpr uint32_t kTicketLead = config::kTicketLead;
 
@@ -123,9 +124,7 @@ struct ForwardJob {
     int32_t product_ = -1;
   };
 
-  FM_DEVICE static TicketCounter& tickets(const Params& params) {
-    return params.memory.state->tickets;
-  }
+  FM_DEVICE static TicketCounter& tickets(const Params& params) { return *params.memory.tickets; }
   // A ticket, its tile and the look at what the tile waits for take as long as a few k-blocks.
   FM_DEVICE static int32_t pace_block(int32_t num_k_blocks) {
     constexpr int32_t kLead = 4;

@@ -54,7 +54,8 @@ struct RouterParams {
 // The regions of config::ForwardScratch.
 struct ForwardMemory {
   ForwardState* state;
-  TicketCounter* combine;  // the state's; found without it, roles keep no register for that
+  TicketCounter* tickets;  // the state's; found without it, roles keep no register for that
+  TicketCounter* combine;  // likewise
   uint32_t* rows_ready;
   uint32_t* up_done;
   uint32_t* down_done;

@@ -24,6 +24,7 @@ template <class Config>
 struct ProductJob {
   using Params = GroupedProductParams;
   using Shared = ProductShared<Config>;
+  using StageFill = OneRing<ProductJob>;
   static constexpr config::GroupedProduct kShape = Config::value;
   static constexpr uint32_t kTicketLead = config::kTicketLead;
 

@@ -17,6 +17,7 @@
 //   wait_for_tokens(params, tile, waiter)   and its tokens
 //   multiply(params, tile, operands...)     tile::multiply_steps of the tile's configuration
 // and classes, which a role makes for itself or for a tile:
+//   StageFill(smem)                       where a load thread puts a tile's steps, see OneRing
 //   Source(params, smem)                    the ticket warp's
 //     tile_of(ticket)                       whole warp; tickets do not decrease. Says also how many
 //                                           steps of 64 k it has, and whether its tokens are there
@@ -29,6 +30,8 @@
 //     drain()                               all stores are in global memory
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/kernel/roles.cuh"
 #include "cuda/sync/turns.cuh"
 #include "cuda/tile/activation.cuh"
@@ -37,6 +40,39 @@
 #include "cuda/tile/mainloop.cuh"
 
 namespace flashmoe::cuda::kernel {
+
+// The stages of a job whose tiles all go through one ring, as a load thread fills them.
+template <class Job>
+class OneRing {
+ public:
+  FM_DEVICE explicit OneRing(typename Job::Shared& smem)
+      : smem_(smem), stages_(smem.stage_barriers) {}
+
+  // Calls fill(is_shared, ring, weights, tokens, k_block) for every step of the tile, when its
+  // stage, where its operands go, is free; is_shared: a type, of shared_tiles.cuh.
+  template <class Fill>
+  FM_DEVICE void for_each_stage(const tile::Tile& tile, sync::Waiter& waiter, const Fill& fill) {
+    for (int32_t k_block = 0; k_block < tile.num_k_blocks; ++k_block) {
+      stages_.acquire(waiter);
+      auto& stage = smem_.stages[stages_.slot()];
+      fill(std::false_type{}, stages_, stage.weights, stage.tokens, k_block);
+      stages_.advance();
+    }
+  }
+
+ private:
+  typename Job::Shared& smem_;
+  sync::StageWriter<Job::kShape.num_stages> stages_;
+};
+
+template <class IsShared, class Load>
+FM_DEVICE void load_step(IsShared, Load& load, uint8_t* to, uint64_t* full, int32_t k_block) {
+  if constexpr (IsShared::value) {
+    load.load_shared(to, full);
+  } else {
+    load.load(to, full, k_block * config::kDepthStep);
+  }
+}
 
 // Whole warp of the leader. The ticket of the kTicketLead'th tile after it is taken when about half
 // of a tile is loaded: early enough to hide the counter's latency, late enough that no pair sits on
@@ -71,7 +107,7 @@ template <class Job>
 FM_DEVICE void weights_role(const typename Job::Params& params, typename Job::Shared& smem,
                             sync::Waiter waiter, int32_t cta_rank) {
   if (!ptx::elect_one()) return;
-  sync::StageWriter<Job::kShape.num_stages> stages(smem.stage_barriers);
+  typename Job::StageFill stages(smem);
   TileReader tiles(smem.tiles);
   while (true) {
     const tile::Tile tile = tiles.take_and_rearm(waiter);
@@ -80,12 +116,11 @@ FM_DEVICE void weights_role(const typename Job::Params& params, typename Job::Sh
     if (!waiter.alive()) break;
     typename Job::WeightLoad weights(params, tile, cta_rank);
     const uint32_t num_bytes = Job::stage_bytes(tile);
-    for (int32_t k_block = 0; k_block < tile.num_k_blocks; ++k_block) {
-      stages.acquire(waiter);
-      stages.announce(num_bytes);
-      weights.load(smem.stages[stages.slot()].weights, stages.full(), k_block * config::kDepthStep);
-      stages.advance();
-    }
+    const auto fill = [&](auto is_shared, auto& ring, uint8_t* to, uint8_t*, int32_t k_block) {
+      ring.announce(num_bytes);
+      load_step(is_shared, weights, to, ring.full(), k_block);
+    };
+    stages.for_each_stage(tile, waiter, fill);
   }
 }
 
@@ -95,34 +130,30 @@ template <class Job>
 FM_DEVICE void tokens_role(const typename Job::Params& params, typename Job::Shared& smem,
                            sync::Waiter waiter, int32_t cta_rank) {
   if (!ptx::elect_one()) return;
-  sync::StageWriter<Job::kShape.num_stages> stages(smem.stage_barriers);
+  typename Job::StageFill stages(smem);
   TileReader tiles(smem.tiles);
-  for (uint32_t tile_idx = 0;; ++tile_idx) {
+  // Tiles are counted by the ring that they come through.
+  static_assert(config::kTileSlots % Job::kTicketLead == 0);
+  const auto tile_idx = [&] {
+    return static_cast<uint32_t>(tiles.cursor().slot() + config::kTileSlots - 1);
+  };
+  while (true) {
     const tile::Tile tile = tiles.take_alone(waiter);
     if (tile.is_end() || !waiter.alive()) break;
     Job::wait_for_tokens(params, tile, waiter);
     if (!waiter.alive()) break;
     typename Job::TokenLoad tokens(params, tile, cta_rank);
     const int32_t pace_block = Job::pace_block(tile.num_k_blocks);
-    for (int32_t k_block = 0; k_block < tile.num_k_blocks; ++k_block) {
-      stages.acquire(waiter);
-      tokens.load(smem.stages[stages.slot()].tokens, stages.full(), k_block * config::kDepthStep);
-      stages.advance();
+    const auto fill = [&](auto is_shared, auto& ring, uint8_t*, uint8_t* to, int32_t k_block) {
+      load_step(is_shared, tokens, to, ring.full(), k_block);
       if (k_block == pace_block && cta_rank == 0) {
         ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
-                             &smem.pace[tile_idx % Job::kTicketLead]);
+                             &smem.pace[tile_idx() % Job::kTicketLead]);
       }
-    }
+    };
+    stages.for_each_stage(tile, waiter, fill);
   }
 }
-
-// Where a math warp is, in shared memory while a tile is finished: of a job whose epilogue needs
-// the registers, which has places in its `extra`.
-struct MathPlace {
-  uint32_t stages;
-  uint32_t tiles;
-  uint32_t turn;
-};
 
 // One warpgroup. Warpgroup 0 has the CTA's tiles 0, 2, 4, ...; warpgroup 1 the others.
 template <class Job>
@@ -155,20 +186,7 @@ FM_DEVICE void math_role(const typename Job::Params& params, typename Job::Share
     turns.wait(waiter);
     Job::multiply(params, tile, sums, smem.stages, stages, tile.num_k_blocks, waiter,
                   [&] { turns.pass(); });
-    if constexpr (requires { smem.extra.places; }) {
-      const auto place = [&]() -> volatile MathPlace& {  // all lanes write and read the same
-        return smem.extra.places[(ptx::thread_idx() - config::kWarpgroup) / 32];
-      };
-      place().stages = stages.cursor().word();
-      place().tiles = tiles.cursor().word();
-      place().turn = turns.parity();
-      output.finish(params, sums, current, waiter);
-      stages.cursor().set(place().stages);
-      tiles.cursor().set(place().tiles);
-      turns.parity() = place().turn;
-    } else {
-      output.finish(params, sums, current, waiter);
-    }
+    output.finish(params, sums, current, waiter);
     tile = tiles.take(waiter);
     pass_over();
   }

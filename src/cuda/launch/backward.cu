@@ -139,6 +139,7 @@ class Builder {
   void set_memory() {
     kernel::ForwardMemory& memory = p_.forward.memory;
     memory.state = region<kernel::ForwardState>(BackwardScratch::kState);
+    memory.tickets = &memory.state->tickets;
     memory.combine = &memory.state->combine;
     memory.ids = region<int32_t>(BackwardScratch::kIds);
     memory.weights = region<float>(BackwardScratch::kWeights);
@@ -324,11 +325,12 @@ class Builder {
                     int64_t num_columns, bool m_is_second) {
     const void* row_base = region<void>(rows);
     const void* column_base = region<void>(columns);
-    constexpr uint32_t kDepth = config::kDepthStep;
+    constexpr uint32_t kDepth = config::kGradDepth;
     p_.grad_m[which] =
         m_is_second ? window(column_base, num_columns, kDepth) : window(row_base, num_rows, kDepth);
-    p_.grad_n[which] = m_is_second ? window(row_base, num_rows, kDepth / 2)
-                                   : window(column_base, num_columns, kDepth / 2);
+    p_.grad_n[which] = m_is_second
+                           ? window(row_base, num_rows, kDepth / config::kClusterSize)
+                           : window(column_base, num_columns, kDepth / config::kClusterSize);
   }
 
   // row_offset: of the gradient's first row in its operand.

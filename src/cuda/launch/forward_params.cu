@@ -13,6 +13,7 @@ using Operands = fm_forward_args;
 kernel::ForwardMemory memory_of(const ForwardArguments& a, const config::ForwardTable& table) {
   auto* state = region<kernel::ForwardState>(a, table, ForwardScratch::kState);
   return {.state = state,
+          .tickets = &state->tickets,
           .combine = &state->combine,
           .rows_ready = region<uint32_t>(a, table, ForwardScratch::kRowsReady),
           .up_done = region<uint32_t>(a, table, ForwardScratch::kUpDone),

@@ -70,6 +70,16 @@ class StageWriter {
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full(),
                                    num_bytes);
   }
+  // Returns when all that was ever filled has been read: its memory may hold something else then.
+  FM_DEVICE void drain(Waiter& waiter) const {
+    StageWriter next = *this;
+#pragma unroll 1
+    for (int i = 0; i < kSlots; ++i) {
+      next.acquire(waiter);
+      next.advance();
+    }
+  }
+  FM_DEVICE RingCursor<kSlots>& cursor() { return cursor_; }
   FM_DEVICE int slot() const { return cursor_.slot(); }
   FM_DEVICE uint64_t* full() const { return &barriers_.full[cursor_.slot()]; }
   FM_DEVICE void advance() { cursor_.advance(); }

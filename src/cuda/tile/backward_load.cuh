@@ -1,6 +1,6 @@
 // Copies of the backward's operands into stages. Products of rows (Z, dA', dX) read weights in
 // boxes of 64 x 64, either dimension contiguous, and rows in the forward's boxes; sums over rows
-// (the weights' gradients) read 64 rows of either operand, in boxes of 64 columns.
+// (the weights' gradients) read 32 rows of either operand, in boxes of 64 columns.
 #pragma once
 
 #include "cuda/kernel/backward.h"
@@ -56,20 +56,21 @@ class BackwardWeightLoad {
     m_ += params.weight_grad_out[gradient_of(tile)].m_offset;
   }
 
-  // Of one step after the other.
-  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) {
+  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
     FM_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int32_t m = m_ + half * config::kHalfRows;
-      uint8_t* box = to + half * config::kBoxBytes;
-      if (is_weight_grad(tile_)) {
-        load_rows<config::kDepthStep>(box, full, params_.grad_m[gradient_of(tile_) > 0], m,
-                                      rows_.row, rows_.end);
-      } else {
-        load_weights(box, full, m, depth);
-      }
+      load_weights(to + half * config::kBoxBytes, full, m_ + half * config::kHalfRows, depth);
     }
-    if (is_weight_grad(tile_)) rows_.advance(parts_of(params_, tile_), config::kDepthStep);
+  }
+  // Of a sum over rows, one step after the other.
+  FM_DEVICE void load_shared(uint8_t* to, uint64_t* full) {
+    FM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      load_rows<config::kGradDepth>(to + half * config::kGradBoxBytes, full,
+                                    params_.grad_m[gradient_of(tile_) > 0],
+                                    m_ + half * config::kHalfRows, rows_.row, rows_.end);
+    }
+    rows_.advance(parts_of(params_, tile_), config::kGradDepth);
   }
 
  private:
@@ -107,7 +108,7 @@ class BackwardTokenLoad {
       rows_ = StepRows(parts_of(params, tile));
       column_ = params.weight_grad_out[gradient_of(tile)].n_offset + tile.row_begin;
       first_ = cta_rank * kHalfDepth;
-      place_ = cta_rank * (config::kBoxBytes / 2);
+      place_ = cta_rank * (config::kGradBoxBytes / config::kClusterSize);
     } else {
       const int32_t first = cta_rank * tile.num_steps() * (kTokenStep / config::kClusterSize);
       first_ = tile.row_begin + first;
@@ -115,27 +116,27 @@ class BackwardTokenLoad {
     }
   }
 
-  // Of one step after the other.
-  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) {
+  FM_DEVICE void load(uint8_t* to, uint64_t* full, int32_t depth) const {
     constexpr uint16_t kBoth = 0b11;
-    if (!is_weight_grad(tile_)) {
-      const int32_t at[2] = {depth, first_};
-      ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to + place_, &map_, at, full,
-                                kBoth);
-      return;
-    }
+    const int32_t at[2] = {depth, first_};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to + place_, &map_, at, full,
+                              kBoth);
+  }
+  // Of a sum over rows, one step after the other.
+  FM_DEVICE void load_shared(uint8_t* to, uint64_t* full) {
+    constexpr uint16_t kBoth = 0b11;
     FM_UNROLL
     for (int box = 0; box < config::kMaxColumnBoxes; ++box) {
       if (box >= column_boxes(tile_)) break;
-      load_rows<kHalfDepth>(to + place_ + box * config::kBoxBytes, full, map_,
+      load_rows<kHalfDepth>(to + place_ + box * config::kGradBoxBytes, full, map_,
                             column_ + box * config::kBoxColumns, rows_.row + first_, rows_.end,
                             kBoth);
     }
-    rows_.advance(parts_of(params_, tile_), config::kDepthStep);
+    rows_.advance(parts_of(params_, tile_), config::kGradDepth);
   }
 
  private:
-  static constexpr int32_t kHalfDepth = config::kDepthStep / config::kClusterSize;
+  static constexpr int32_t kHalfDepth = config::kGradDepth / config::kClusterSize;
   FM_DEVICE static const CUtensorMap& map_of(const kernel::BackwardParams& params,
                                              const Tile& tile) {
     switch (product_of(tile)) {
@@ -162,9 +163,10 @@ class BackwardTokenLoad {
 // Bytes of a stage.
 template <class Shape>
 FM_DEVICE uint32_t backward_stage_bytes(const Shape& shape, const Tile& tile) {
-  const int32_t tokens = is_weight_grad(tile) ? column_boxes(tile) * config::kBoxBytes
-                                              : shape.token_bytes(tile.num_steps());
-  return shape.weight_bytes() + tokens;
+  if (is_weight_grad(tile)) {
+    return config::kGradWeightBytes + column_boxes(tile) * config::kGradBoxBytes;
+  }
+  return shape.weight_bytes() + shape.token_bytes(tile.num_steps());
 }
 
 }  // namespace flashmoe::cuda::tile

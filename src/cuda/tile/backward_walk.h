@@ -31,13 +31,14 @@ FM_HD constexpr bool is_weight_grad(const Tile& tile) {
   return product_of(tile) >= BackwardProduct::kDownGrad;
 }
 
-// Most columns of a weight gradient's N tile: two boxes of 64.
-inline constexpr int32_t kGradColumns = 128;
+// Columns of a weight gradient's N tile: at most four boxes of 64.
+inline constexpr int32_t kGradUnit = 64;
+inline constexpr int32_t kGradColumns = 4 * kGradUnit;
 
 // How an expert's weight gradient [n_columns, M] is cut. No tiles where it was not asked for.
 struct WeightGrid {
   int32_t m_pairs;    // pairs of 128 columns of M
-  int32_t n_columns;  // a multiple of kTokenStep
+  int32_t n_columns;  // a multiple of kGradUnit
 
   FM_HD constexpr int32_t num_blocks() const { return plan::ceil_div(n_columns, kGradColumns); }
   FM_HD constexpr int32_t num_tiles() const { return m_pairs * num_blocks(); }
@@ -45,7 +46,7 @@ struct WeightGrid {
   FM_HD constexpr Tile tile_at(int32_t tile_idx, int32_t local_expert_idx,
                                BackwardProduct product) const {
     const int32_t blocks = num_blocks();
-    const int32_t units = n_columns / kTokenStep;
+    const int32_t units = n_columns / kGradUnit;
     const bool pairs_inner = m_pairs <= blocks;
     const int32_t outer = tile_idx / (pairs_inner ? m_pairs : blocks);
     const int32_t inner = tile_idx - outer * (pairs_inner ? m_pairs : blocks);
@@ -56,9 +57,9 @@ struct WeightGrid {
     };
     const int32_t begin = first(block);
     const int32_t end = first(block + 1);
-    return {.row_begin = begin * kTokenStep,
+    return {.row_begin = begin * kGradUnit,
             .num_k_blocks = 0,
-            .num_rows = static_cast<int16_t>((end - begin) * kTokenStep),
+            .num_rows = static_cast<int16_t>((end - begin) * kGradUnit),
             .local_expert_idx = static_cast<int16_t>(local_expert_idx),
             .weight_pair_idx = static_cast<int16_t>(pairs_inner ? inner : outer),
             .product = static_cast<int8_t>(product),

@@ -7,12 +7,13 @@
 namespace flashmoe::cuda::tile {
 
 // Groups of 8 rows of 128 bytes are 1024 bytes apart. K-major: a row is 64 k of one m or n.
-// M- or N-major: a row is 64 m or n of one k; the leading offset leads to the next 64 n (one
-// product takes 64 m).
+// M- or N-major: a row is 64 m or n of one k; the leading offset, kLeading bytes, leads to the next
+// 64 n (one product takes 64 m).
+template <uint64_t kLeading = 8192>
 FM_DEVICE uint64_t operand_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kGroupOffset = uint64_t{1024 >> 4} << 32;
-  constexpr uint64_t kLeadingOffset = uint64_t{8192 >> 4} << 16;
+  constexpr uint64_t kLeadingOffset = (kLeading >> 4) << 16;
   return kSwizzle128 | kGroupOffset | kLeadingOffset | ((address & 0x3FFFF) >> 4);
 }
 

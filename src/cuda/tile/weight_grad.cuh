@@ -1,19 +1,110 @@
-// The epilogue of weight gradients: a tile [N columns, 128 of M] of an expert's matrix.
+// Tiles of weight gradients: [N columns, 128 of M] of an expert's matrix, of which each math
+// warpgroup makes half of the columns, in whole boxes.
 #pragma once
 
 #include "cuda/config/backward.h"
 #include "cuda/kernel/backward.h"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sync/ring.cuh"
 #include "cuda/tile/activation.cuh"
+#include "cuda/tile/backward_load.cuh"
+#include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/epilogue.cuh"
 
 namespace flashmoe::cuda::tile {
+
+// Where a step's operands are: M's two boxes, then N's.
+template <class Stages>
+FM_DEVICE uint8_t* grad_stage(Stages& memory, int slot) {
+  return reinterpret_cast<uint8_t*>(memory) + slot * config::kGradStageBytes;
+}
+
+// Boxes of the tile's columns that the warpgroup has: [first, first + count).
+struct GradBoxes {
+  int32_t first;
+  int32_t count;
+
+  FM_DEVICE GradBoxes(const Tile& tile, int warpgroup_idx) {
+    const int32_t boxes = column_boxes(tile);
+    const int32_t of_first = (boxes + 1) / 2;
+    first = warpgroup_idx == 0 ? 0 : of_first;
+    count = warpgroup_idx == 0 ? of_first : boxes - of_first;
+  }
+};
+inline constexpr int32_t kGradBoxesOfWarpgroup = config::kMaxColumnBoxes / 2;
+
+// The warpgroup's columns as a tile of their own.
+FM_DEVICE Tile grad_part(const Tile& tile, int warpgroup_idx) {
+  const GradBoxes boxes(tile, warpgroup_idx);
+  Tile part = tile;
+  part.row_begin += boxes.first * config::kBoxColumns;
+  part.num_rows = static_cast<int16_t>(boxes.count * config::kBoxColumns);
+  return part;
+}
+
+// A warpgroup's products of kColumns columns, which begin with box `first_box`; of none it passes
+// over the stages. One group of products stays in flight; after_lead() runs once, when the first
+// kGradLead steps (or all) are started.
+template <class Config, int kColumns, class Stages, class AfterLead>
+FM_DEVICE void multiply_columns(int32_t num_steps, int32_t first_box, float* sums, Stages& memory,
+                                sync::StageReader<config::kGradStages>& stages,
+                                sync::Waiter& waiter, const AfterLead& after_lead) {
+  using Element = typename ElementOf<Config::value.element>::Type;
+  constexpr int kSecondHalf = Config::value.max_tokens / 2;
+  constexpr int kBoxStep = config::kGradBoxBytes >> 4;
+  const int32_t last_of_lead = min(num_steps, config::kGradLead) - 1;
+  int previous = 0;
+#pragma unroll 1
+  for (int32_t step = 0; step < num_steps; ++step) {
+    stages.wait(waiter);
+    if constexpr (kColumns > 0) {
+      const uint32_t stage = ptx::shared_address(grad_stage(memory, stages.slot()));
+      const uint64_t m = operand_descriptor(stage);
+      const uint64_t n =
+          operand_descriptor<config::kGradBoxBytes>(stage + config::kGradWeightBytes) +
+          first_box * kBoxStep;
+      ptx::wgmma_fence();
+      FM_UNROLL
+      for (int i = 0; i < config::kGradDepth / 16; ++i) {
+        const uint64_t a = m + i * kColumnMajorStep;
+        const uint64_t b = n + i * kColumnMajorStep;
+        const int accumulate = (step | i) != 0;
+        ptx::wgmma<Element, kColumns, 1, 1>(sums, a, b, accumulate);
+        ptx::wgmma<Element, kColumns, 1, 1>(sums + kSecondHalf, a + kBoxStep, b, accumulate);
+      }
+      ptx::wgmma_commit_group();
+      ptx::wgmma_wait_group<1>();
+    } else {
+      __syncwarp();  // no lane gives the stage back that another one has still to see
+    }
+    if (step > 0) stages.release(previous);
+    previous = stages.slot();
+    stages.advance();
+    if (step == last_of_lead) after_lead();
+  }
+  ptx::wgmma_wait_group<0>();
+  stages.release(previous);
+}
+
+// The warpgroup's products of a tile.
+template <class Config, int kBoxes = 0, class... Operands>
+FM_DEVICE void multiply_grad(int32_t num_boxes, Operands&&... operands) {
+  if constexpr (kBoxes < kGradBoxesOfWarpgroup) {
+    if (num_boxes > kBoxes) {
+      multiply_grad<Config, kBoxes + 1>(num_boxes, operands...);
+      return;
+    }
+  }
+  multiply_columns<Config, kBoxes * config::kBoxColumns>(operands...);
+}
 
 // By the copy engine, in chunks of 64 n by 64 m.
 template <class Config>
 FM_DEVICE void store_weight_grad(const float* sums, Staging& staging, const CUtensorMap& out,
                                  const Tile& tile, int32_t weight_tile_idx) {
   constexpr config::GroupedProduct kConfig = Config::value;
-  constexpr int kChunks = kGradColumns / config::kGradStoreColumns;
+  constexpr int kChunks = kGradBoxesOfWarpgroup;
+  static_assert(config::kGradStoreColumns == config::kBoxColumns);
   const Results<Config, Identity> results{sums, RowBias{}, config::Activation{}, Identity{}};
   const int32_t column = weight_tile_idx * config::kWeightRows;
   FM_UNROLL
@@ -49,7 +140,7 @@ FM_DEVICE void write_weight_grad(const float* sums, const kernel::WeightGradOut&
   T* of_tile = static_cast<T*>(out.data) + tile.local_expert_idx * out.expert_stride +
                (tile.row_begin + lane % 4 * 2) * out.n_stride + first_m * out.m_stride;
   FM_UNROLL
-  for (int group = 0; group < kConfig.max_tokens / 8; ++group) {
+  for (int group = 0; group < kGradBoxesOfWarpgroup * config::kBoxColumns / 8; ++group) {
     if (group * 8 >= tile.num_rows) break;
     FM_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -67,6 +158,7 @@ FM_DEVICE void write_weight_grad(const float* sums, const kernel::WeightGradOut&
   }
 }
 
+// Of the warpgroup's part of a tile.
 template <class Config>
 FM_DEVICE void finish_weight_grad(const float* sums, Staging& staging, const CUtensorMap& map,
                                   const kernel::WeightGradOut& out, const Tile& tile,
