@@ -16,11 +16,10 @@ struct Backward {
 
   // 144 tokens leave registers for the activation's derivative, and shared memory for the Z that it
   // reads beside as many stages as the forward has.
-  FM_HD constexpr GroupedProduct product(Major major, Major token_major = Major::kDepth) const {
+  FM_HD constexpr GroupedProduct product(Major major) const {
     return {.element = element,
             .major = major,
             .epilogue = Epilogue::kStore,
-            .token_major = token_major,
             .max_tokens = 144,
             .num_stages = 5,
             .load_registers = 32,
@@ -37,8 +36,8 @@ inline constexpr int32_t kBackwardBlockRows = Backward{}.product(Major::kDepth).
 inline constexpr int32_t kBoxColumns = tile::kGradUnit;  // of a copy: 128 bytes
 inline constexpr int32_t kBoxBytes = kBoxColumns * kDepthStep * kElementBytes;
 
-// Tiles of weight gradients: 128 of M by up to 256 of N, which both math warpgroups share, half of N
-// each. Tiles of one warpgroup would have half the N, and take a third more bytes into the
+// Tiles of weight gradients: 128 of M by up to 256 of N, which both math warpgroups share, half of
+// N each. Tiles of one warpgroup would have half the N, and take a third more bytes into the
 // multiprocessor than it takes in (docs/backward_pass.md). Steps go through a ring of their own, in
 // the memory of the other tiles' stages.
 inline constexpr int32_t kGradDepth = 32;  // rows of a step
@@ -102,9 +101,9 @@ struct BackwardOf {
 };
 
 // The products of a kernel, as the tile functions take them.
-template <BackwardConfig Config, Major kMajor, Major kTokenMajor = Major::kDepth>
+template <BackwardConfig Config, Major kMajor>
 struct BackwardProductOf {
-  static constexpr GroupedProduct value = Config::value.product(kMajor, kTokenMajor);
+  static constexpr GroupedProduct value = Config::value.product(kMajor);
 };
 
 // What a launch needs beside config::ForwardSizes, whose down product is the input gradient here.

@@ -54,7 +54,6 @@ struct GroupedProduct {
   Element element = Element::kBf16;
   Major major = Major::kDepth;
   Epilogue epilogue = Epilogue::kStore;
-  Major token_major = Major::kDepth;  // kColumns: sums over rows, in the weights' gradients
   int32_t max_tokens = kMaxTokens;
   int32_t num_stages = 5;
   int32_t load_registers = 56;

@@ -19,9 +19,6 @@ FM_DEVICE void multiply(float* sums, const Stage* ring,
   constexpr bool kDepthMajor = Config::value.major == config::Major::kDepth;
   constexpr int kWeightStep = kDepthMajor ? kDepthMajorStep : kColumnMajorStep;
   constexpr int kTransposed = kDepthMajor ? 0 : 1;
-  constexpr bool kDepthMajorTokens = Config::value.token_major == config::Major::kDepth;
-  constexpr int kTokenDepthStep = kDepthMajorTokens ? kDepthMajorStep : kColumnMajorStep;
-  constexpr int kTokensTransposed = kDepthMajorTokens ? 0 : 1;
   constexpr int kSecondHalf = Config::value.max_tokens / 2;
   int previous = 0;
 #pragma unroll 1
@@ -34,11 +31,10 @@ FM_DEVICE void multiply(float* sums, const Stage* ring,
     FM_UNROLL
     for (int step = 0; step < config::kDepthStep / 16; ++step) {
       const uint64_t a = weights + step * kWeightStep;
-      const uint64_t b = tokens + step * kTokenDepthStep;
+      const uint64_t b = tokens + step * kDepthMajorStep;
       const int accumulate = (k_block | step) != 0;
-      ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(sums, a, b, accumulate);
-      ptx::wgmma<Element, kTokens, kTransposed, kTokensTransposed>(sums + kSecondHalf,
-                                                                   a + kHalfStep, b, accumulate);
+      ptx::wgmma<Element, kTokens, kTransposed>(sums, a, b, accumulate);
+      ptx::wgmma<Element, kTokens, kTransposed>(sums + kSecondHalf, a + kHalfStep, b, accumulate);
     }
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<1>();
