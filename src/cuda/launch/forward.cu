@@ -217,6 +217,24 @@ void set_rows(kernel::ForwardParams& params, const ForwardArguments& arguments,
   }
 }
 
+// Rows of a matrix whose columns are contiguous. One row may have any stride.
+TensorView matrix_view(const fm_tensor& matrix, uint32_t box_rows) {
+  TensorView view = rows_view(matrix.data, matrix.shape[0], matrix.shape[1],
+                              static_cast<uint32_t>(config::kDepthStep), box_rows);
+  if (matrix.shape[0] > 1) {
+    view.strides[1] = static_cast<uint64_t>(matrix.stride[0]) * config::kElementBytes;
+  }
+  return view;
+}
+
+void set_logits(kernel::ForwardParams& params, const Operands& o, config::Element element) {
+  if (!params.has_logit_maps()) return;
+  params.logit_tokens =
+      encode(matrix_view(o.x, static_cast<uint32_t>(plan::kTileTokens)), element, "x");
+  params.logit_weights =
+      encode(matrix_view(o.w_router, config::kLogitBoxExperts), element, "w_router");
+}
+
 kernel::ForwardParams make_params(const ForwardArguments& arguments,
                                   const config::Forward& config) {
   const Operands& o = arguments.operands;
@@ -228,6 +246,7 @@ kernel::ForwardParams make_params(const ForwardArguments& arguments,
   params.memory = memory_of(arguments, table);
   set_weights(params, arguments, config);
   set_rows(params, arguments, table, config);
+  set_logits(params, o, config.element);
   params.x = o.x.data;
   params.x_stride = o.x.stride[0];
   params.y = o.y.data;
