@@ -242,10 +242,12 @@ TEST_P(SlowEmulatedSizes, AreWithinTheYardstick) {
 
 INSTANTIATE_TEST_SUITE_P(
     All, SlowEmulatedSizes,
-    testing::Values(Large{1100, 64, 64, 3, true},   // histograms that are scanned
-                    Large{20, 64, 64, 200, true},   // a table of experts in scratch
-                    Large{20, 1152, 64, 2, true},   // column blocks
-                    Large{4, 640, 576, 12, false},  // long sums
+    testing::Values(Large{1100, 64, 64, 3, true},      // histograms that are scanned
+                    Large{1030, 192, 64, 160, false},  // pairs of one tile; two blocks of experts
+                    Large{1030, 640, 64, 40, false},   // a pair's weights of ten steps
+                    Large{20, 64, 64, 200, true},      // a table of experts in scratch
+                    Large{20, 1152, 64, 2, true},      // column blocks
+                    Large{4, 640, 576, 12, false},     // long sums
                     Large{30, 640, 576, 3, true}),
     [](const auto& info) {
       return "tokens" + std::to_string(info.param.tokens) + "_hidden" +

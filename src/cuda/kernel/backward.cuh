@@ -254,9 +254,12 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
     smem.init();
     smem.extra.ranks.post.init();
   }
+  ptx::barrier_cluster_arrive();  // as in the forward
   if (!take_scratch(params.forward, smem.extra.has_scratch)) return;
   if (ptx::thread_idx() == 0) set_mark_of_first(params.forward, Mark::kStart);
-  tell_pair(smem.extra.here, plan_rows<Config>(params, smem));
+  const bool is_planned = plan_rows<Config>(params, smem);
+  ptx::barrier_cluster_wait();  // the other CTA has started
+  tell_pair(smem.extra.here, is_planned);
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
   if (ptx::thread_idx() == 0) set_mark_of_first(params.forward, Mark::kPlanned);

@@ -21,7 +21,7 @@
 #include "cuda/kernel/forward.h"
 #include "cuda/kernel/mark.cuh"
 #include "cuda/kernel/pipeline.cuh"
-#include "cuda/kernel/take_scratch.cuh"
+#include "cuda/kernel/start.cuh"
 #include "cuda/ptx/prefetch.cuh"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/stage/combine.cuh"
@@ -41,6 +41,7 @@ struct ForwardExtra {
   tile::ExpertMemory experts;
   int32_t num_blocks;  // of all experts
   stage::RankState ranks;
+  stage::LogitBarriers logit_stages;
   bool has_scratch;
   uint32_t here[config::kClusterSize];  // CTAs of the pair that have the plan
   // The tile of each math warpgroup while its products run: no registers are free for it. Written
@@ -238,15 +239,6 @@ FM_DEVICE bool is_pair_here(const volatile uint32_t (&here)[config::kClusterSize
   return (here[0] & here[1]) != 0;
 }
 
-// Logits of the fused router. False if a CTA did not come in time.
-template <class Element>
-FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena) {
-  if (params.router.weight == nullptr) return true;
-  stage::check_selection_bias(params);
-  stage::compute_logits<Element>(params, arena);
-  return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, params.waits);
-}
-
 // Every CTA of a launch whose ranks differ; the last one gives the scratch free, as the combine
 // does of others.
 FM_DEVICE void leave_without_roles(const ForwardParams& params) {
@@ -260,15 +252,15 @@ template <class Config>
 FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>& smem) {
   using Element = typename tile::ElementOf<Config::value.element>::Type;
   constexpr int32_t kArenaBytes = sizeof(smem.stages);
-  static_assert(stage::LogitsLayout<false>::kBytes <= kArenaBytes);
-  static_assert(stage::LogitsLayout<true>::kBytes <= kArenaBytes);
+  static_assert(stage::LogitsLayout::kBytes <= kArenaBytes);
+  static_assert(stage::WideLogitsLayout::kBytes <= kArenaBytes);
   static_assert(stage::kRouteBytes <= kArenaBytes);
   static_assert(stage::kPlanBytes <= kArenaBytes);
   const auto& sizes = params.sizes;
   auto* arena = reinterpret_cast<uint8_t*>(smem.stages);
   sync::GridBarrier* barrier = &params.memory.state->barrier;
   stage::clear_counters(params, sizes.row_groups);
-  if (!compute_logits<Element>(params, arena)) return false;
+  if (!compute_logits<Element>(params, arena, smem.extra.logit_stages)) return false;
   stage::route(params, arena, kArenaBytes);
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kRouted);
   if (!sync::meet_all(barrier, params.waits)) return false;
@@ -366,12 +358,22 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   FM_DYNAMIC_SHARED(raw);
   auto& smem = *reinterpret_cast<ForwardShared<Config>*>(raw);
   if (ptx::thread_idx() == 0) {
-    smem.init();
+    if (params.has_logit_maps()) {
+      ptx::prefetch_tensormap(&params.logit_tokens);
+      ptx::prefetch_tensormap(&params.logit_weights);
+    }
+    smem.extra.logit_stages.init(stage::logit_readers(params.sizes));
+    smem.init();  // publishes the barriers, those above too
     smem.extra.ranks.post.init();
     ptx::prefetch_tensormap(&params.up_weights[0]);
     ptx::prefetch_tensormap(&params.down_weights);
   }
+  // Nobody copies, writes or arrives in the other CTA before it has started and made its barriers.
+  // A CTA without the scratch leaves behind its arrival, so that nobody waits for it; the other
+  // one, which gets the same answer (sync/holder.h), leaves as well.
+  ptx::barrier_cluster_arrive();
   if (!take_scratch(params, smem.extra.has_scratch)) return;
+  ptx::barrier_cluster_wait();
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kStart);
   tell_pair(smem.extra.here, route_and_plan<Config>(params, smem));
   ptx::barrier_cluster_arrive();

@@ -23,8 +23,11 @@ T* region(const ForwardArguments& arguments, const config::ForwardTable& table,
   return reinterpret_cast<T*>(static_cast<char*>(arguments.scratch) + table[which].offset);
 }
 
-// All but sizes, the products' operands and the ranks.
+// All but sizes, the operands of products and the ranks.
 kernel::ForwardParams common_params(const ForwardArguments& arguments,
                                     const config::ForwardTable& table);
+// The logits' operands, when the sizes are there.
+void set_logits(kernel::ForwardParams& params, const fm_forward_args& operands,
+                config::Element element);
 
 }  // namespace flashmoe::cuda::launch

@@ -4,7 +4,6 @@
 
 #include "cuda/config/decode.h"
 #include "cuda/stage/route.cuh"
-#include "cuda/sync/grid_barrier.cuh"
 #include "plan/routing.h"
 
 namespace flashmoe::cuda::stage {
@@ -142,10 +141,9 @@ FM_DEVICE void publish_few(const kernel::ForwardParams& params, DecodePlan& plan
   if (slot == 0) *params.dropped = count;
 }
 
-// The plan of a launch. All threads of all CTAs; arena: shared memory of the CTA. False if a CTA
-// did not come in time.
-template <class Element>
-FM_DEVICE bool plan_few(const kernel::ForwardParams& params, uint8_t* arena, DecodePlan& plan) {
+// The plan of a launch, the logits' parts being there. All threads of all CTAs; arena: shared
+// memory of the CTA.
+FM_DEVICE void plan_few(const kernel::ForwardParams& params, uint8_t* arena, DecodePlan& plan) {
   const auto& sizes = params.sizes;
   for (int32_t i = ptx::thread_idx(); i < config::kMaxExperts / 32; i += config::kForwardThreads) {
     plan.is_chosen[i] = 0;
@@ -153,9 +151,6 @@ FM_DEVICE bool plan_few(const kernel::ForwardParams& params, uint8_t* arena, Dec
   if (params.router.weight == nullptr) {
     read_few(params, plan);
   } else {
-    check_selection_bias(params);
-    compute_logits<Element>(params, arena);
-    if (!sync::meet_all(&params.memory.state->barrier, params.waits)) return false;
     choose_few(params, arena, plan);
   }
   __syncthreads();
@@ -167,7 +162,6 @@ FM_DEVICE bool plan_few(const kernel::ForwardParams& params, uint8_t* arena, Dec
   sum_weights(sizes, plan);
   if (ptx::block_idx() == 0) publish_few(params, plan);
   __syncthreads();
-  return true;
 }
 
 }  // namespace flashmoe::cuda::stage

@@ -8,7 +8,7 @@ namespace flashmoe::cuda::sync {
 
 enum class WaitTag : uint32_t {
   kNone,
-  kStageFull,   // math waits for the operands of a k-block
+  kStageFull,   // products wait for the operands of a k-block
   kStageEmpty,  // load waits for a stage that both CTAs of the pair have used up
   kTileFull,    // a role waits for its next tile
   kTileEmpty,   // the ticket warp waits for a slot of the tile ring

@@ -1,7 +1,11 @@
-// The start of a forward: whether the scratch is this launch's (sync/holder.h).
+// The start of a forward: whether the scratch is this launch's (sync/holder.h), and the router's
+// logits.
 #pragma once
 
 #include "cuda/kernel/forward.h"
+#include "cuda/stage/logits.cuh"
+#include "cuda/stage/wide_logits.cuh"
+#include "cuda/sync/grid_barrier.cuh"
 #include "cuda/sync/holder.h"
 #include "cuda/sync/wait.cuh"
 
@@ -26,6 +30,20 @@ FM_DEVICE bool take_scratch(const ForwardParams& params, bool& has_scratch) {
   }
   __syncthreads();
   return has_scratch;
+}
+
+// Logits of the fused router. False if a CTA, or a copy, did not come in time.
+template <class Element>
+FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena,
+                              stage::LogitBarriers& stages) {
+  if (params.router.weight == nullptr) return true;
+  stage::check_selection_bias(params);
+  if (params.router.weight_is_wide) {
+    stage::compute_wide_logits<Element>(params, arena);
+  } else if (!stage::compute_logits<Element>(params, arena, stages)) {
+    return false;
+  }
+  return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, params.waits);
 }
 
 }  // namespace flashmoe::cuda::kernel
