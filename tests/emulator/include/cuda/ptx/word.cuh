@@ -26,6 +26,10 @@ inline uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t value) {
 inline void st_release_gpu(uint32_t* word, uint32_t value) {
   std::atomic_ref(*word).store(value, std::memory_order_release);
 }
+template <class Word>
+void st_relaxed_gpu(Word* word, Word value) {
+  std::atomic_ref(*word).store(value, std::memory_order_relaxed);
+}
 inline uint32_t cas_acq_rel_gpu(uint32_t* word, uint32_t expected, uint32_t desired) {
   std::atomic_ref(*word).compare_exchange_strong(expected, desired, std::memory_order_acq_rel,
                                                  std::memory_order_acquire);
