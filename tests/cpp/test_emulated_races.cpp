@@ -288,7 +288,8 @@ INSTANTIATE_TEST_SUITE_P(
              [](bool is_ordered, const CUtensorMap&) -> Body {
                return [=](Shared& shared, Global& global) {
                  if (is_first()) {
-                   ptx::cp_async_16(ptx::shared_address(shared.tile.data()), global.tile.data(), 16);
+                   ptx::cp_async_16(ptx::shared_address(shared.tile.data()), global.tile.data(),
+                                    16);
                    ptx::cp_async_commit_group();
                    if (is_ordered) ptx::cp_async_wait_group<0>();
                  }
@@ -318,7 +319,11 @@ TEST(EmulatedRaces, ALaunchComesAfterTheHostAndAfterTheLaunchBefore) {
     if (is_last_of_grid()) of_launch.word += 1;
   };
   run_body(add_one, global);
-  run_body([](Shared&, Global& of_launch) { if (is_first_of_grid()) of_launch.word += 1; }, global);
+  run_body(
+      [](Shared&, Global& of_launch) {
+        if (is_first_of_grid()) of_launch.word += 1;
+      },
+      global);
   EXPECT_EQ(global.word, 3u);
 }
 

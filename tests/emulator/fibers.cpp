@@ -176,6 +176,14 @@ void thread_main() {
   scheduler->end();
 }
 
+// What follows is done by `actor`, which knows what this thread has done until now.
+void tell(Actor& actor) {
+  actor.make();
+  release_at(&actor);
+  actor.run();
+  acquire_at(&actor);
+}
+
 // Null is the caller of the launch.
 const Stack& Scheduler::stack_of(const Thread* thread) const {
   return thread != nullptr ? thread->stack : stack_of_caller_;
@@ -373,14 +381,6 @@ void wait_for_cluster() {
   const Gathering& gathering = thread.cta->cluster->gathering;
   while (gathering.generation == thread.cluster_generation) yield();
   acquire_at(gathering.order_of(thread.cluster_generation));
-}
-
-// What follows is done by `actor`, which knows what this thread has done until now.
-void tell(Actor& actor) {
-  actor.make();
-  release_at(&actor);
-  actor.run();
-  acquire_at(&actor);
 }
 
 void see_copy(const std::vector<Access>& accesses, const void* order) {

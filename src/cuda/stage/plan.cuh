@@ -184,8 +184,8 @@ inline constexpr int32_t kPlanBytes =
     4 * (tile::ExpertTable::num_words(static_cast<int32_t>(config::kMaxExperts)) + 1);
 
 // The plan of the launch, after routing. All threads of all CTAs; arena: shared memory of the CTA;
-// kept: where its roles will read the table of experts. Every CTA makes that table. Returns the number
-// of all experts' blocks.
+// kept: where its roles will read the table of experts. Every CTA makes that table. Returns the
+// number of all experts' blocks.
 template <int32_t kBlockRows>
 FM_DEVICE int32_t place_rows(const kernel::ForwardParams& params, uint8_t* arena, int32_t* kept) {
   const auto& sizes = params.sizes;

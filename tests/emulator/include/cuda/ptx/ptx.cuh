@@ -102,8 +102,8 @@ inline const void* order_of_phase(const void* barrier, uint32_t phase) {
 }
 
 inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
-  *barrier = std::bit_cast<uint64_t>(Mbarrier{
-      .phase = 0, .pending = count & 0x7FFF, .count = count & 0xFFFF, .bytes = 0});
+  *barrier = std::bit_cast<uint64_t>(
+      Mbarrier{.phase = 0, .pending = count & 0x7FFF, .count = count & 0xFFFF, .bytes = 0});
 }
 // What the hardware counts for copies. Their order is said where they are started.
 inline void mbarrier_complete(void* barrier, uint32_t num_bytes) {
