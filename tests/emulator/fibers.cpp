@@ -21,11 +21,8 @@ struct Registry {
   std::mutex mutex;
   std::map<const void*, Kernel> kernels;
 };
-// Lasts: threads of streams may run when the program ends.
-Registry& registry() {
-  static auto* one = new Registry;
-  return *one;
-}
+// Lasts: threads of streams may run when the program ends. Made before there are any.
+Registry& registry = *new Registry;
 
 // The parameters of a launch, at an address that their type accepts.
 class Params {
@@ -305,12 +302,12 @@ void Scheduler::run() {
 }  // namespace
 
 void register_kernel(const void* function, const Kernel& kernel) {
-  const std::lock_guard lock(registry().mutex);
-  registry().kernels.try_emplace(function, kernel);
+  const std::lock_guard lock(registry.mutex);
+  registry.kernels.try_emplace(function, kernel);
 }
 const Kernel& find_kernel(const void* function) {
-  const std::lock_guard lock(registry().mutex);
-  return registry().kernels.at(function);
+  const std::lock_guard lock(registry.mutex);
+  return registry.kernels.at(function);
 }
 
 void run(const Launch& launch) {

@@ -22,6 +22,11 @@ void see_volatile_write(void* memory) {
 
 extern "C" {
 
+// The last 32 K accesses of each thread are remembered, not 128 K: two ranks have 4096 threads.
+__attribute__((visibility("default"))) const char* __tsan_default_options() {
+  return "history_size=0";
+}
+
 // All CTAs write the same values to the same places, and each reads them when it has: few slots'
 // rows, and the table of experts that is in global memory.
 __attribute__((visibility("default"))) const char* __tsan_default_suppressions() {
