@@ -1,7 +1,7 @@
 # Decides whether the CUDA kernels are also built for the CPU, where tests run them
 # (FLASHMOE_HAVE_EMULATOR): that takes the headers of a CUDA toolkit, and no CUDA compiler.
 set(FLASHMOE_HAVE_EMULATOR OFF)
-if(FLASHMOE_TESTS AND NOT FLASHMOE_SANITIZE STREQUAL "thread")
+if(FLASHMOE_TESTS)
   find_path(FLASHMOE_CUDA_INCLUDE cuda_runtime_api.h
             HINTS ${CUDAToolkit_INCLUDE_DIRS} ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda
             PATH_SUFFIXES include)

@@ -4,8 +4,8 @@
 //
 // What it is for: values, protocols and addresses of the real kernels where there is no GPU. Copies
 // and products that the hardware does in the background are done as late as the program allows or
-// at a random time in between, so that a missing wait shows. It knows nothing of the memory model's
-// fences, of registers or of time.
+// at a random time in between, so that a missing wait shows. ThreadSanitizer sees accesses that
+// nothing orders (sanitizers.h). It knows nothing of the proxies' fences, of registers or of time.
 #pragma once
 
 #include <cstddef>

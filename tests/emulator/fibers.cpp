@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -20,11 +21,8 @@ struct Registry {
   std::mutex mutex;
   std::map<const void*, Kernel> kernels;
 };
-// Lasts: threads of streams may run when the program ends.
-Registry& registry() {
-  static auto* one = new Registry;
-  return *one;
-}
+// Lasts: threads of streams may run when the program ends. Made before there are any.
+Registry& registry = *new Registry;
 
 // The parameters of a launch, at an address that their type accepts.
 class Params {
@@ -89,10 +87,11 @@ class Scheduler {
   void run();
   void yield();
   void start_background(std::function<void()> operation) {
+    const Unseen unseen;
     background_.push_back(std::move(operation));
   }
-  void wake(Thread* thread) { ready_.push_back(thread); }
-  void park();
+  // Returns when `count` threads have come; last() runs in the last one, before any goes on.
+  void gather(Gathering& gathering, uint32_t count, Order order, const std::function<void()>& last);
   // First and last in a thread.
   void begin();
   [[noreturn]] void end();
@@ -104,6 +103,7 @@ class Scheduler {
  private:
   void place_ctas();
   void place_threads();
+  void park();
   Thread* next();
   Thread* next_if_any();
   void run_threads();
@@ -156,7 +156,9 @@ void Scheduler::place_threads() {
     thread.cta = &ctas_[i / launch_.block];
     std::byte* const stack = stacks_.data() + i * kStackBytes;
     mprotect(stack, kGuardBytes, PROT_NONE);
-    thread.stack = {.bottom = stack + kGuardBytes, .bytes = kStackBytes - kGuardBytes};
+    thread.stack.bottom = stack + kGuardBytes;
+    thread.stack.bytes = kStackBytes - kGuardBytes;
+    thread.stack.actor.make();
     ready_.push_back(&thread);
   }
 }
@@ -169,6 +171,14 @@ void thread_main() {
   thread.reads.wait(0);
   thread.writes.wait(0);
   scheduler->end();
+}
+
+// What follows is done by `actor`, which knows what this thread has done until now.
+void tell(Actor& actor) {
+  actor.make();
+  release_at(&actor);
+  actor.run();
+  acquire_at(&actor);
 }
 
 // Null is the caller of the launch.
@@ -231,7 +241,25 @@ void Scheduler::park() {
   if (to != current) switch_to(to);
 }
 
+void Scheduler::gather(Gathering& gathering, uint32_t count, Order order,
+                       const std::function<void()>& last) {
+  const void* const edge = gathering.order_of(gathering.generation);
+  if (order == Order::kMemory) release_at(edge);
+  if (++gathering.arrived < count) {
+    gathering.waiting.push_back(current);
+    park();
+  } else {
+    last();
+    gathering.arrived = 0;
+    ++gathering.generation;
+    for (Thread* thread : gathering.waiting) ready_.push_back(thread);
+    gathering.waiting.clear();
+  }
+  if (order == Order::kMemory) acquire_at(edge);
+}
+
 void Scheduler::yield() {
+  const Unseen unseen;
   ready_.push_back(current);
   park();
 }
@@ -242,18 +270,24 @@ void Scheduler::begin() {
 }
 
 FM_SWITCHES_STACK void Scheduler::end() {
+  release_at(&num_ended_);
   ++num_ended_;
-  Thread* to = next_if_any();
+  Thread* const to = [this] {
+    const Unseen unseen;
+    return next_if_any();
+  }();
   leave_stack(nullptr, stack_of(to));
   jump_to(to);
   std::abort();  // no one comes back to a thread that has ended
 }
 
 FM_SWITCHES_STACK void Scheduler::run_threads() {
+  stack_of_caller_.actor.be_current();
   Thread* first = next();
   leave_stack(&stack_of_caller_, first->stack);
   if (__builtin_setjmp(caller_) == 0) jump_to(first);
   enter_stack(stack_of_caller_);
+  acquire_at(&num_ended_);
 }
 
 void Scheduler::run() {
@@ -268,12 +302,12 @@ void Scheduler::run() {
 }  // namespace
 
 void register_kernel(const void* function, const Kernel& kernel) {
-  const std::lock_guard lock(registry().mutex);
-  registry().kernels.try_emplace(function, kernel);
+  const std::lock_guard lock(registry.mutex);
+  registry.kernels.try_emplace(function, kernel);
 }
 const Kernel& find_kernel(const void* function) {
-  const std::lock_guard lock(registry().mutex);
-  return registry().kernels.at(function);
+  const std::lock_guard lock(registry.mutex);
+  return registry.kernels.at(function);
 }
 
 void run(const Launch& launch) {
@@ -290,32 +324,86 @@ void start_background(std::function<void()> operation) {
   scheduler->start_background(std::move(operation));
 }
 
+void Groups::add(std::function<void()> operation) {
+  const Unseen unseen;
+  open_.push_back(std::move(operation));
+}
+
+void Groups::commit() {
+  const Unseen unseen;
+  groups_.push_back(std::move(open_));
+  open_.clear();
+}
+
 void Groups::wait(std::size_t pending) {
   while (groups_.size() > pending) {
     for (const auto& operation : groups_.front()) operation();
+    const Unseen unseen;
     groups_.pop_front();
   }
 }
 
-void gather(Gathering& gathering, uint32_t count, const std::function<void()>& last) {
-  if (++gathering.arrived < count) {
-    gathering.waiting.push_back(&self());
-    scheduler->park();
-    return;
-  }
-  last();
-  gathering.arrived = 0;
-  ++gathering.generation;
-  for (Thread* thread : gathering.waiting) scheduler->wake(thread);
-  gathering.waiting.clear();
-}
-
-const uint32_t (*exchange(const uint32_t* words, uint32_t count))[kExchangeWords] {
+const uint32_t (*exchange(const uint32_t* words, uint32_t count, Order order))[kExchangeWords] {
+  const Unseen unseen;
   Warp& warp = self().warp();
   std::copy_n(words, count, warp.given[self().lane()]);
-  gather(warp.gathering, kLanes,
-         [&] { std::copy_n(&warp.given[0][0], kLanes * kExchangeWords, &warp.shown[0][0]); });
+  scheduler->gather(warp.gathering, kLanes, order, [&] {
+    std::copy_n(&warp.given[0][0], kLanes * kExchangeWords, &warp.shown[0][0]);
+  });
   return warp.shown;
+}
+
+uint32_t sync_threads(uint32_t barrier_idx, uint32_t num_threads, bool vote) {
+  const Unseen unseen;
+  Barrier& barrier = self().cta->barriers[barrier_idx];
+  barrier.votes += vote ? 1 : 0;
+  scheduler->gather(barrier.gathering, num_threads, Order::kMemory, [&] {
+    barrier.result = barrier.votes;
+    barrier.votes = 0;
+  });
+  return barrier.result;
+}
+
+void arrive_at_cluster() {
+  Thread& thread = self();
+  Gathering& gathering = thread.cta->cluster->gathering;
+  thread.cluster_generation = gathering.generation;
+  release_at(gathering.order_of(thread.cluster_generation));
+  if (++gathering.arrived < launch().cluster * launch().block) return;
+  gathering.arrived = 0;
+  ++gathering.generation;
+}
+void wait_for_cluster() {
+  const Thread& thread = self();
+  const Gathering& gathering = thread.cta->cluster->gathering;
+  while (gathering.generation == thread.cluster_generation) yield();
+  acquire_at(gathering.order_of(thread.cluster_generation));
+}
+
+void see_copy(const std::vector<Access>& accesses, const void* order) {
+  const Access* const all = accesses.data();
+  const std::size_t count = accesses.size();
+  tell(self().copies);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (all[i].is_write) see_write(all[i].memory, all[i].bytes);
+    if (!all[i].is_write) see_read(all[i].memory, all[i].bytes);
+  }
+  release_at(order);
+  self().stack.actor.run();
+}
+
+void fence() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  tell(self().fenced);
+  self().stack.actor.run();
+}
+
+void release_since_fence(const void* word) {
+  const Actor& fenced = self().fenced;
+  if (!fenced.exists()) return;
+  fenced.run();
+  release_at(word);
+  self().stack.actor.run();
 }
 
 std::byte* shared_of(const void* own, uint32_t cta_rank) {

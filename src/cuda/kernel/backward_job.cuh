@@ -269,8 +269,9 @@ struct BackwardJob {
       const BackwardCounters& counters = params.counters;
       hidden_grad().template finish<Row>(params, sums, staging_, tile::HiddenPlace(current),
                                          waiter);
-      staging_.publish(&counters.hidden_done[current.row_begin / config::kRowGroup]);
+      // The thread that writes `current` is the only one that may read it still.
       if (!tile::Staging::is_storer()) return;
+      staging_.publish(&counters.hidden_done[current.row_begin / config::kRowGroup]);
       ptx::add_release_gpu(&counters.hidden_of_expert[current.local_expert_idx], 1);
       ptx::add_release_gpu(counters.hidden_of_all, 1);
     }

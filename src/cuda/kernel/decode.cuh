@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   const ForwardParams& forward = params.forward;
   if (ptx::thread_idx() == 0) {
     smem.barriers.init(1);
-    smem.logit_stages.init(stage::logit_readers(forward.sizes));
+    prepare_logits(forward, smem.logit_stages);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     ptx::prefetch_tensormap(&forward.up_weights[0]);
     ptx::prefetch_tensormap(&forward.up_weights[1]);

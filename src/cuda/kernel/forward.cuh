@@ -358,11 +358,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   FM_DYNAMIC_SHARED(raw);
   auto& smem = *reinterpret_cast<ForwardShared<Config>*>(raw);
   if (ptx::thread_idx() == 0) {
-    if (params.has_logit_maps()) {
-      ptx::prefetch_tensormap(&params.logit_tokens);
-      ptx::prefetch_tensormap(&params.logit_weights);
-    }
-    smem.extra.logit_stages.init(stage::logit_readers(params.sizes));
+    prepare_logits(params, smem.extra.logit_stages);
     smem.init();  // publishes the barriers, those above too
     smem.extra.ranks.post.init();
     ptx::prefetch_tensormap(&params.up_weights[0]);

@@ -4,14 +4,16 @@
 
 #include "cuda/kernel/forward.h"
 #include "cuda/ptx/ptx.cuh"
+#include "cuda/ptx/word.cuh"
 
 namespace flashmoe::cuda::kernel {
 
-// One thread.
+// Any thread; of several the last one counts.
 FM_DEVICE void set_mark(const ForwardParams& params, Mark mark) {
-  params.memory.state->marks[static_cast<int>(mark)] = ptx::get_sreg_globaltimer();
+  ptx::st_relaxed_gpu(&params.memory.state->marks[static_cast<int>(mark)],
+                      ptx::get_sreg_globaltimer());
 }
-// One thread of each cluster; the first cluster's counts.
+// Likewise, of those of the first CTA.
 FM_DEVICE void set_mark_of_first(const ForwardParams& params, Mark mark) {
   if (ptx::block_idx() == 0) set_mark(params, mark);
 }

@@ -3,6 +3,7 @@
 
 #include "cuda/kernel/grouped_product.h"
 #include "cuda/ptx/ptx.cuh"
+#include "cuda/ptx/word.cuh"
 #include "cuda/sync/ring.cuh"
 #include "cuda/tile/schedule.h"
 
@@ -37,8 +38,8 @@ FM_DEVICE int32_t take_ticket(TicketCounter& tickets, bool is_first, int32_t num
 // Each of num_takers calls once, after its last ticket; the last one (true) leaves zeros.
 FM_DEVICE bool finish_tickets(TicketCounter& tickets, int32_t num_takers) {
   if (atomicAdd(&tickets.finished, 1u) + 1 != static_cast<uint32_t>(num_takers)) return false;
-  tickets.next = 0;
-  tickets.finished = 0;
+  ptx::st_relaxed_gpu(&tickets.next, 0u);
+  ptx::st_relaxed_gpu(&tickets.finished, 0u);
   return true;
 }
 

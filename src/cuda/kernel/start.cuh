@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/kernel/forward.h"
+#include "cuda/ptx/prefetch.cuh"
 #include "cuda/stage/logits.cuh"
 #include "cuda/stage/wide_logits.cuh"
 #include "cuda/sync/grid_barrier.cuh"
@@ -30,6 +31,14 @@ FM_DEVICE bool take_scratch(const ForwardParams& params, bool& has_scratch) {
   }
   __syncthreads();
   return has_scratch;
+}
+
+// One thread of the CTA, before its barriers are published.
+FM_DEVICE void prepare_logits(const ForwardParams& params, stage::LogitBarriers& stages) {
+  stages.init(stage::logit_readers(params.sizes));
+  if (!params.has_logit_maps()) return;
+  ptx::prefetch_tensormap(&params.logit_tokens);
+  ptx::prefetch_tensormap(&params.logit_weights);
 }
 
 // Logits of the fused router. False if a CTA, or a copy, did not come in time.

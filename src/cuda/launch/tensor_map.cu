@@ -31,12 +31,16 @@ CUtensorMap encode(const TensorView& view, config::Element element, const char* 
                                        ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const uint32_t ones[kMaxTensorDims] = {1, 1, 1, 1, 1};
-  CUtensorMap map{};
+  // Not the object that is returned: the driver refuses an address that is not aligned, and g++ 12
+  // at -O1 does not align every place for a result.
+  struct {
+    CUtensorMap map;
+  } made{};
   const CUresult status = encode_tiled()(
-      &map, type, view.num_dims, const_cast<void*>(view.base), view.sizes, view.strides + 1,
+      &made.map, type, view.num_dims, const_cast<void*>(view.base), view.sizes, view.strides + 1,
       view.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status == CUDA_SUCCESS) return map;
+  if (status == CUDA_SUCCESS) return made.map;
   std::ostringstream text;
   for (int dim = 0; dim < view.num_dims; ++dim) {
     text << (dim ? ", " : "") << view.sizes[dim] << " (stride " << view.strides[dim] << ", box "

@@ -22,6 +22,12 @@ FM_DEVICE uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t value) {
 FM_DEVICE void st_release_gpu(uint32_t* word, uint32_t value) {
   GpuWord(*word).store(value, ::cuda::memory_order_release);
 }
+// Of a word that others write meanwhile, or have written without telling.
+template <class Word>
+FM_DEVICE void st_relaxed_gpu(Word* word, Word value) {
+  ::cuda::atomic_ref<Word, ::cuda::thread_scope_device>(*word).store(value,
+                                                                     ::cuda::memory_order_relaxed);
+}
 
 // Compare-and-swap; returns what the word held.
 FM_DEVICE uint32_t cas_acq_rel_gpu(uint32_t* word, uint32_t expected, uint32_t desired) {

@@ -283,7 +283,7 @@ FM_DEVICE int32_t plan_ranks(const kernel::ForwardParams& params, uint8_t* arena
   make_rank_table<kBlockRows>(params, epoch, words);
   const tile::ExpertTable experts{words, sizes.table_experts()};
   const int32_t num_words = tile::ExpertTable::num_words(sizes.table_experts());
-  for (int32_t i = thread; i < num_words; i += config::kForwardThreads) kept[i] = words[i];
+  keep_table(experts, words, kept);
   const int32_t num_rows = experts.begin(experts.num_experts);
   if (num_rows > ranks.row_cap) {
     if (ptx::block_idx() == 0 && thread == 0) {

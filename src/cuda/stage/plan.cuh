@@ -125,6 +125,15 @@ FM_DEVICE void make_table(const kernel::ForwardParams& params, int32_t* words) {
   __syncthreads();
 }
 
+// The table of experts to where the CTA's roles will read it: its own shared memory, or global
+// memory, to which all CTAs write the same. All threads of the CTA.
+FM_DEVICE void keep_table(const tile::ExpertTable& experts, const int32_t* words, int32_t* kept) {
+  const int32_t num_words = tile::ExpertTable::num_words(experts.num_experts);
+  for (int32_t i = ptx::thread_idx(); i < num_words; i += config::kForwardThreads) {
+    kept[i] = words[i];
+  }
+}
+
 // What the caller reads of the plan; by one CTA. sum: a word of shared memory.
 FM_DEVICE void publish_totals(const kernel::ForwardParams& params, int32_t* sum) {
   const auto& sizes = params.sizes;
@@ -163,14 +172,20 @@ FM_DEVICE void place_slots(const kernel::ForwardParams& params, const tile::Expe
   }
 }
 
+// The same for few slots, of which every CTA gives all their rows and reads what it wrote itself:
+// all write the same, which saves a meeting. All threads of the CTA.
+FM_DEVICE void place_few_slots(const kernel::ForwardParams& params,
+                               const tile::ExpertTable& experts) {
+  place_slots(params, experts, ptx::thread_idx(), config::kForwardThreads);
+}
+
 // Least shared memory that the plan needs: the table of experts and a word.
 inline constexpr int32_t kPlanBytes =
     4 * (tile::ExpertTable::num_words(static_cast<int32_t>(config::kMaxExperts)) + 1);
 
 // The plan of the launch, after routing. All threads of all CTAs; arena: shared memory of the CTA;
-// kept: where its roles will read the table of experts. Every CTA makes that table; of few slots
-// every CTA gives all their rows, too, and reads what it wrote itself (all write the same), which
-// saves another meeting. Returns the number of all experts' blocks.
+// kept: where its roles will read the table of experts. Every CTA makes that table. Returns the
+// number of all experts' blocks.
 template <int32_t kBlockRows>
 FM_DEVICE int32_t place_rows(const kernel::ForwardParams& params, uint8_t* arena, int32_t* kept) {
   const auto& sizes = params.sizes;
@@ -179,10 +194,10 @@ FM_DEVICE int32_t place_rows(const kernel::ForwardParams& params, uint8_t* arena
   auto* words = reinterpret_cast<int32_t*>(arena);
   make_table<kBlockRows>(params, words);
   const tile::ExpertTable experts{words, sizes.num_experts};
-  for (int32_t i = thread; i < num_words; i += config::kForwardThreads) kept[i] = words[i];
+  keep_table(experts, words, kept);
   if (ptx::block_idx() == 0) publish_totals(params, words + num_words);
   if (sizes.has_few_slots) {
-    place_slots(params, experts, thread, config::kForwardThreads);
+    place_few_slots(params, experts);
   } else {
     place_slots(params, experts, ptx::block_idx() * config::kForwardThreads + thread,
                 gridDim.x * config::kForwardThreads);

@@ -34,18 +34,12 @@ inline uint32_t thread_place() { return self().idx; }
 inline uint32_t block_place() { return self().cta->idx; }
 inline uint32_t grid_size() { return launch().grid; }
 
-// One word of every lane, shown to all.
+// One word of every lane, shown to all. It orders no memory, and no more do votes and shuffles.
 inline const uint32_t (*show(uint32_t word))[kExchangeWords] { return exchange(&word, 1); }
-
-// All threads of the CTA; the number of those that vote.
-inline uint32_t sync_threads(uint32_t barrier_idx, uint32_t num_threads, bool vote) {
-  Barrier& barrier = self().cta->barriers[barrier_idx];
-  barrier.votes += vote ? 1 : 0;
-  gather(barrier.gathering, num_threads, [&] {
-    barrier.result = barrier.votes;
-    barrier.votes = 0;
-  });
-  return barrier.result;
+// The lanes' accesses before it happen before those after it.
+inline void sync_lanes() {
+  const uint32_t nothing = 0;
+  exchange(&nothing, 1, Order::kMemory);
 }
 
 template <class To, class From>
@@ -69,9 +63,9 @@ inline int __syncthreads_count(int vote) {
 }
 inline int __syncthreads_or(int vote) { return __syncthreads_count(vote) > 0; }
 inline int __syncthreads_and(int vote) { return __syncthreads_count(vote == 0) == 0; }
-inline void __syncwarp(uint32_t = 0xFFFFFFFF) { flashmoe::emulator::show(0); }
+inline void __syncwarp(uint32_t = 0xFFFFFFFF) { flashmoe::emulator::sync_lanes(); }
 inline void __nanosleep(uint32_t) { flashmoe::emulator::yield(); }
-inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence_system() { flashmoe::emulator::fence(); }
 
 inline uint32_t __ballot_sync(uint32_t, int vote) {
   const auto* lanes = flashmoe::emulator::show(vote != 0);
@@ -125,13 +119,13 @@ T __ldg(const T* address) {
 
 template <class T>
 T atomicAdd(T* address, T value) {
-  return std::atomic_ref(*address).fetch_add(value);
+  return std::atomic_ref(*address).fetch_add(value, std::memory_order_relaxed);
 }
 inline uint32_t atomicOr(uint32_t* address, uint32_t bits) {
   return std::atomic_ref(*address).fetch_or(bits);
 }
 inline uint32_t atomicCAS_system(uint32_t* address, uint32_t expected, uint32_t desired) {
-  std::atomic_ref(*address).compare_exchange_strong(expected, desired);
+  std::atomic_ref(*address).compare_exchange_strong(expected, desired, std::memory_order_relaxed);
   return expected;
 }
 

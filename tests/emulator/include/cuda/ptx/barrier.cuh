@@ -6,9 +6,7 @@
 namespace flashmoe::cuda::ptx {
 
 inline void mbarrier_arrive_cluster_default(uint64_t* barrier, uint32_t cta_rank) {
-  Mbarrier& there = mbarrier_at(emulator::shared_of(barrier, cta_rank));
-  --there.pending;
-  there.settle();
+  mbarrier_arrive_at(emulator::shared_of(barrier, cta_rank), 0);
 }
 inline void barrier_sync(int barrier_idx, int num_threads) {
   emulator::sync_threads(barrier_idx, num_threads, false);

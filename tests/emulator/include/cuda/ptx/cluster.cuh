@@ -10,6 +10,7 @@ namespace flashmoe::cuda::ptx {
 inline void st_async_16(void* destination, int4 value, uint64_t* barrier, uint32_t cta_rank) {
   std::byte* to = emulator::shared_of(destination, cta_rank);
   void* counted = emulator::shared_of(barrier, cta_rank);
+  if constexpr (emulator::kSeesRaces) see_copy(counted, {{to, sizeof(value), true}});
   emulator::start_background([=] {
     std::memcpy(to, &value, sizeof(value));
     mbarrier_complete(counted, sizeof(value));

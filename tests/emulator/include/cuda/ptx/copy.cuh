@@ -9,6 +9,8 @@ namespace flashmoe::cuda::ptx {
 
 inline void cp_async_16(uint32_t shared_destination, const void* source, uint32_t num_bytes) {
   std::byte* to = emulator::at_shared(shared_destination);
+  emulator::see_read(source, num_bytes);
+  emulator::see_write(to, 16);
   emulator::self().loads.add([=] {
     std::memset(to, 0, 16);
     std::memcpy(to, source, num_bytes);

@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <vector>
 
 #include "emulator/intrinsics.h"
 
@@ -56,7 +57,7 @@ inline bool elect_one() {
   return emulator::self().lane() == 0;
 }
 
-// Order between accesses of one OS thread is the program's.
+// Order between accesses of one OS thread is the program's; the proxies of a GPU are not known.
 template <class Space>
 void fence_proxy_async(Space) {}
 inline void fence_mbarrier_init(Release, ClusterScope) {}
@@ -69,6 +70,10 @@ struct Mbarrier {
   uint32_t count : 16;
   int32_t bytes;
 
+  void arrive() {
+    --pending;
+    settle();
+  }
   void settle() {
     if (pending != 0 || bytes != 0) return;
     phase ^= 1;
@@ -77,43 +82,69 @@ struct Mbarrier {
 };
 static_assert(sizeof(Mbarrier) == sizeof(uint64_t));
 
-inline Mbarrier& mbarrier_at(void* barrier) { return *static_cast<Mbarrier*>(barrier); }
-inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
-  mbarrier_at(barrier) = {
-      .phase = 0, .pending = count & 0x7FFF, .count = count & 0xFFFF, .bytes = 0};
+// Relaxed: the barrier itself must be known to be there, and says nothing of other memory.
+inline std::atomic_ref<uint64_t> mbarrier_word(void* barrier) {
+  return std::atomic_ref(*static_cast<uint64_t*>(barrier));
 }
+inline Mbarrier mbarrier_at(void* barrier) {
+  return std::bit_cast<Mbarrier>(mbarrier_word(barrier).load(std::memory_order_relaxed));
+}
+template <class Change>
+void mbarrier_change(void* barrier, const Change& change) {
+  Mbarrier state = mbarrier_at(barrier);
+  change(state);
+  mbarrier_word(barrier).store(std::bit_cast<uint64_t>(state), std::memory_order_relaxed);
+}
+// Where those release that complete a phase, and acquire that wait for it: the next but one has no
+// arrivals before all have seen this one.
+inline const void* order_of_phase(const void* barrier, uint32_t phase) {
+  return static_cast<const std::byte*>(barrier) + phase;
+}
+
+inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
+  *barrier = std::bit_cast<uint64_t>(
+      Mbarrier{.phase = 0, .pending = count & 0x7FFF, .count = count & 0xFFFF, .bytes = 0});
+}
+// What the hardware counts for copies. Their order is said where they are started.
 inline void mbarrier_complete(void* barrier, uint32_t num_bytes) {
-  mbarrier_at(barrier).bytes -= static_cast<int32_t>(num_bytes);
-  mbarrier_at(barrier).settle();
+  mbarrier_change(barrier, [&](Mbarrier& state) {
+    state.bytes -= static_cast<int32_t>(num_bytes);
+    state.settle();
+  });
+}
+// An arrival that announces bytes.
+inline void mbarrier_arrive_at(void* barrier, uint32_t num_bytes) {
+  mbarrier_change(barrier, [&](Mbarrier& state) {
+    emulator::release_at(order_of_phase(barrier, state.phase));
+    state.bytes += static_cast<int32_t>(num_bytes);
+    state.arrive();
+  });
 }
 inline void mbarrier_arrive(Release, CtaScope, SharedSpace, uint64_t* barrier) {
-  --mbarrier_at(barrier).pending;
-  mbarrier_at(barrier).settle();
+  mbarrier_arrive_at(barrier, 0);
 }
 inline void mbarrier_arrive_expect_tx(Release, CtaScope, SharedSpace, uint64_t* barrier,
                                       uint32_t num_bytes) {
-  mbarrier_at(barrier).bytes += static_cast<int32_t>(num_bytes);
-  --mbarrier_at(barrier).pending;
-  mbarrier_at(barrier).settle();
+  mbarrier_arrive_at(barrier, num_bytes);
+}
+inline bool mbarrier_has_completed(uint64_t* barrier, uint32_t parity) {
+  if (mbarrier_at(barrier).phase == parity) return false;
+  emulator::acquire_at(order_of_phase(barrier, parity));
+  return true;
 }
 inline bool mbarrier_try_wait_parity(uint64_t* barrier, uint32_t parity) {
-  if (mbarrier_at(barrier).phase != parity) return true;
+  if (mbarrier_has_completed(barrier, parity)) return true;
   emulator::yield();
-  return mbarrier_at(barrier).phase != parity;
+  return mbarrier_has_completed(barrier, parity);
 }
 
-inline void barrier_cluster_arrive() {
-  emulator::Thread& thread = emulator::self();
-  emulator::Cluster& cluster = *thread.cta->cluster;
-  thread.cluster_generation = cluster.gathering.generation;
-  if (++cluster.gathering.arrived < emulator::launch().cluster * emulator::launch().block) return;
-  cluster.gathering.arrived = 0;
-  ++cluster.gathering.generation;
+// A copy that this thread starts and `barrier` will count, in the phase that it is in now.
+inline void see_copy(void* barrier, const std::vector<emulator::Access>& accesses) {
+  emulator::see_copy(accesses, order_of_phase(barrier, mbarrier_at(barrier).phase));
 }
-inline void barrier_cluster_wait() {
-  emulator::Thread& thread = emulator::self();
-  while (thread.cta->cluster->gathering.generation == thread.cluster_generation) emulator::yield();
-}
+
+inline void barrier_cluster_arrive() { emulator::arrive_at_cluster(); }
+inline void barrier_cluster_wait() { emulator::wait_for_cluster(); }
 
 }  // namespace flashmoe::cuda::ptx
 

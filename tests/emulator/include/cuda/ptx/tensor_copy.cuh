@@ -57,6 +57,16 @@ inline std::size_t place_in_shared(const emulator::TensorMap& map, std::size_t a
   return map.is_swizzled ? swizzled(address) : address;
 }
 
+inline std::vector<emulator::Access> accesses_of_load(const emulator::TensorMap& map,
+                                                      const int32_t* at, std::byte* shared,
+                                                      std::size_t destination) {
+  std::vector<emulator::Access> accesses;
+  for_each_piece(map, at, [&](std::size_t offset, std::byte* from, std::size_t num_bytes) {
+    if (from != nullptr) accesses.push_back({from, num_bytes, false});
+    accesses.push_back({shared + place_in_shared(map, destination + offset), 16, true});
+  });
+  return accesses;
+}
 // A box into one CTA's shared memory, counted on its barrier.
 inline void load_box(const emulator::TensorMap& map, const int32_t* at, std::byte* shared,
                      std::size_t destination, void* barrier) {
@@ -79,9 +89,9 @@ void cp_async_bulk_tensor(ClusterSpace, GlobalSpace, void* destination, const CU
     std::byte* shared = cluster.ctas[rank]->shared;
     const std::size_t to = shared_address(destination);
     void* counted = emulator::shared_of(barrier, rank);
-    emulator::start_background([=, &read = emulator::read_map(map)] {
-      load_box(read, place.data(), shared, to, counted);
-    });
+    const emulator::TensorMap& read = emulator::read_map(map);
+    if constexpr (emulator::kSeesRaces) see_copy(counted, accesses_of_load(read, at, shared, to));
+    emulator::start_background([=, &read] { load_box(read, place.data(), shared, to, counted); });
   }
 }
 template <int kDims>
@@ -91,6 +101,13 @@ void cp_async_bulk_tensor(ClusterSpace to, GlobalSpace from, void* destination,
                        static_cast<uint16_t>(1u << get_sreg_cluster_ctarank()));
 }
 
+inline void see_store(const emulator::TensorMap& map, const int32_t* at, const std::byte* shared,
+                      std::size_t source) {
+  for_each_piece(map, at, [&](std::size_t offset, std::byte* to, std::size_t num_bytes) {
+    emulator::see_read(shared + place_in_shared(map, source + offset), 16);
+    if (to != nullptr) emulator::see_write(to, num_bytes);
+  });
+}
 // From shared memory: read when the thread waits for that, written when it waits for all.
 template <int kDims>
 void cp_async_bulk_tensor(GlobalSpace, SharedSpace, const CUtensorMap* map,
@@ -100,6 +117,7 @@ void cp_async_bulk_tensor(GlobalSpace, SharedSpace, const CUtensorMap* map,
   const std::byte* shared = emulator::self().cta->shared;
   const std::size_t from = shared_address(source);
   auto box = std::make_shared<std::vector<std::byte>>(box_bytes(read));
+  if constexpr (emulator::kSeesRaces) see_store(read, at, shared, from);
   emulator::self().reads.add([=, &read] {
     for (std::size_t offset = 0; offset < box->size(); offset += 16) {
       std::copy_n(shared + place_in_shared(read, from + offset), 16, box->data() + offset);

@@ -14,7 +14,7 @@ inline void wgmma_commit_group() { emulator::self().products.commit(); }
 template <int kPending>
 void wgmma_wait_group() {
   emulator::self().products.wait(kPending);
-  emulator::show(0);  // the warp's lanes go on together
+  emulator::sync_lanes();  // an instruction of the warp, and the end of what it has read
 }
 template <int kCount>
 void wgmma_settle(float (&)[kCount]) {}
