@@ -5,6 +5,7 @@
 #include "cuda/kernel/forward.h"
 #include "cuda/ptx/prefetch.cuh"
 #include "cuda/stage/logits.cuh"
+#include "cuda/stage/route.cuh"
 #include "cuda/stage/wide_logits.cuh"
 #include "cuda/sync/grid_barrier.cuh"
 #include "cuda/sync/holder.h"
