@@ -37,9 +37,9 @@ inline constexpr int32_t kBoxColumns = tile::kGradUnit;  // of a copy: 128 bytes
 inline constexpr int32_t kBoxBytes = kBoxColumns * kDepthStep * kElementBytes;
 
 // Tiles of weight gradients: 128 of M by up to 256 of N, which both math warpgroups share, half of
-// N each. Tiles of one warpgroup would have half the N, and take a third more bytes into the
-// multiprocessor than it takes in (docs/backward_pass.md). Steps go through a ring of their own, in
-// the memory of the other tiles' stages.
+// N each. Tiles of one warpgroup would have half the N and take a third more bytes for a product,
+// more than a multiprocessor takes in meanwhile (docs/backward_pass.md). Steps go through a ring of
+// their own, in the memory of the other tiles' stages.
 inline constexpr int32_t kGradDepth = 32;  // rows of a step
 inline constexpr int32_t kGradBoxBytes = kBoxColumns * kGradDepth * kElementBytes;
 inline constexpr int32_t kMaxColumnBoxes = tile::kGradColumns / kBoxColumns;

@@ -44,6 +44,7 @@ inline constexpr int32_t kStoreBuffers = 3;  // a math warpgroup; four stages an
 inline constexpr int32_t kWarpgroup = 128;   // threads
 inline constexpr int32_t kThreads = 3 * kWarpgroup;  // load, math, math
 inline constexpr int32_t kRegisterFile = 65536;
+inline constexpr int32_t kSharedLimit = 227 * 1024;  // bytes of a CTA
 // Tokens of the widest tile. A product by itself would have registers for 192, 1 % more speed; the
 // forward's other roles need them (docs/perf-notes.md).
 inline constexpr int32_t kMaxTokens = 176;

@@ -274,8 +274,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
 
 template <config::BackwardConfig Config>
 BackwardEntry backward_entry_of() {
-  constexpr std::size_t kSharedLimit = 227 * 1024;  // a Hopper CTA's
-  static_assert(sizeof(BackwardShared<Config>) <= kSharedLimit);
+  static_assert(sizeof(BackwardShared<Config>) <= config::kSharedLimit);
   return {ptx::kernel_address(&backward<Config>), sizeof(BackwardShared<Config>), Config::value};
 }
 

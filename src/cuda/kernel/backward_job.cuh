@@ -245,8 +245,9 @@ struct BackwardJob {
       const int32_t weight_tile_idx = 2 * tile.weight_pair_idx + ptx::get_sreg_cluster_ctarank();
       if (tile::is_weight_grad(tile)) {
         const int32_t which = tile::gradient_of(tile);
-        // Threads that store by themselves do not meet again before `current` is the next tile.
-        if (params.weight_grad_out[which].is_direct) staging_.sync();
+        // Threads that store by themselves, or nothing, do not meet again before `current` is the
+        // next tile.
+        staging_.sync();
         tile::finish_weight_grad<Row>(
             sums, staging_, params.weight_grads[which], params.weight_grad_out[which],
             tile::grad_part(tile, staging_.warpgroup_idx()), weight_tile_idx);

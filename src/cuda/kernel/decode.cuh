@@ -2,13 +2,11 @@
 // Every CTA routes all tokens for itself. Then a warp of it loads weights and the others multiply
 // them, each a stage by itself:
 //
-//   up    a CTA takes 16 gate rows of a chosen expert and their up rows (ungated: 32 rows) at a
-//   time
-//         and makes hidden values of all tokens from them
-//   meet  all hidden values are there; the load warp is with the weights of the down product by
-//   then down  a CTA takes 8 rows of all chosen experts at a time and makes y of all tokens from
-//   them:
-//         the sum over experts takes no CTA but its own
+//   up    a CTA takes 16 gate rows of a chosen expert and their up rows at a time (ungated: 32
+//         rows) and makes hidden values of all tokens from them
+//   meet  all hidden values are there; the load warp is at the weights of the down product by then
+//   down  a CTA takes 8 rows of all chosen experts at a time and makes y of all tokens from them:
+//         the sum over experts takes no other CTA
 //
 // A unit's depth is divided among the warps stage by stage, whatever the number of CTAs, and their
 // sums are added in the order of the warps: the bits depend on the sizes alone.
@@ -74,7 +72,7 @@ class DecodeLoad {
   FM_DEVICE void load_up(int32_t expert_idx, int32_t row, int32_t num_stages) {
     for (int32_t stage = 0; stage < num_stages; ++stage) {
       const int32_t at[4] = {0, row, stage * Decode::kUpChunks, expert_idx};
-      begin(Decode::kBoxes);
+      if (!begin(Decode::kBoxes)) return;
       copy(0, params_.up_weights[0], at);
       copy(1, params_.up_weights[1], at);
       stages_.advance();
@@ -86,7 +84,7 @@ class DecodeLoad {
       const bool has_second = chunk + Decode::kDownChunks < num_chunks;
       const int32_t first[4] = {0, row, chunk, expert_idx};
       const int32_t second[4] = {0, row, chunk + Decode::kDownChunks, expert_idx};
-      begin(has_second ? 2 : 1);
+      if (!begin(has_second ? 2 : 1)) return;
       copy(0, params_.down_weights, first);
       if (has_second) copy(1, params_.down_weights, second);
       stages_.advance();
@@ -94,9 +92,12 @@ class DecodeLoad {
   }
 
  private:
-  FM_DEVICE void begin(int32_t num_boxes) {
+  // False once a wait has run out of time: stages might still be read.
+  FM_DEVICE bool begin(int32_t num_boxes) {
     stages_.acquire(waiter_);
+    if (!waiter_.alive()) return false;
     stages_.announce(num_boxes * Decode::kBoxBytes);
+    return true;
   }
   FM_DEVICE void copy(int32_t box, const CUtensorMap& map, const int32_t (&at)[4]) {
     uint8_t* to = smem_.stages[stages_.slot()] + box * Decode::kBoxBytes;
@@ -216,6 +217,9 @@ class DecodeMath {
     at.skip(warp());
     for (int32_t stage = warp(); stage < num_stages; stage += Decode::kMathWarps) {
       const auto prepared = prepare(stage);
+      // Another warp had the slot before: until it has given that back, its phase might be taken
+      // for this one's.
+      waiter_.wait(&smem_.barriers.empty[at.slot()], at.parity() ^ 1, sync::WaitTag::kStageFull);
       waiter_.wait(&smem_.barriers.full[at.slot()], at.parity(), sync::WaitTag::kStageFull);
       use(stage, smem_.stages[at.slot()], prepared);
       __syncwarp();
@@ -472,8 +476,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
 
 template <class Element>
 DecodeEntry decode_entry() {
-  constexpr std::size_t kSharedLimit = 227 * 1024;  // a Hopper CTA's
-  static_assert(sizeof(DecodeShared) <= kSharedLimit);
+  static_assert(sizeof(DecodeShared) <= config::kSharedLimit);
   return {ptx::kernel_address(&decode<Element>), sizeof(DecodeShared)};
 }
 

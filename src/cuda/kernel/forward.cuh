@@ -385,8 +385,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
 
 template <config::ForwardConfig Config>
 ForwardEntry forward_entry_of() {
-  constexpr std::size_t kSharedLimit = 227 * 1024;  // a Hopper CTA's
-  static_assert(sizeof(ForwardShared<Config>) <= kSharedLimit);
+  static_assert(sizeof(ForwardShared<Config>) <= config::kSharedLimit);
   return {ptx::kernel_address(&forward<Config>), sizeof(ForwardShared<Config>), Config::value};
 }
 

@@ -177,6 +177,8 @@ FM_DEVICE bool compute_logits(const kernel::ForwardParams& params, uint8_t* aren
         multiply_step<Element>(
             sums.segment(), stage,
             stage + LogitsLayout::kTokenBytes + warpgroup_idx * LogitsLayout::kBoxBytes);
+      } else {
+        __syncwarp();  // no lane gives the stage back that another one has still to see
       }
       if (shares_logit_weights(sizes)) {
         stages.release(stages.slot());

@@ -74,7 +74,7 @@ FM_DEVICE void choose_tile(const kernel::ForwardParams& params, uint8_t* arena, 
     const int32_t token = first + team_idx;
     const bool has_token = team_idx < num_teams && token < end;
     if (!__any_sync(kAllLanes, has_token)) continue;
-    __syncwarp();  // the teams\' memory has been read by the round before
+    __syncwarp();  // the teams' memory has been read by the round before
     const TeamMemory<> memory =
         TeamMemory<>::from(arena, team_idx, sizes.num_experts, router.num_groups, has_token);
     load_logits(params, token, true, memory);

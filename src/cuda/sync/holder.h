@@ -7,8 +7,8 @@
 //
 //   writer       first thread of every CTA, by claim(); a launch on all multiprocessors, beside
 //                which there is no room, by storing its id without asking
-//                the last warp that combines, by release(), after all use of the scratch but a
-//                mark; where ranks disagree, the last CTA that found so
+//                the last warp that combines (or the last CTA), by release(), after all use of the
+//                scratch but a mark; where ranks disagree, the last CTA that found so
 //   holds        0: nobody; the id of a launch: it has the scratch; id | kTurnedAway: likewise, and
 //                another launch was turned away
 //   why it stays so: of the launch that was turned away, some CTAs may come only now. They all get

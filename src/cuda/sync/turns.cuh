@@ -28,6 +28,7 @@ class Turns {
   }
   // Every warp of the warpgroup.
   FM_DEVICE void pass() {
+    __syncwarp();  // else the turn might come back before a lane has seen that it was here
     if (threadIdx.x % 32 == 0) {
       ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
                            &turns_.barriers[warpgroup_idx_ ^ 1]);

@@ -19,7 +19,7 @@ inline constexpr int32_t kTokenStep = 16;  // granularity of a block's rows, pla
 // One task, as the ticket warp sends it to the other roles: 16 bytes.
 struct alignas(16) Tile {
   int32_t row_begin;
-  int32_t num_k_blocks;  // steps of 64 k; set by the ticket warp
+  int32_t num_k_blocks;  // steps, of 64 k where nothing else is said; set by the ticket warp
   int16_t num_rows;      // 0: no more tiles
   int16_t local_expert_idx;
   int16_t weight_pair_idx;

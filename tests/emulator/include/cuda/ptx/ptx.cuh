@@ -71,6 +71,8 @@ struct Mbarrier {
   int32_t bytes;
 
   void arrive() {
+    if (pending == 0)
+      throw std::logic_error("an arrival at an mbarrier whose phase has all of them");
     --pending;
     settle();
   }
