@@ -19,7 +19,8 @@ namespace flashmoe::cuda::kernel {
 struct ForwardState {
   uint32_t holder;  // sync/holder.h
   TicketCounter tickets;
-  // Combine units given out, and warps that found none left; the last of those leaves zeros.
+  // Combine units given out, and warps that found none left (of few tokens: CTAs that are done);
+  // the last of those leaves zeros.
   TicketCounter combine;
   sync::GridBarrier barrier;
   uint64_t marks[static_cast<int>(Mark::kCount)];  // of the last launch

@@ -5,8 +5,8 @@
 
 namespace flashmoe::cuda::kernel {
 
-// When the launch passed what; nanoseconds of the GPU's global timer, written by the first cluster
-// where nothing else is said.
+// When the launch passed what; nanoseconds of the GPU's global timer, written by the first CTA
+// where nothing else is said, and by the last one that ends.
 enum class Mark : int32_t {
   kStart,
   kRouted,    // its tiles are routed

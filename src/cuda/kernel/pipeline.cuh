@@ -4,7 +4,7 @@
 //   weights (a thread of each CTA)         copies the CTA's own weights
 //   tokens  (a thread of each CTA)         copies half the pair's tokens, when they are there
 //   math    (two warpgroups of each CTA)   take tiles in turn: one's products hide the other's
-//                                          epilogue (ping-pong)
+//                                          epilogue (ping-pong); shared_tiles.cuh has another
 //
 // A Job says what a kernel's tiles are and what becomes of them; the roles own rings, phases and
 // turns. It names Params, Shared, kShape (the geometry of the stages), kTicketLead (tiles that a
@@ -17,10 +17,10 @@
 //   wait_for_tokens(params, tile, waiter)   and its tokens
 //   multiply(params, tile, operands...)     tile::multiply_steps of the tile's configuration
 // and classes, which a role makes for itself or for a tile:
-//   StageFill(smem)                       where a load thread puts a tile's steps, see OneRing
+//   StageFill(smem)                         where a load thread puts a tile's steps, see OneRing
 //   Source(params, smem)                    the ticket warp's
 //     tile_of(ticket)                       whole warp; tickets do not decrease. Says also how many
-//                                           steps of 64 k it has, and whether its tokens are there
+//                                           steps it has, and whether its tokens are there
 //   WeightLoad(params, tile, cta_rank)      load(to, full, k): this CTA's weights of one step
 //   TokenLoad(params, tile, cta_rank)       likewise its half of the tokens, for both CTAs
 //   Output(smem, warpgroup_idx)             a math warpgroup's; all of it calls

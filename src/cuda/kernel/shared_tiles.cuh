@@ -5,9 +5,11 @@
 //   is_shared(tile)              whose loads are load_shared(to, full), step after step
 //   multiply_shared(tile, warpgroup_idx, sums, memory, stages, waiter, after_lead)
 //                                tile::multiply_grad of the warpgroup's half
-// and Shared has, in the memory of its stages, a second ring of config::kGradStages with barriers
-// grad_barriers that both warpgroups read. A load thread changes from one ring to the other when
-// all that it put into the first has been read, in both CTAs.
+// Its WeightLoad and TokenLoad have load_shared(); Shared has `places` of the math warps and
+// `load_places` of the load threads in `extra`, and, in the memory of its stages, a second ring of
+// config::kGradStages that both warpgroups read, with the barriers grad_barriers. A load thread
+// changes from one ring to the other when all that it put into the first has been read, in both
+// CTAs.
 //
 // Turns are as of other tiles: a warpgroup starts its products when the other has passed. Of a
 // shared tile the one whose turn it is leads, passes after a few steps and keeps the turn for the

@@ -1,4 +1,4 @@
-// All CTAs of a cooperative launch meet, a few times before the products begin.
+// All CTAs of a cooperative launch meet, a few times.
 #pragma once
 
 #include "cuda/sync/grid_barrier.h"

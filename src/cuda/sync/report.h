@@ -14,7 +14,7 @@ enum class WaitTag : uint32_t {
   kTileEmpty,   // the ticket warp waits for a slot of the tile ring
   kPace,        // the ticket warp waits for the load of the tile before
   kTurn,        // a math warpgroup waits for the other's products
-  kGrid,        // all CTAs meet before the products begin
+  kGrid,        // all CTAs meet: before the products begin, of few tokens between them
   kRowsReady,   // an up tile waits for its block's rows
   kUpDone,      // a down tile waits for its block's hidden rows
   kDownDone,    // a combine unit waits for its column block
