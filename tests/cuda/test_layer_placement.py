@@ -85,6 +85,11 @@ def check_rows(case, forward, topk_ids):
         assert torch.equal(of_rows, weights[placed[:, 0], placed[:, 1]])
 
 
+def has_rows(case, tokens):
+    """Whether the launch sorts rows by expert, which few tokens do not need (launch/decode.h)."""
+    return tokens > 8 or case.weight_on_input or "transposed" in case.layout
+
+
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=[c.key(dtype, 1) for c, dtype in CASES])
 def test_placement_is_the_cpu_engines(case, dtype, record_property):
     [group] = flashmoe.local_group(1)
@@ -103,7 +108,8 @@ def test_placement_is_the_cpu_engines(case, dtype, record_property):
         if differs is None or not differs.any():
             assert torch.equal(made["tokens_per_expert"], expected["tokens_per_expert"])
             assert torch.equal(made["dropped"], expected["dropped"])
-        check_rows(case, forward, topk_ids.cpu())
+        if has_rows(case, tokens[0]):
+            check_rows(case, forward, topk_ids.cpu())
     group.close()
 
 

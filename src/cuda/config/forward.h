@@ -89,8 +89,6 @@ inline constexpr int64_t kFewSlots = kForwardThreads;
 // A logit is the sum of this many sums over parts of the hidden size, whoever makes them: the same
 // bits for any number of tokens.
 inline constexpr int32_t kLogitSegments = 8;
-// Experts whose logits a warpgroup makes at a time, and whose weights one copy brings.
-inline constexpr int32_t kLogitBoxExperts = 32;
 
 // Sizes of one launch in 32 bits: 64-bit division is a call, see tile/schedule.h.
 struct ForwardSizes {

@@ -34,7 +34,6 @@ struct DecodeShared {
   // Of the warps' parts of a unit's sums; two, so that the warps meet once a unit.
   float parts[2][Decode::kMathWarps][Decode::kBoxes * Decode::kUpRows][Decode::kTokens];
   sync::RingBarriers<Decode::kStages> barriers;
-  stage::LogitBarriers logit_stages;
   stage::DecodePlan plan;
   bool has_scratch;
 };
@@ -422,14 +421,14 @@ class DecodeMath {
 template <class Element>
 FM_DEVICE bool route_few(const ForwardParams& params, DecodeShared& smem) {
   constexpr int32_t kArenaBytes = sizeof(smem.stages);
-  static_assert(stage::LogitsLayout::kBytes <= kArenaBytes);
-  static_assert(stage::WideLogitsLayout::kBytes <= kArenaBytes);
+  static_assert(stage::LogitsLayout<false>::kBytes <= kArenaBytes);
+  static_assert(stage::LogitsLayout<true>::kBytes <= kArenaBytes);
   static_assert(
       4 * Decode::kTokens *
           stage::TeamMemory<stage::kWarpLanes>::words(config::kMaxExperts, config::kMaxExperts) <=
       kArenaBytes);
   uint8_t* arena = smem.stages[0];
-  if (!compute_logits<Element>(params, arena, smem.logit_stages)) return false;
+  if (!compute_logits<Element>(params, arena)) return false;
   stage::plan_few(params, arena, smem.plan);
   // The arena becomes stages, which the copy engine fills.
   ptx::fence_proxy_async(ptx::space_shared);
@@ -445,13 +444,11 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   const ForwardParams& forward = params.forward;
   if (ptx::thread_idx() == 0) {
     smem.barriers.init(1);
-    prepare_logits(forward, smem.logit_stages);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     ptx::prefetch_tensormap(&forward.up_weights[0]);
     ptx::prefetch_tensormap(&forward.up_weights[1]);
     ptx::prefetch_tensormap(&forward.down_weights);
   }
-  __syncthreads();  // the barriers are made
   if (!take_scratch(forward, smem.has_scratch)) return;
   if (ptx::thread_idx() == 0) set_mark_of_first(forward, Mark::kStart);
   if (!route_few<Element>(forward, smem)) return;

@@ -41,7 +41,6 @@ struct ForwardExtra {
   tile::ExpertMemory experts;
   int32_t num_blocks;  // of all experts
   stage::RankState ranks;
-  stage::LogitBarriers logit_stages;
   bool has_scratch;
   uint32_t here[config::kClusterSize];  // CTAs of the pair that have the plan
   // The tile of each math warpgroup while its products run: no registers are free for it. Written
@@ -252,15 +251,15 @@ template <class Config>
 FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>& smem) {
   using Element = typename tile::ElementOf<Config::value.element>::Type;
   constexpr int32_t kArenaBytes = sizeof(smem.stages);
-  static_assert(stage::LogitsLayout::kBytes <= kArenaBytes);
-  static_assert(stage::WideLogitsLayout::kBytes <= kArenaBytes);
+  static_assert(stage::LogitsLayout<false>::kBytes <= kArenaBytes);
+  static_assert(stage::LogitsLayout<true>::kBytes <= kArenaBytes);
   static_assert(stage::kRouteBytes <= kArenaBytes);
   static_assert(stage::kPlanBytes <= kArenaBytes);
   const auto& sizes = params.sizes;
   auto* arena = reinterpret_cast<uint8_t*>(smem.stages);
   sync::GridBarrier* barrier = &params.memory.state->barrier;
   stage::clear_counters(params, sizes.row_groups);
-  if (!compute_logits<Element>(params, arena, smem.extra.logit_stages)) return false;
+  if (!compute_logits<Element>(params, arena)) return false;
   stage::route(params, arena, kArenaBytes);
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kRouted);
   if (!sync::meet_all(barrier, params.waits)) return false;
@@ -358,20 +357,20 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   FM_DYNAMIC_SHARED(raw);
   auto& smem = *reinterpret_cast<ForwardShared<Config>*>(raw);
   if (ptx::thread_idx() == 0) {
-    prepare_logits(params, smem.extra.logit_stages);
-    smem.init();  // publishes the barriers, those above too
+    smem.init();
     smem.extra.ranks.post.init();
     ptx::prefetch_tensormap(&params.up_weights[0]);
     ptx::prefetch_tensormap(&params.down_weights);
   }
-  // Nobody copies, writes or arrives in the other CTA before it has started and made its barriers.
-  // A CTA without the scratch leaves behind its arrival, so that nobody waits for it; the other
-  // one, which gets the same answer (sync/holder.h), leaves as well.
+  // Nobody writes or arrives in the other CTA before it has started. A CTA without the scratch
+  // leaves behind its arrival, so that nobody waits for it; the other one, which gets the same
+  // answer (sync/holder.h), leaves as well.
   ptx::barrier_cluster_arrive();
   if (!take_scratch(params, smem.extra.has_scratch)) return;
-  ptx::barrier_cluster_wait();
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kStart);
-  tell_pair(smem.extra.here, route_and_plan<Config>(params, smem));
+  const bool is_planned = route_and_plan<Config>(params, smem);
+  ptx::barrier_cluster_wait();  // the other CTA has started
+  tell_pair(smem.extra.here, is_planned);
   ptx::barrier_cluster_arrive();
   ptx::barrier_cluster_wait();
   if (ptx::thread_idx() == 0) set_mark_of_first(params, Mark::kPlanned);

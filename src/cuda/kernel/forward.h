@@ -99,11 +99,7 @@ struct ForwardParams {
   CUtensorMap hidden_tokens[config::kTokenMaps];  // likewise of hidden rows
   CUtensorMap hidden_out;
   CUtensorMap row_out;
-  CUtensorMap z_out;  // if keeps_z
-  // If has_logit_maps(), boxes of 64 k: of 64 rows of x, and of config::kLogitBoxExperts rows of
-  // the router's weights.
-  CUtensorMap logit_tokens;
-  CUtensorMap logit_weights;
+  CUtensorMap z_out;      // if keeps_z
   bool keeps_z;           // up tiles store their pre-activations, too
   bool z_is_interleaved;  // gate column i at 2 i, up column at 2 i + 1
   bool separate_gate;
@@ -125,10 +121,6 @@ struct ForwardParams {
   RankParams ranks;
   uint32_t launch_id;   // sync/holder.h
   bool may_run_beside;  // it leaves multiprocessors free: looks first whether the scratch is
-
-  FM_HD bool has_logit_maps() const {
-    return router.weight != nullptr && !router.weight_is_wide && sizes.tokens > 0;
-  }
 };
 
 // The large form of a launch's parameters, which sm_70 and driver 530 brought.

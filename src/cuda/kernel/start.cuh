@@ -3,10 +3,7 @@
 #pragma once
 
 #include "cuda/kernel/forward.h"
-#include "cuda/ptx/prefetch.cuh"
-#include "cuda/stage/logits.cuh"
 #include "cuda/stage/route.cuh"
-#include "cuda/stage/wide_logits.cuh"
 #include "cuda/sync/grid_barrier.cuh"
 #include "cuda/sync/holder.h"
 #include "cuda/sync/wait.cuh"
@@ -34,25 +31,12 @@ FM_DEVICE bool take_scratch(const ForwardParams& params, bool& has_scratch) {
   return has_scratch;
 }
 
-// One thread of the CTA, before its barriers are published.
-FM_DEVICE void prepare_logits(const ForwardParams& params, stage::LogitBarriers& stages) {
-  stages.init(stage::logit_readers(params.sizes));
-  if (!params.has_logit_maps()) return;
-  ptx::prefetch_tensormap(&params.logit_tokens);
-  ptx::prefetch_tensormap(&params.logit_weights);
-}
-
-// Logits of the fused router. False if a CTA, or a copy, did not come in time.
+// Logits of the fused router. False if a CTA did not come in time.
 template <class Element>
-FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena,
-                              stage::LogitBarriers& stages) {
+FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena) {
   if (params.router.weight == nullptr) return true;
   stage::check_selection_bias(params);
-  if (params.router.weight_is_wide) {
-    stage::compute_wide_logits<Element>(params, arena);
-  } else if (!stage::compute_logits<Element>(params, arena, stages)) {
-    return false;
-  }
+  stage::compute_logits<Element>(params, arena);
   return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, params.waits);
 }
 

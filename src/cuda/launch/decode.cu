@@ -120,7 +120,6 @@ void launch_decode(const ForwardArguments& arguments) {
   params.forward = common_params(arguments, table);
   params.forward.sizes = routed_sizes(layer, problem_of(layer, arguments.operands.x.shape[0]));
   params.forward.ranks.world = 1;
-  set_logits(params.forward, arguments.operands, element_of(layer));
   params.hidden = region<void>(arguments, table, ForwardScratch::kHidden);
   set_weights(params, layer, arguments.operands);
   const kernel::DecodeEntry entry = kernel_for(layer);

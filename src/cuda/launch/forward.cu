@@ -135,7 +135,6 @@ kernel::ForwardParams make_params(const ForwardArguments& arguments,
   params.sizes = sizes_of(arguments.layer, o, arguments.ranks, config, arguments.column_pairs);
   set_weights(params, arguments, config);
   set_rows(params, arguments, table, config);
-  set_logits(params, o, config.element);
   params.ranks = rank_params(arguments.layer, o.x.shape[0], arguments.ranks,
                              int64_t{params.sizes.row_groups} * config::kRowGroup,
                              config::Direction::kForward);

@@ -57,16 +57,6 @@ kernel::RouterParams router_of(const ForwardArguments& arguments,
   return router;
 }
 
-// Rows of a matrix whose columns are contiguous. One row may have any stride.
-TensorView matrix_view(const fm_tensor& matrix, uint32_t box_rows) {
-  TensorView view = rows_view(matrix.data, matrix.shape[0], matrix.shape[1],
-                              static_cast<uint32_t>(config::kDepthStep), box_rows);
-  if (matrix.shape[0] > 1) {
-    view.strides[1] = static_cast<uint64_t>(matrix.stride[0]) * config::kElementBytes;
-  }
-  return view;
-}
-
 }  // namespace
 
 config::Major major_of(const fm_tensor& weight) {
@@ -126,15 +116,6 @@ kernel::ForwardParams common_params(const ForwardArguments& arguments,
   params.launch_id = arguments.launch_id;
   params.may_run_beside = arguments.max_sms > 0;
   return params;
-}
-
-void set_logits(kernel::ForwardParams& params, const fm_forward_args& operands,
-                config::Element element) {
-  if (!params.has_logit_maps()) return;
-  params.logit_tokens =
-      encode(matrix_view(operands.x, static_cast<uint32_t>(plan::kTileTokens)), element, "x");
-  params.logit_weights =
-      encode(matrix_view(operands.w_router, config::kLogitBoxExperts), element, "w_router");
 }
 
 }  // namespace flashmoe::cuda::launch

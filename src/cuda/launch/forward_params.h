@@ -26,8 +26,5 @@ T* region(const ForwardArguments& arguments, const config::ForwardTable& table,
 // All but sizes, the operands of products and the ranks.
 kernel::ForwardParams common_params(const ForwardArguments& arguments,
                                     const config::ForwardTable& table);
-// The logits' operands, when the sizes are there.
-void set_logits(kernel::ForwardParams& params, const fm_forward_args& operands,
-                config::Element element);
 
 }  // namespace flashmoe::cuda::launch

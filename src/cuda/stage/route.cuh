@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "cuda/stage/choose.cuh"
-#include "cuda/stage/logit_tiles.cuh"
+#include "cuda/stage/logits.cuh"
 
 namespace flashmoe::cuda::stage {
 

@@ -108,12 +108,6 @@ class StageReader {
     const uint32_t lane = threadIdx.x % 32;
     if (lane < kReleases) ptx::mbarrier_arrive_cluster_default(&barriers_.empty[slot], lane);
   }
-  // The same of a stage that no other CTA copies into.
-  FM_DEVICE void release_own(int slot) {
-    if (threadIdx.x % 32 != 0) return;
-    ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
-                         &barriers_.empty[slot]);
-  }
 
  private:
   static constexpr uint32_t kReleases = 2;  // CTAs of the pair
