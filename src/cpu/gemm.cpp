@@ -14,24 +14,45 @@
 namespace flashmoe::cpu {
 namespace {
 
-// Longest run of products that fp32 sums up in a row. oneDNN adds along all of k in order; in
-// pieces the error is that of MKL's blocked sums, for 1 to 4 % of the time (docs/perf-notes.md).
+// Longest run of products that are summed up in a row. oneDNN and Eigen add along all of k in
+// order; in pieces the error is that of MKL's blocked sums, for 1 to 4 % of the time
+// (docs/perf-notes.md). An expert's single row, padded to kFewRows, is held against MKL's product
+// of a vector, whose sums are of many more parts.
 constexpr int64_t kSumDepth = 128;
+constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRowsSumDepth = 16;
+
+// Calls multiply(depth, piece of a, piece of b, accumulate) for k in pieces.
+template <class T, class Multiply>
+void in_pieces(int64_t m, int64_t k, MatrixView<T> a, MatrixView<T> b, bool accumulate,
+               const Multiply& multiply) {
+  const int64_t most = m <= kFewRows ? kFewRowsSumDepth : kSumDepth;
+  const int64_t depth = plan::align_up(plan::ceil_div(k, plan::ceil_div(k, most)), 16);
+  for (int64_t k0 = 0; k0 < k; k0 += depth) {
+    multiply(std::min(depth, k - k0), a.at(0, k0), b.at(k0, 0), accumulate || k0 > 0);
+  }
+}
 
 // fp32 products by the best library of the build.
 void gemm_f32(int64_t m, int64_t n, int64_t k, MatrixView<float> a, MatrixView<float> b, float* c,
               int64_t ldc, bool accumulate) {
+  in_pieces(m, k, a, b, accumulate,
+            [&](int64_t depth, MatrixView<float> left, MatrixView<float> right, bool adds) {
 #if FLASHMOE_ONEDNN
-  const int64_t depth = plan::align_up(plan::ceil_div(k, plan::ceil_div(k, kSumDepth)), 16);
-  for (int64_t k0 = 0; k0 < k; k0 += depth) {
-    const auto left = a.at(0, k0), right = b.at(k0, 0);
-    gemm_onednn(DnnType::kF32, m, n, std::min(depth, k - k0),
-                {left.data, left.row_stride, left.col_stride},
-                {right.data, right.row_stride, right.col_stride}, c, ldc, accumulate || k0 > 0);
-  }
+              gemm_onednn(DnnType::kF32, m, n, depth, {left.data, left.row_stride, left.col_stride},
+                          {right.data, right.row_stride, right.col_stride}, c, ldc, adds);
 #else
-  gemm_eigen<float>(m, n, k, a, b, c, ldc, accumulate);
+              gemm_eigen<float>(m, n, depth, left, right, c, ldc, adds);
 #endif
+            });
+}
+
+void gemm_f64(int64_t m, int64_t n, int64_t k, MatrixView<double> a, MatrixView<double> b,
+              double* c, int64_t ldc, bool accumulate) {
+  in_pieces(m, k, a, b, accumulate,
+            [&](int64_t depth, MatrixView<double> left, MatrixView<double> right, bool adds) {
+              gemm_eigen<double>(m, n, depth, left, right, c, ldc, adds);
+            });
 }
 
 // 16-bit operands widened to fp32 piece by piece along k, in a fixed order.
@@ -66,7 +87,7 @@ void gemm(int64_t m, int64_t n, int64_t k, MatrixView<T> a, MatrixView<T> b, Acc
     return;
   }
   if constexpr (std::is_same_v<T, double>) {
-    gemm_eigen<double>(m, n, k, a, b, c, ldc, accumulate);
+    gemm_f64(m, n, k, a, b, c, ldc, accumulate);
   } else if constexpr (std::is_same_v<T, float>) {
     gemm_f32(m, n, k, a, b, c, ldc, accumulate);
   } else {
