@@ -242,8 +242,8 @@ TEST(EmulatedSizes, WithMoreTokensThanTeamsThatChooseAreWithinTheYardstick) {
 
 // Units of more stages than the ring of weights has, by depth or by experts; odd numbers of chunks.
 // Every launch has another order of threads and copies.
-TEST(EmulatedSizes, OfFewTokensWithLongUnitsAreWithinTheYardstick) {
-  for (int launch = 0; launch < (emulator::kSeesRaces ? 1 : 10); ++launch) {
+TEST(SlowEmulatedFewTokens, WithLongUnitsAreWithinTheYardstick) {
+  for (int launch = 0; launch < 10; ++launch) {
     expect_within_yardstick({2, 4160, 64, 2, false, 1});
     expect_within_yardstick({3, 64, 832, 40, false, 32});
   }
