@@ -47,7 +47,7 @@ inline constexpr int32_t kGradWeightBytes = kWeightRows / kBoxColumns * kGradBox
 inline constexpr int32_t kGradStageBytes = kGradWeightBytes + kMaxColumnBoxes * kGradBoxBytes;
 inline constexpr int32_t kGradStages = 7;
 // Steps that one warpgroup is ahead of the other: what hides a part of either's epilogue.
-inline constexpr int32_t kGradLead = 4;
+inline constexpr int32_t kGradLead = 1;
 
 // Of a math warpgroup: chunks of the hidden gradients, or the other tiles' staging.
 inline constexpr int32_t kHiddenRows = 16;  // of a chunk, by 64 columns

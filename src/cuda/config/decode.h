@@ -31,6 +31,7 @@ struct Decode {
   static constexpr int32_t kBoxes = 2;
   static constexpr int32_t kStageBytes = kBoxes * kBoxBytes;
   static constexpr int32_t kStages = 22;
+  static constexpr int32_t kTicketSlots = 4;
 
   // One warp loads.
   static constexpr int32_t kMathWarps = kForwardWarps - 1;

@@ -248,10 +248,13 @@ struct BackwardJob {
         // Threads that store by themselves, or nothing, do not meet again before `current` is the
         // next tile.
         staging_.sync();
+        // The input gradients wait for nothing but that the rows of grad y have been read.
+        if (which == 0 && tile::Staging::is_storer()) {
+          ptx::add_after_reads_gpu(&params.counters.down_of_expert[tile.local_expert_idx], 1);
+        }
         tile::finish_weight_grad<Row>(
             sums, staging_, params.weight_grads[which], params.weight_grad_out[which],
             tile::grad_part(tile, staging_.warpgroup_idx()), weight_tile_idx);
-        if (which == 0) staging_.publish(&params.counters.down_of_expert[tile.local_expert_idx]);
       } else {
         store_rows(params, sums, tile, weight_tile_idx);
       }
@@ -272,13 +275,15 @@ struct BackwardJob {
                                          waiter);
       // The thread that writes `current` is the only one that may read it still.
       if (!tile::Staging::is_storer()) return;
-      staging_.publish(&counters.hidden_done[current.row_begin / config::kRowGroup]);
-      ptx::add_release_gpu(&counters.hidden_of_expert[current.local_expert_idx], 1);
-      ptx::add_release_gpu(counters.hidden_of_all, 1);
+      ptx::fence_gpu();
+      ptx::add_fenced_gpu(&counters.hidden_done[current.row_begin / config::kRowGroup], 1);
+      ptx::add_fenced_gpu(&counters.hidden_of_expert[current.local_expert_idx], 1);
+      ptx::add_fenced_gpu(counters.hidden_of_all, 1);
     }
     FM_DEVICE void store_rows(const Params& params, const float* sums, const tile::Tile& tile,
                               int32_t weight_tile_idx) {
       const bool is_z = product_of(tile) == BackwardProduct::kPreActivation;
+      staging_.acquire_all();  // a weight gradient's buffers have other sizes
       config::BiasView bias = params.forward.up_bias;
       if (!is_z) bias.data = nullptr;
       const tile::RowBias row_bias =

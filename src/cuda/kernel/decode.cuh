@@ -8,6 +8,7 @@
 //   down  a CTA takes 8 rows of all chosen experts at a time and makes y of all tokens from them:
 //         the sum over experts takes no other CTA
 //
+// Units are given out by tickets: memory serves some CTAs faster than others.
 // A unit's depth is divided among the warps stage by stage, whatever the number of CTAs, and their
 // sums are added in the order of the warps: the bits depend on the sizes alone.
 #pragma once
@@ -20,6 +21,7 @@
 #include "cuda/ptx/prefetch.cuh"
 #include "cuda/stage/decode_plan.cuh"
 #include "cuda/stage/exchange.cuh"
+#include "cuda/stage/few_logits.cuh"
 #include "cuda/sync/grid_barrier.cuh"
 #include "cuda/sync/ring.cuh"
 #include "cuda/tile/activation.cuh"
@@ -34,17 +36,22 @@ struct DecodeShared {
   // Of the warps' parts of a unit's sums; two, so that the warps meet once a unit.
   float parts[2][Decode::kMathWarps][Decode::kBoxes * Decode::kUpRows][Decode::kTokens];
   sync::RingBarriers<Decode::kStages> barriers;
+  sync::RingBarriers<Decode::kTicketSlots> ticket_barriers;
+  int32_t tickets[Decode::kTicketSlots];  // of units, from the load warp to the others
   stage::DecodePlan plan;
   bool has_scratch;
 };
 
-// How many units there are of either product, and stages of one.
+// How many units there are of either product, and stages of one. Ticket -> unit: those of the up
+// product, then those of the down product.
 struct DecodeWalk {
   int32_t units_of_expert;  // of the up product
   int32_t up_units;
   int32_t up_stages;
   int32_t down_units;
-  int32_t down_stages;  // of one expert's rows
+  int32_t boxes_of_expert;  // of a down unit's rows
+  int32_t down_boxes;       // of all chosen experts
+  int32_t down_stages;
   int32_t out_columns;  // of an up unit
 
   FM_DEVICE DecodeWalk(const DecodeParams& params, int32_t num_chosen) {
@@ -57,8 +64,11 @@ struct DecodeWalk {
     up_units = num_chosen * units_of_expert;
     up_stages = stages_of(sizes.hidden, Decode::kUpChunks);
     down_units = sizes.hidden / Decode::kDownRows;
-    down_stages = stages_of(sizes.intermediate, Decode::kBoxes * Decode::kDownChunks);
+    boxes_of_expert = stages_of(sizes.intermediate, Decode::kDownChunks);
+    down_boxes = num_chosen * boxes_of_expert;
+    down_stages = plan::ceil_div(down_boxes, Decode::kBoxes);
   }
+  FM_DEVICE int32_t num_tickets() const { return up_units + down_units; }
 };
 
 // The load warp's thread: stages in the order in which the units need them.
@@ -77,20 +87,47 @@ class DecodeLoad {
       stages_.advance();
     }
   }
-  // Rows [row, ...) of an expert; the last stage may have one box.
-  FM_DEVICE void load_down(int32_t expert_idx, int32_t row, int32_t num_chunks) {
-    for (int32_t chunk = 0; chunk < num_chunks; chunk += Decode::kBoxes * Decode::kDownChunks) {
-      const bool has_second = chunk + Decode::kDownChunks < num_chunks;
-      const int32_t first[4] = {0, row, chunk, expert_idx};
-      const int32_t second[4] = {0, row, chunk + Decode::kDownChunks, expert_idx};
+  // Rows [row, ...) of all chosen experts; the last stage may have one box.
+  FM_DEVICE void load_down(int32_t row, const DecodeWalk& walk) {
+    DownBox box(smem_.plan, row);
+    for (int32_t left = walk.down_boxes; left > 0; left -= Decode::kBoxes) {
+      const bool has_second = left > 1;
       if (!begin(has_second ? 2 : 1)) return;
-      copy(0, params_.down_weights, first);
-      if (has_second) copy(1, params_.down_weights, second);
+      copy(0, params_.down_weights, box.at);
+      box.advance(smem_.plan, walk);
+      if (has_second) {
+        copy(1, params_.down_weights, box.at);
+        box.advance(smem_.plan, walk);
+      }
       stages_.advance();
     }
   }
+  // Tells the other warps of the CTA.
+  FM_DEVICE void send(int32_t ticket) {
+    waiter_.wait(&smem_.ticket_barriers.empty[tickets_.slot()], tickets_.parity() ^ 1,
+                 sync::WaitTag::kTileEmpty);
+    smem_.tickets[tickets_.slot()] = ticket;
+    ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
+                         &smem_.ticket_barriers.full[tickets_.slot()]);
+    tickets_.advance();
+  }
 
  private:
+  // Coordinates of a box of the down product: one chosen expert after the other.
+  struct DownBox {
+    int32_t at[4];
+    int32_t chosen_idx = 0;
+
+    FM_DEVICE DownBox(const stage::DecodePlan& plan, int32_t row)
+        : at{0, row, 0, plan.experts[0]} {}
+    FM_DEVICE void advance(const stage::DecodePlan& plan, const DecodeWalk& walk) {
+      at[2] += Decode::kDownChunks;
+      if (at[2] < walk.boxes_of_expert * Decode::kDownChunks) return;
+      at[2] = 0;
+      at[3] = plan.experts[min(++chosen_idx, plan.num_chosen - 1)];
+    }
+  };
+
   // False once a wait has run out of time: stages might still be read.
   FM_DEVICE bool begin(int32_t num_boxes) {
     stages_.acquire(waiter_);
@@ -107,6 +144,7 @@ class DecodeLoad {
   DecodeShared& smem_;
   sync::Waiter& waiter_;
   sync::StageWriter<Decode::kStages> stages_;
+  sync::RingCursor<Decode::kTicketSlots> tickets_;
 };
 
 FM_DEVICE void decode_load(const DecodeParams& params, DecodeShared& smem, const DecodeWalk& walk) {
@@ -114,16 +152,22 @@ FM_DEVICE void decode_load(const DecodeParams& params, DecodeShared& smem, const
   sync::Waiter waiter(params.forward.waits);
   DecodeLoad load(params, smem, waiter);
   const int32_t num_ctas = ptx::num_blocks();
-  for (int32_t unit = ptx::block_idx(); unit < walk.up_units; unit += num_ctas) {
-    load.load_up(smem.plan.experts[unit / walk.units_of_expert],
-                 unit % walk.units_of_expert * walk.out_columns, walk.up_stages);
-  }
-  const int32_t chunks = params.forward.sizes.intermediate / config::kDepthStep;
-  for (int32_t unit = ptx::block_idx(); unit < walk.down_units; unit += num_ctas) {
-    for (int32_t i = 0; i < smem.plan.num_chosen; ++i) {
-      load.load_down(smem.plan.experts[i], unit * Decode::kDownRows, chunks);
+  TicketCounter& counter = *params.forward.memory.tickets;
+  int32_t ticket = ptx::block_idx();
+  while (ticket < walk.num_tickets() && waiter.alive()) {
+    // It is there when the unit's loads have begun.
+    const int32_t next = num_ctas + static_cast<int32_t>(atomicAdd(&counter.next, 1u));
+    load.send(ticket);
+    if (ticket < walk.up_units) {
+      load.load_up(smem.plan.experts[ticket / walk.units_of_expert],
+                   ticket % walk.units_of_expert * walk.out_columns, walk.up_stages);
+    } else {
+      load.load_down((ticket - walk.up_units) * Decode::kDownRows, walk);
     }
+    ticket = next;
   }
+  load.send(walk.num_tickets());
+  finish_tickets(counter, num_ctas);
 }
 
 // 16-bit elements of one chunk of 64 k, as a lane has them: 16 bytes of the chunk's first half and
@@ -168,12 +212,31 @@ class DecodeMath {
         waiter_(params.forward.waits) {}
 
   FM_DEVICE void run() {
-    const int32_t num_ctas = ptx::num_blocks();
-    for (int32_t unit = ptx::block_idx(); unit < walk_.up_units; unit += num_ctas) make_up(unit);
-    meet_all();
-    for (int32_t unit = ptx::block_idx(); unit < walk_.down_units; unit += num_ctas) {
-      make_down(unit);
+    bool has_met = false;
+    int32_t ticket = take_ticket();
+    bool goes_on = all_have(ticket);
+    while (goes_on) {
+      const int32_t down_unit = ticket - walk_.up_units;
+      if (down_unit >= 0 && !has_met) {
+        meet_all();
+        has_met = true;
+      }
+      if (down_unit < 0) {
+        multiply_up(ticket);
+      } else {
+        multiply_down();
+      }
+      const int32_t next = take_ticket();
+      goes_on = all_have(next);  // and the unit's parts are there
+      if (down_unit < 0) {
+        store_hidden(ticket);
+      } else {
+        store_y(down_unit * Decode::kDownRows);
+      }
+      parts_idx_ ^= 1;
+      ticket = next;
     }
+    if (!has_met && all(waiter_.alive())) meet_all();
   }
 
  private:
@@ -183,6 +246,27 @@ class DecodeMath {
   FM_DEVICE static int32_t thread() { return ptx::thread_idx() - 32; }
   FM_DEVICE static int32_t warp() { return thread() / 32; }
   FM_DEVICE static void sync() { ptx::barrier_sync(kBarrier, Decode::kMathThreads); }
+  FM_DEVICE static bool all(bool vote) {
+    return ptx::barrier_sync_and(kBarrier, Decode::kMathThreads, vote);
+  }
+
+  FM_DEVICE int32_t take_ticket() {
+    auto& barriers = smem_.ticket_barriers;
+    waiter_.wait(&barriers.full[tickets_.slot()], tickets_.parity(), sync::WaitTag::kTileFull);
+    const int32_t ticket = smem_.tickets[tickets_.slot()];
+    __syncwarp();
+    if (ptx::lane_idx() == 0) {
+      ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
+                           &barriers.empty[tickets_.slot()]);
+    }
+    tickets_.advance();
+    return ticket;
+  }
+  // Whether there is such a unit; false in all warps once the time of one of them is over: they
+  // leave together.
+  FM_DEVICE bool all_have(int32_t ticket) {
+    return all(waiter_.alive() && ticket < walk_.num_tickets());
+  }
 
   FM_DEVICE void meet_all() {
     sync();
@@ -231,8 +315,8 @@ class DecodeMath {
     cursor_.skip(num_stages);
   }
 
-  // Hidden values of all tokens in out_columns columns of an expert.
-  FM_DEVICE void make_up(int32_t unit) {
+  // The warp's parts of the sums for out_columns columns of an expert.
+  FM_DEVICE void multiply_up(int32_t unit) {
     const int32_t chosen_idx = unit / walk_.units_of_expert;
     const uint8_t* row = row_of_x(chosen_idx);
     const int32_t num_chunks = params_.sizes.hidden / config::kDepthStep;
@@ -274,37 +358,55 @@ class DecodeMath {
       keep(box * Decode::kUpRows, sums[box][0], sums[box][1]);
       keep(box * Decode::kUpRows + 8, sums[box][2], sums[box][3]);
     }
-    sync();
-    store_hidden(chosen_idx, unit % walk_.units_of_expert * walk_.out_columns);
-    next_parts();
   }
 
-  // y of all tokens in kDownRows columns.
-  FM_DEVICE void make_down(int32_t unit) {
+  // A box of the down product: of which chosen expert, and its first chunk.
+  struct BoxPlace {
+    int32_t chosen_idx;
+    int32_t first_chunk;
+
+    FM_DEVICE BoxPlace(const DecodeWalk& walk, int32_t box)
+        : chosen_idx(box / walk.boxes_of_expert),
+          first_chunk((box - chosen_idx * walk.boxes_of_expert) * Decode::kDownChunks) {}
+  };
+
+  // The warp's parts of y of all tokens in kDownRows columns.
+  FM_DEVICE void multiply_down() {
     const int32_t num_chunks = params_.sizes.intermediate / config::kDepthStep;
     float totals[2] = {};
-    const auto multiply = [&](int32_t stage, const uint8_t* boxes, int32_t chosen_idx) {
-      const int32_t stage_of_expert = stage - chosen_idx * walk_.down_stages;
-      const int32_t first_chunk = stage_of_expert * Decode::kBoxes * Decode::kDownChunks;
-      const uint8_t* row = row_of_hidden(chosen_idx);
-      float sums[4] = {};
+    struct Tokens {
+      ChunkWords chunks[Decode::kBoxes][Decode::kDownChunks];
+    };
+    const auto read_tokens = [&](int32_t stage) {
+      Tokens tokens;
       FM_UNROLL
       for (int box = 0; box < Decode::kBoxes; ++box) {
-        multiply_down(sums, row, boxes + box * Decode::kBoxBytes,
-                      first_chunk + box * Decode::kDownChunks, num_chunks);
+        const int32_t box_idx = stage * Decode::kBoxes + box;
+        const BoxPlace at(walk_, min(box_idx, walk_.down_boxes - 1));
+        const uint8_t* row = row_of_hidden(at.chosen_idx);
+        FM_UNROLL
+        for (int i = 0; i < Decode::kDownChunks; ++i) {
+          const int32_t chunk = at.first_chunk + i;
+          tokens.chunks[box][i] = read_token(chunk < num_chunks ? row : nullptr, chunk);
+        }
       }
-      add_weighted(totals, chosen_idx, sums);
+      return tokens;
     };
-    for_each_stage(
-        smem_.plan.num_chosen * walk_.down_stages,
-        [&](int32_t stage) { return stage / walk_.down_stages; }, multiply);
+    const auto multiply = [&](int32_t stage, const uint8_t* boxes, const Tokens& tokens) {
+      FM_UNROLL
+      for (int box = 0; box < Decode::kBoxes; ++box) {
+        const int32_t box_idx = stage * Decode::kBoxes + box;
+        if (box_idx >= walk_.down_boxes) break;
+        float sums[4] = {};
+        multiply_box(sums, boxes + box * Decode::kBoxBytes, tokens.chunks[box]);
+        add_weighted(totals, BoxPlace(walk_, box_idx).chosen_idx, sums);
+      }
+    };
+    for_each_stage(walk_.down_stages, read_tokens, multiply);
     keep(0, totals[0], totals[1]);
-    sync();
-    store_y(unit * Decode::kDownRows);
-    next_parts();
   }
 
-  // A stage's sums, each with what its expert counts for the token.
+  // A box's sums, each with what its expert counts for the token.
   FM_DEVICE void add_weighted(float (&totals)[2], int32_t chosen_idx,
                               const float (&sums)[4]) const {
     FM_UNROLL
@@ -316,17 +418,11 @@ class DecodeMath {
     }
   }
 
-  // One box of 8 rows and the chunks from first_chunk on, those that exist.
-  FM_DEVICE static void multiply_down(float (&sums)[4], const uint8_t* row, const uint8_t* box,
-                                      int32_t first_chunk, int32_t num_chunks) {
-    ChunkWords tokens[Decode::kDownChunks];
+  // One box of 8 rows; chunks past the last are zeros.
+  FM_DEVICE static void multiply_box(float (&sums)[4], const uint8_t* box,
+                                     const ChunkWords (&tokens)[Decode::kDownChunks]) {
     FM_UNROLL
     for (int i = 0; i < Decode::kDownChunks; ++i) {
-      tokens[i] = read_token(first_chunk + i < num_chunks ? row : nullptr, first_chunk + i);
-    }
-    FM_UNROLL
-    for (int i = 0; i < Decode::kDownChunks; ++i) {
-      if (first_chunk + i >= num_chunks) break;
       const ChunkWords words = read_line(box, i * Decode::kDownRows + ptx::lane_idx() / 4);
       FM_UNROLL
       for (int step = 0; step < kChunkSteps; ++step) {
@@ -343,7 +439,6 @@ class DecodeMath {
                                                                                         second};
   }
   FM_DEVICE Parts& parts() { return smem_.parts[parts_idx_]; }
-  FM_DEVICE void next_parts() { parts_idx_ ^= 1; }
   FM_DEVICE float sum_of(int32_t row, int32_t token) {
     float sum = 0.0f;
     FM_UNROLL
@@ -360,7 +455,9 @@ class DecodeMath {
   }
 
   // A thread a token and two columns.
-  FM_DEVICE void store_hidden(int32_t chosen_idx, int32_t first_column) {
+  FM_DEVICE void store_hidden(int32_t unit) {
+    const int32_t chosen_idx = unit / walk_.units_of_expert;
+    const int32_t first_column = unit % walk_.units_of_expert * walk_.out_columns;
     const int32_t token = thread() % Decode::kTokens;
     const int32_t column = thread() / Decode::kTokens * 2;
     if (column >= walk_.out_columns || !smem_.plan.is_routed[chosen_idx][token]) return;
@@ -415,21 +512,22 @@ class DecodeMath {
   const DecodeWalk& walk_;
   sync::Waiter waiter_;
   sync::RingCursor<Decode::kStages> cursor_;
+  sync::RingCursor<Decode::kTicketSlots> tickets_;
   int32_t parts_idx_ = 0;
 };
 
 template <class Element>
 FM_DEVICE bool route_few(const ForwardParams& params, DecodeShared& smem) {
-  constexpr int32_t kArenaBytes = sizeof(smem.stages);
-  static_assert(stage::LogitsLayout<false>::kBytes <= kArenaBytes);
-  static_assert(stage::LogitsLayout<true>::kBytes <= kArenaBytes);
   static_assert(
       4 * Decode::kTokens *
           stage::TeamMemory<stage::kWarpLanes>::words(config::kMaxExperts, config::kMaxExperts) <=
-      kArenaBytes);
-  uint8_t* arena = smem.stages[0];
-  if (!compute_logits<Element>(params, arena)) return false;
-  stage::plan_few(params, arena, smem.plan);
+      static_cast<int32_t>(sizeof(smem.stages)));
+  if (params.router.weight != nullptr) {
+    stage::check_selection_bias(params);
+    stage::compute_few_logits<Element>(params);
+    if (!sync::meet_all(&params.memory.state->barrier, params.waits)) return false;
+  }
+  stage::plan_few(params, smem.stages[0], smem.plan);
   // The arena becomes stages, which the copy engine fills.
   ptx::fence_proxy_async(ptx::space_shared);
   __syncthreads();
@@ -444,6 +542,7 @@ __global__ void __launch_bounds__(config::kForwardThreads, 1)
   const ForwardParams& forward = params.forward;
   if (ptx::thread_idx() == 0) {
     smem.barriers.init(1);
+    smem.ticket_barriers.init(Decode::kMathWarps);
     ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
     ptx::prefetch_tensormap(&forward.up_weights[0]);
     ptx::prefetch_tensormap(&forward.up_weights[1]);

@@ -13,6 +13,9 @@ using GpuWord = ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_device>;
 FM_DEVICE uint32_t ld_acquire_gpu(uint32_t* word) {
   return GpuWord(*word).load(::cuda::memory_order_acquire);
 }
+FM_DEVICE uint32_t ld_relaxed_gpu(uint32_t* word) {
+  return GpuWord(*word).load(::cuda::memory_order_relaxed);
+}
 FM_DEVICE void add_release_gpu(uint32_t* word, uint32_t value) {
   GpuWord(*word).fetch_add(value, ::cuda::memory_order_release);
 }
@@ -21,6 +24,19 @@ FM_DEVICE uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t value) {
 }
 FM_DEVICE void st_release_gpu(uint32_t* word, uint32_t value) {
   GpuWord(*word).store(value, ::cuda::memory_order_release);
+}
+// For several words: fence_gpu() once, then an addition each, publish what the thread wrote before
+// the fence. A release each would wait for its stores each time.
+FM_DEVICE void fence_gpu() {
+  ::cuda::atomic_thread_fence(::cuda::memory_order_acq_rel, ::cuda::thread_scope_device);
+}
+FM_DEVICE void add_fenced_gpu(uint32_t* word, uint32_t value) {
+  GpuWord(*word).fetch_add(value, ::cuda::memory_order_relaxed);
+}
+// Says that memory may be written again which copies have read whose bytes the thread has waited
+// for. It publishes nothing that was written, and so waits for nothing.
+FM_DEVICE void add_after_reads_gpu(uint32_t* word, uint32_t value) {
+  GpuWord(*word).fetch_add(value, ::cuda::memory_order_relaxed);
 }
 // Of a word that others write meanwhile, or have written without telling.
 template <class Word>

@@ -63,10 +63,11 @@ FM_DEVICE void copy_operand_unit(const kernel::ForwardParams& params, const kern
   __syncwarp();
   if (ptx::lane_idx() != 0) return;
   const int32_t block = block_begin_of(experts, {kMaxRows, 1}, row);
-  ptx::add_release_gpu(&copy.of_block[block / config::kRowGroup], num_rows);
+  ptx::fence_gpu();
+  ptx::add_fenced_gpu(&copy.of_block[block / config::kRowGroup], num_rows);
   if (copy.of_expert != nullptr) {
     const int32_t e = experts.expert_of_row(row) % params.sizes.local_experts;
-    ptx::add_release_gpu(&copy.of_expert[e], num_rows);
+    ptx::add_fenced_gpu(&copy.of_expert[e], num_rows);
   }
 }
 

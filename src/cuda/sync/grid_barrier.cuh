@@ -8,7 +8,7 @@ namespace flashmoe::cuda::sync {
 
 // One thread of every CTA calls. The time of its wait may be over when it returns.
 FM_DEVICE void meet(GridBarrier* barrier, Waiter& waiter) {
-  const uint32_t generation = ptx::ld_acquire_gpu(&barrier->generation);
+  const uint32_t generation = ptx::ld_relaxed_gpu(&barrier->generation);
   if (ptx::add_acq_rel_gpu(&barrier->arrived, 1) == gridDim.x - 1) {
     barrier->arrived = 0;
     ptx::st_release_gpu(&barrier->generation, generation + 1);

@@ -24,9 +24,15 @@ class Staging {
   // Address of a buffer whose last store has been read out.
   template <int kBytes = config::kStoreBytes>
   FM_DEVICE uint32_t acquire() {
-    if (is_storer()) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<config::kStoreBuffers - 1>());
-    sync();
+    wait_for_reads<config::kStoreBuffers - 1>();
     return ptx::shared_address(buffers_ + buffer_idx_ * kBytes);
+  }
+
+  // Address of the first of all buffers, whose stores have been read out.
+  FM_DEVICE uint32_t acquire_all() {
+    wait_for_reads<0>();
+    buffer_idx_ = 0;
+    return ptx::shared_address(buffers_);
   }
 
   // Stores what the warpgroup has written: rows [row, row + num_rows) of `out`, 64 columns.
@@ -37,14 +43,22 @@ class Staging {
   // at: coordinates of the buffer's first element in `out`.
   template <int kBytes, int kDims>
   FM_DEVICE void store_at(const CUtensorMap& out, const int32_t (&at)[kDims]) {
+    show_to_copies();
+    if (is_storer()) start_store<kBytes>(out, at, buffer_idx_);
+    buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
+  }
+
+  // The copy engine may read what the warpgroup has written.
+  FM_DEVICE void show_to_copies() {
     ptx::fence_proxy_async(ptx::space_shared);
     sync();
-    if (is_storer()) {
-      ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at,
-                                buffers_ + buffer_idx_ * kBytes);
-      ptx::cp_async_bulk_commit_group();
-    }
-    buffer_idx_ = buffer_idx_ == config::kStoreBuffers - 1 ? 0 : buffer_idx_ + 1;
+  }
+  // Starts the copy of a buffer. The storer.
+  template <int kBytes, int kDims>
+  FM_DEVICE void start_store(const CUtensorMap& out, const int32_t (&at)[kDims], int buffer_idx) {
+    ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at,
+                              buffers_ + buffer_idx * kBytes);
+    ptx::cp_async_bulk_commit_group();
   }
 
   // Counts the tile at `done` when all that was stored is in global memory.
@@ -79,6 +93,13 @@ class Staging {
   FM_DEVICE void sync() { ptx::barrier_sync(barrier_idx_, config::kWarpgroup); }
 
  private:
+  // Returns when all stores but the last kLeft have been read out.
+  template <int kLeft>
+  FM_DEVICE void wait_for_reads() {
+    if (is_storer()) ptx::cp_async_bulk_wait_group_read(ptx::n32_t<kLeft>());
+    sync();
+  }
+
   static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads
 
   uint8_t* buffers_;

@@ -98,29 +98,45 @@ FM_DEVICE void multiply_grad(int32_t num_boxes, Operands&&... operands) {
   multiply_columns<Config, kBoxes * config::kBoxColumns>(operands...);
 }
 
-// By the copy engine, in chunks of 64 n by 64 m.
+// By the copy engine, in chunks of 64 n by 64 m: as many at once as there are buffers, then the
+// last.
 template <class Config>
 FM_DEVICE void store_weight_grad(const float* sums, Staging& staging, const CUtensorMap& out,
                                  const Tile& tile, int32_t weight_tile_idx) {
   constexpr config::GroupedProduct kConfig = Config::value;
-  constexpr int kChunks = kGradBoxesOfWarpgroup;
+  constexpr int kAtOnce = config::kStoreBuffers;
+  constexpr int kChunks = 2 * kGradBoxesOfWarpgroup;  // chunk n: halves of M run fastest
+  static_assert(kChunks == kAtOnce + 1);
   static_assert(config::kGradStoreColumns == config::kBoxColumns);
   const Results<Config, Identity> results{sums, RowBias{}, config::Activation{}, Identity{}};
-  const int32_t column = weight_tile_idx * config::kWeightRows;
-  FM_UNROLL
-  for (int chunk_idx = 0; chunk_idx < kChunks; ++chunk_idx) {
-    const int32_t first = chunk_idx * config::kGradStoreColumns;
-    if (first >= tile.num_rows) break;
+  const auto exists = [&](int chunk_idx) {
+    return chunk_idx / 2 * config::kGradStoreColumns < tile.num_rows;
+  };
+  const auto fill = [&](uint32_t buffer, int chunk_idx) {
+    fill_chunk<Config, config::kGradStoreColumns>(buffer, chunk_idx / 2, chunk_idx % 2, results);
+  };
+  const auto store = [&](int buffer_idx, int chunk_idx) {
+    const int32_t first = chunk_idx / 2 * config::kGradStoreColumns;
     const int32_t num_rows = min(config::kGradStoreColumns, tile.num_rows - first);
-    FM_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      fill_chunk<Config, config::kGradStoreColumns>(staging.acquire<config::kGradStoreBytes>(),
-                                                    chunk_idx, half, results);
-      const int32_t at[5] = {column + half * config::kHalfRows, kWindow - num_rows,
-                             tile.row_begin + first + num_rows, kWindow, tile.local_expert_idx};
-      staging.store_at<config::kGradStoreBytes>(out, at);
-    }
+    const int32_t at[5] = {
+        weight_tile_idx * config::kWeightRows + chunk_idx % 2 * config::kHalfRows,
+        kWindow - num_rows, tile.row_begin + first + num_rows, kWindow, tile.local_expert_idx};
+    staging.start_store<config::kGradStoreBytes>(out, at, buffer_idx);
+  };
+  const uint32_t buffers = staging.acquire_all();
+  FM_UNROLL
+  for (int i = 0; i < kAtOnce; ++i) {
+    if (exists(i)) fill(buffers + i * config::kGradStoreBytes, i);
   }
+  staging.show_to_copies();
+  if (Staging::is_storer()) {
+#pragma unroll 1
+    for (int i = 0; i < kAtOnce && exists(i); ++i) store(i, i);
+  }
+  if (!exists(kAtOnce)) return;
+  fill(staging.acquire<config::kGradStoreBytes>(), kAtOnce);
+  staging.show_to_copies();
+  if (Staging::is_storer()) store(0, kAtOnce);
 }
 
 template <class T>

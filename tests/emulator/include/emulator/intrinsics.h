@@ -82,11 +82,21 @@ inline uint32_t __match_any_sync(uint32_t, int value) {
   for (uint32_t lane = 0; lane < 32; ++lane) same |= uint32_t{lanes[lane][0] == word} << lane;
   return same;
 }
-inline uint32_t __reduce_or_sync(uint32_t, uint32_t value) {
+template <class Reduce>
+uint32_t reduce_lanes(uint32_t value, const Reduce& reduce) {
   const auto* lanes = flashmoe::emulator::show(value);
-  uint32_t all = 0;
-  for (uint32_t lane = 0; lane < 32; ++lane) all |= lanes[lane][0];
+  uint32_t all = value;
+  for (uint32_t lane = 0; lane < 32; ++lane) all = reduce(all, lanes[lane][0]);
   return all;
+}
+inline uint32_t __reduce_or_sync(uint32_t, uint32_t value) {
+  return reduce_lanes(value, [](uint32_t a, uint32_t b) { return a | b; });
+}
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+  return reduce_lanes(value, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+}
+inline uint32_t __reduce_min_sync(uint32_t, uint32_t value) {
+  return reduce_lanes(value, [](uint32_t a, uint32_t b) { return a < b ? a : b; });
 }
 
 template <class T>

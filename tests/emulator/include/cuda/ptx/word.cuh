@@ -17,9 +17,19 @@ T ld_and_yield(T* word, std::memory_order order) {
 inline uint32_t ld_acquire_gpu(uint32_t* word) {
   return ld_and_yield(word, std::memory_order_acquire);
 }
+inline uint32_t ld_relaxed_gpu(uint32_t* word) {
+  return ld_and_yield(word, std::memory_order_relaxed);
+}
 inline void add_release_gpu(uint32_t* word, uint32_t value) {
   std::atomic_ref(*word).fetch_add(value, std::memory_order_release);
 }
+inline void fence_gpu() { emulator::fence(); }
+inline void add_fenced_gpu(uint32_t* word, uint32_t value) {
+  emulator::release_since_fence(word);
+  std::atomic_ref(*word).fetch_add(value, std::memory_order_relaxed);
+}
+// The copies whose bytes have arrived have been made.
+inline void add_after_reads_gpu(uint32_t* word, uint32_t value) { add_release_gpu(word, value); }
 inline uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t value) {
   return std::atomic_ref(*word).fetch_add(value, std::memory_order_acq_rel);
 }
