@@ -27,7 +27,7 @@ struct Decode {
   static_assert(kBoxBytes == kDownRows * kDownChunks * kLineBytes);
 
   // A stage is two boxes: of gate rows and of their up rows (ungated: of neighbouring rows) for the
-  // up product, of neighbouring k for the down product.
+  // up product; two that follow each other, of one chosen expert or of two, for the down product.
   static constexpr int32_t kBoxes = 2;
   static constexpr int32_t kStageBytes = kBoxes * kBoxBytes;
   static constexpr int32_t kStages = 22;

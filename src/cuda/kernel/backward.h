@@ -30,15 +30,16 @@ struct BackwardCounters {
   uint32_t* hidden_done;       // likewise CTAs' hidden-gradient tiles
   uint32_t* x_of_expert;       // [E] rows of tokens that are copied
   uint32_t* hidden_of_expert;  // [E] CTAs' hidden-gradient tiles that are stored
-  uint32_t* down_of_expert;    // [E] warpgroups' halves of tiles of grad w_down: rows read
-  uint32_t* hidden_of_all;     // [1] CTAs' hidden-gradient tiles of all experts
-  uint32_t* logits_done;       // [1] communication warps that have their gradients of logits
-  uint32_t* shares_taken;      // [1] runs of the router's share of grad x that are given out
-  uint32_t* shares_done;       // [1] and that are done
-  uint32_t* sums_taken;        // [1] runs of its weight's and bias's gradients, likewise
-  uint32_t* sums_done;         // [1] of those that read grad_logits
-  uint32_t* left;              // [1] CTAs that have done everything
-  uint32_t* first;             // all of them, one after the other, with ForwardMemory::down_done
+  uint32_t*
+      down_of_expert;  // [E] warpgroups' halves of tiles of grad w_down: only that rows are read
+  uint32_t* hidden_of_all;  // [1] CTAs' hidden-gradient tiles of all experts
+  uint32_t* logits_done;    // [1] communication warps that have their gradients of logits
+  uint32_t* shares_taken;   // [1] runs of the router's share of grad x that are given out
+  uint32_t* shares_done;    // [1] and that are done
+  uint32_t* sums_taken;     // [1] runs of its weight's and bias's gradients, likewise
+  uint32_t* sums_done;      // [1] of those that read grad_logits
+  uint32_t* left;           // [1] CTAs that have done everything
+  uint32_t* first;          // all of them, one after the other, with ForwardMemory::down_done
   int32_t count;
 };
 

@@ -35,9 +35,12 @@ FM_DEVICE int32_t take_ticket(TicketCounter& tickets, bool is_first, int32_t num
   return num_clusters + static_cast<int32_t>(atomicAdd(&tickets.next, 1u));
 }
 
-// Each of num_takers calls once, after its last ticket; the last one (true) leaves zeros.
+// Each of num_takers calls once, after its last ticket; the last one (true) leaves zeros and sees
+// what the others did before.
 FM_DEVICE bool finish_tickets(TicketCounter& tickets, int32_t num_takers) {
-  if (atomicAdd(&tickets.finished, 1u) + 1 != static_cast<uint32_t>(num_takers)) return false;
+  if (ptx::add_acq_rel_gpu(&tickets.finished, 1) + 1 != static_cast<uint32_t>(num_takers)) {
+    return false;
+  }
   ptx::st_relaxed_gpu(&tickets.next, 0u);
   ptx::st_relaxed_gpu(&tickets.finished, 0u);
   return true;

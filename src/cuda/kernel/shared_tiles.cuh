@@ -12,8 +12,8 @@
 // CTAs.
 //
 // Turns are as of other tiles: a warpgroup starts its products when the other has passed. Of a
-// shared tile the one whose turn it is leads, passes after a few steps and keeps the turn for the
-// next tile; the other one follows and passes at once. So one of them makes products while the
+// shared tile the one whose turn it is leads, passes after kGradLead steps and keeps the turn for
+// the next tile; the other one follows and passes at once. So one of them makes products while the
 // other stores results.
 #pragma once
 

@@ -14,8 +14,8 @@
 
 namespace flashmoe::cuda::tile {
 
-// One math warpgroup's staging buffers: kStoreBuffers of kBytes, which a tile chooses. Between
-// tiles of different kBytes there is a drain(). Whole warpgroup, converged.
+// One math warpgroup's staging buffers: kStoreBuffers of kBytes, which a tile chooses. A tile of
+// other kBytes than the one before begins with acquire_all(). Whole warpgroup, converged.
 class Staging {
  public:
   FM_DEVICE Staging(uint8_t* buffers, int warpgroup_idx)

@@ -1,9 +1,9 @@
 // The epilogue of dA' = dY W_down: reads Z, writes w A and dZ, and sums <A, dA'> of every row.
 //
 // Z comes chunk by chunk (16 rows by 64 columns of A: one or two boxes) into shared memory, dZ
-// takes its place there, and all goes out by the copy engine. Four sets of buffers: two chunks are
-// on their way in and one out while another is worked on. Each warp starts the copies of one set,
-// and no warp waits for the others but to store what all have put.
+// takes its place there, and all goes out by the copy engine. Four sets of buffers: one chunk is on
+// its way in, one waits until all warps have put theirs and one is on its way out while another is
+// worked on. Each warp starts the copies of one set.
 //
 // One body serves all chunks of a tile, which takes its sums out of the registers by a switch:
 // unrolled, it is more instructions than any instruction cache holds (docs/backward_pass.md).
@@ -252,7 +252,9 @@ class HiddenGrad {
  public:
   FM_DEVICE explicit HiddenGrad(HiddenGradMemory& memory) : memory_(memory) {}
 
-  // Loads the rows' weights and asks for the first chunks of a tile; before its products.
+  // Loads the rows' weights and asks for the first chunks of a tile; before its products. Nothing
+  // is read out of the chunks' memory any more: tiles of weights' gradients come later in the walk,
+  // and pre-activations are counted only when they are stored.
   FM_DEVICE void request(const kernel::BackwardParams& params, const HiddenPlace& place,
                          sync::Waiter& waiter) {
     for (int32_t row = thread_of_warpgroup(); row < place.num_rows(); row += config::kWarpgroup) {
@@ -284,7 +286,9 @@ class HiddenGrad {
         finish_chunks<Config, ZOrder::kPlain>(params, function, sums, place, waiter);
       }
     });
-    store_if_due(params, place, chunks_of(params, place), waiter);
+    const uint32_t num_chunks = chunks_of(params, place);
+    store_if_due(params, place, num_chunks, waiter);
+    store_if_due(params, place, num_chunks + 1, waiter);
     staging.sync();  // the dots are there, and nobody reads num_chunks
     write_parts(params, place);
     if (Staging::is_storer()) memory_.num_chunks = num_chunks_before() + chunks_of(params, place);
@@ -356,20 +360,20 @@ class HiddenGrad {
     }
   }
 
-  // Stores chunk c - 1, once all warps have put its gradients: the thread of its set.
+  // Stores chunk c - 2, whose gradients all warps have put meanwhile: the thread of its set.
   FM_DEVICE void store_if_due(const kernel::BackwardParams& params, const HiddenPlace& place,
                               uint32_t c, sync::Waiter& waiter) {
-    if (c == 0 || lane_of_warp() != 0) return;
-    const HiddenChunk chunk = chunk_at(params, place, c - 1);
+    if (c < 2 || lane_of_warp() != 0) return;
+    const HiddenChunk chunk = chunk_at(params, place, c - 2);
     if (chunk.set() != warp_idx()) return;
     waiter.wait(&memory_.filled[chunk.set()], chunk.parity(), sync::WaitTag::kStageFull);
     store(params, place, chunk);
   }
-  // Asks for chunk c + 2, whose set was stored from a chunk ago: likewise.
+  // Asks for chunk c + 1, whose set was stored from a chunk ago: likewise.
   FM_DEVICE void request_if_due(const kernel::BackwardParams& params, const HiddenPlace& place,
                                 uint32_t c) {
-    if (c < 2 || lane_of_warp() != 0 || c + 2 >= chunks_of(params, place)) return;
-    const HiddenChunk chunk = chunk_at(params, place, c + 2);
+    if (c < 3 || lane_of_warp() != 0 || c + 1 >= chunks_of(params, place)) return;
+    const HiddenChunk chunk = chunk_at(params, place, c + 1);
     if (chunk.set() != warp_idx()) return;
     ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
     request_z(params, place, chunk);

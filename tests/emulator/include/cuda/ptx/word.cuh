@@ -28,7 +28,7 @@ inline void add_fenced_gpu(uint32_t* word, uint32_t value) {
   emulator::release_since_fence(word);
   std::atomic_ref(*word).fetch_add(value, std::memory_order_relaxed);
 }
-// The copies whose bytes have arrived have been made.
+// Whoever writes next must come after the copies that have read: a release says so here.
 inline void add_after_reads_gpu(uint32_t* word, uint32_t value) { add_release_gpu(word, value); }
 inline uint32_t add_acq_rel_gpu(uint32_t* word, uint32_t value) {
   return std::atomic_ref(*word).fetch_add(value, std::memory_order_acq_rel);
