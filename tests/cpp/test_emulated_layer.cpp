@@ -240,6 +240,14 @@ TEST(EmulatedSizes, WithMoreTokensThanTeamsThatChooseAreWithinTheYardstick) {
   expect_within_yardstick({30, 64, 64, 1024, false, 1});
 }
 
+// Of the down product's weights three boxes an expert, so that a stage has those of two experts and
+// the last one of a unit may have one; of the router's sum, parts of no depth.
+TEST(EmulatedFewTokens, WithStagesOfTwoExpertsAreWithinTheYardstick) {
+  for (const int64_t tokens : {1, 2, 5}) {
+    expect_within_yardstick({tokens, 640, 704, 5, false, 3});
+  }
+}
+
 // Units of more stages than the ring of weights has, by depth or by experts; odd numbers of chunks.
 // Every launch has another order of threads and copies.
 TEST(SlowEmulatedFewTokens, WithLongUnitsAreWithinTheYardstick) {
