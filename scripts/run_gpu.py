@@ -10,7 +10,7 @@ Steps, in this order (--steps a,b,..): `values` (the case table and more sizes),
 (repeats, graphs, streams, failures), `products` (the grouped product alone), `backward` (every
 gradient of the case table and more sizes), `training` (autograd's ways through the layer, graphs of
 whole steps, a hundred of them), `programs` (the gradient check, the example and transformers'
-training on the GPU; not by default), `sanitize` (compute-sanitizer's four tools on a small case;
+training on the GPU; not by default), `sanitize` (compute-sanitizer's four tools on small cases;
 not by default), `bench` (records, a table and a roofline PNG), `backward_bench` (records of the
 backward, tables and a PNG of ratios). On a machine of several GPUs, and not by default: `ranks`
 (values, state and faults of two ranks), `ranks_backward` (the same of their backward), `ranks_more`
