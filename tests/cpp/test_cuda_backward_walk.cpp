@@ -20,7 +20,7 @@ using tile::BackwardProduct;
 using tile::Tile;
 
 constexpr int32_t kMaxRows = config::kBackwardBlockRows;
-constexpr int kProducts = 6;
+constexpr int kProducts = 7;
 
 // The table of the backward's blocks.
 struct Table : ExpertRows {
@@ -52,8 +52,9 @@ class Coverage {
     EXPECT_EQ(covered_of_[0], rows * walk_.pre_activation_pairs);
     EXPECT_EQ(covered_of_[1], rows * walk_.hidden_pairs);
     EXPECT_EQ(covered_of_[2], rows * walk_.input_pairs);
+    EXPECT_EQ(covered_of_[3], int64_t{walk_.share_tokens} * walk_.input_pairs);
     for (int which = 0; which < 3; ++which) {
-      EXPECT_EQ(covered_of_[static_cast<size_t>(3 + which)], of_weight(which));
+      EXPECT_EQ(covered_of_[static_cast<size_t>(4 + which)], of_weight(which));
     }
   }
 
@@ -74,7 +75,10 @@ class Coverage {
       ASSERT_EQ(done(BackwardProduct::kPreActivation, tile.row_begin), walk_.pre_activation_pairs);
     } else if (product == BackwardProduct::kInputGrad) {
       ASSERT_EQ(done(BackwardProduct::kHiddenGrad, tile.row_begin), walk_.hidden_pairs);
-      ASSERT_EQ(covered_of_[3], of_weight(0)) << "its rows replace grad y's";
+      ASSERT_EQ(covered_of_[4], of_weight(0)) << "its rows replace grad y's";
+    } else if (product == BackwardProduct::kRouterShare) {
+      ASSERT_EQ(covered_of_[1], hidden * walk_.hidden_pairs) << "slots' gradients are made of them";
+      ASSERT_EQ(covered_of_[2], hidden * walk_.input_pairs) << "with the weight on the input";
     } else if (tile::is_weight_grad(tile)) {
       ASSERT_EQ(covered_of_[1], hidden * walk_.hidden_pairs);
     }
@@ -117,6 +121,7 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
                                      from(0, 3),
                                      from(1, 4),
                                      from(1, 5),
+                                     from(0, 1) * from(1, 700),
                                      {down, up, {round % 2, up.n_columns}}});
     }
   }
@@ -124,7 +129,7 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
 
 TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
   const Table table(std::vector<int32_t>(5, 0));
-  const tile::BackwardWalk walk{table.view(), 5, kMaxRows, 2, 2, 2, {{1, 128}, {1, 64}, {0, 0}}};
+  const tile::BackwardWalk walk{table.view(), 5, kMaxRows, 2, 2, 2, 9, {{1, 128}, {1, 64}, {0, 0}}};
   expect_cover_and_order(table, walk);
   EXPECT_EQ(tile::product_of(walk.tile_at(0)), BackwardProduct::kDownGrad);
 }
@@ -189,7 +194,8 @@ config::BackwardTable table_of(int64_t rank_slots) {
                                  .rank_slots = rank_slots,
                                  .state_bytes = 24,
                                  .num_counters = 77,
-                                 .has_router = true});
+                                 .has_router = true,
+                                 .shares_by_tiles = true});
 }
 
 TEST(CudaBackward, RegionsOfTheScratchDoNotOverlap) {

@@ -164,7 +164,7 @@ void expect_product(const Sizes& s, std::mt19937& random) {
   SCOPED_TRACE(testing::Message() << s.tokens << " tokens, hidden " << s.hidden << ", "
                                   << s.num_experts << " experts");
   const Operands operands(s, kProduct, random);
-  const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, true, true);
+  const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, true, true, true);
   tile::RouterWalk<kProduct> walk{s.tokens, s.hidden, s.num_experts};
   if (kIsX) walk.run_rows = runs.x_run_rows();
   const int32_t segments = kIsX ? 1 : walk.num_segments();
@@ -221,18 +221,18 @@ TEST(CudaRouterWalk, AddsEveryProductOfGradWRouterOnce) {
 
 TEST(CudaRouterWalk, RunsOfManyUnitsAddEveryProductOfGradXOnce) {
   const auto& [tokens, hidden, num_experts] = kLongRuns;
-  ASSERT_EQ(tile::RouterRuns(tokens, hidden, num_experts, true, true).x_run_rows(),
+  ASSERT_EQ(tile::RouterRuns(tokens, hidden, num_experts, true, true, true).x_run_rows(),
             2 * tile::kRouterRows);
   std::mt19937 random(7);
   expect_product<RouterProduct::kGradX>(kLongRuns, random);
 }
 
-// Every run of a task is given out once, and those that wait for others come last.
+// Every run of a task is given out once, and words are added up once.
 TEST(CudaRouterWalk, RunsAreEverythingThatIsAskedFor) {
   for (const Sizes& s : kSizes) {
     for (const bool has_weight : {false, true}) {
       for (const bool has_bias : {false, true}) {
-        const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, has_weight, has_bias);
+        const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, has_weight, has_bias, true);
         const tile::RouterWalk<RouterProduct::kGradWeight> weight{s.tokens, s.hidden,
                                                                   s.num_experts};
         tile::RouterWalk<RouterProduct::kGradX> x{s.tokens, s.hidden, s.num_experts};
@@ -240,18 +240,22 @@ TEST(CudaRouterWalk, RunsAreEverythingThatIsAskedFor) {
         const int32_t of_weight = s.num_experts * s.hidden;
         int32_t word = has_weight ? 0 : of_weight;
         std::map<RouterTask, int32_t> next;
-        for (int32_t idx = 0; idx < runs.num_runs(); ++idx) {
+        for (int32_t idx = 0; idx < runs.num_sums(); ++idx) {
           const tile::RouterRun run = runs.run_at(idx);
           EXPECT_EQ(run.idx, next[run.task]++);
-          EXPECT_EQ(run.task == RouterTask::kReduce, idx >= runs.num_sums());
-          if (run.task != RouterTask::kReduce) continue;
-          EXPECT_EQ(runs.words_begin(run.idx), word);
-          word = runs.words_end(run.idx);
+        }
+        for (int32_t idx = 0; idx < runs.num_reductions(); ++idx) {
+          EXPECT_EQ(runs.words_begin(idx), word);
+          word = runs.words_end(idx);
         }
         const int32_t of_segment = plan::ceil_div(s.num_experts, tile::kRouterBiasExperts);
         EXPECT_EQ(next[RouterTask::kBias], has_bias ? weight.num_segments() * of_segment : 0);
         EXPECT_EQ(next[RouterTask::kGradWeight], has_weight ? weight.num_runs() : 0);
         EXPECT_EQ(runs.num_shares(), x.num_runs());
+        const tile::RouterRuns without(s.tokens, s.hidden, s.num_experts, has_weight, has_bias,
+                                       false);
+        EXPECT_EQ(without.num_shares(), 0) << "the share is tiles";
+        EXPECT_EQ(without.num_sums(), runs.num_sums());
         EXPECT_EQ(word, of_weight + (has_bias ? s.num_experts : 0));
       }
     }
@@ -259,11 +263,11 @@ TEST(CudaRouterWalk, RunsAreEverythingThatIsAskedFor) {
 }
 
 TEST(CudaRouterWalk, WithoutTokensThereAreOnlyZerosToWrite) {
-  const tile::RouterRuns runs(0, 64, 8, true, true);
+  const tile::RouterRuns runs(0, 64, 8, true, true, true);
   EXPECT_EQ(runs.num_shares(), 0);
   EXPECT_EQ(runs.num_sums(), 0);
-  EXPECT_EQ(runs.words_end(runs.num_runs() - 1), 8 * 64 + 8);
-  EXPECT_EQ(tile::RouterRuns().num_runs(), 0);
+  EXPECT_EQ(runs.words_end(runs.num_reductions() - 1), 8 * 64 + 8);
+  EXPECT_EQ(tile::RouterRuns().num_reductions(), 0);
 }
 
 // What a lane loads and stores at once is contiguous, on multiples of its size.

@@ -77,6 +77,14 @@ FM_HD constexpr Count router_padded(Count count) {
   return plan::align_up(count, Count{kRouterPadding});
 }
 
+// The router's share of grad x as tiles takes a gradient of a logit as two 16-bit parts: a token
+// has the first ones of all experts, rounded up to whole steps of depth, then the second ones.
+template <class Count>
+FM_HD constexpr Count router_depth(Count num_experts) {
+  return plan::align_up(num_experts, Count{kDepthStep});
+}
+inline constexpr int kLogitParts = 2;
+
 // Words of a range's sums: of the router's weight, then of its bias; a multiple of 16 bytes.
 FM_HD constexpr int64_t router_part_words(int64_t num_experts, int64_t hidden) {
   return num_experts * hidden + plan::align_up(num_experts, 4);
@@ -114,6 +122,7 @@ struct BackwardSizes {
   int32_t hidden_pairs;  // of I
   int32_t hidden_tiles;  // of 128 of I: parts of a slot's weight gradient
   int32_t max_rows;      // rows that scratch has
+  int32_t share_tokens;  // whose router's share of grad x is tiles; 0: made by warps, or not at all
   tile::WeightGrid weight_grads[3];
   bool gated;
   bool interleaved;      // gate column i of Z at 2 i, up column at 2 i + 1
@@ -137,6 +146,7 @@ enum class BackwardScratch : int {
   kSlotOwner,
   kParts,        // f32 [tiles of I][rows]: of <A, dA'>
   kGradLogits,   // f32 [T][E], both router_padded, fused router
+  kLogitParts,   // T [T][2][router_depth(E)]: grad logits, where the router's share is tiles
   kRouterParts,  // f32 [kRouterSegments][router_part_words], fused router
   kXRows,        // T [rows][H]: tokens in expert order
   kRows,         // T [rows][H]: grad y in expert order; then the input gradients
@@ -159,6 +169,7 @@ struct BackwardTableShape {
   int64_t state_bytes;
   int64_t num_counters;
   bool has_router;
+  bool shares_by_tiles;  // the router's share of grad x
 };
 
 FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
@@ -184,6 +195,9 @@ FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
   table.add(BackwardScratch::kParts, "weight parts", s.rows * parts * 4);
   table.add(BackwardScratch::kGradLogits, "grad logits",
             s.has_router ? router_padded(s.tokens) * router_padded(s.num_experts) * 4 : 0);
+  table.add(
+      BackwardScratch::kLogitParts, "logit parts",
+      s.shares_by_tiles ? s.tokens * kLogitParts * router_depth(s.num_experts) * kElementBytes : 0);
   table.add(BackwardScratch::kRouterParts, "router parts", router_words * 4);
   table.add(BackwardScratch::kXRows, "x rows", s.rows * s.hidden * kElementBytes);
   table.add(BackwardScratch::kRows, "rows", s.rows * s.hidden * kElementBytes);

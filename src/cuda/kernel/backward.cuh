@@ -7,10 +7,12 @@
 //   comm  (a warpgroup of each CTA)     sends grad y and tokens to the other ranks that need
 //                                       them, and copies what came into expert order ahead of the
 //                                       tiles; then gradients of slots and biases, when the hidden
-//                                       gradients are there
-//   both, then                          the router's share of grad x; the combine of the input
-//                                       gradients onto it; the gradients of the router. All by
-//                                       tickets, so that those who are free take them
+//                                       gradients are there; then the router's sums over tokens,
+//                                       until there is something to combine
+//   both, then                          the router's share of grad x, where it is not tiles; the
+//                                       combine of the input gradients onto it; the gradients of
+//                                       the router. All by tickets, so that those who are free take
+//                                       them
 //
 // Counters: kernel/backward.h. Every tile of a gradient has one owner, and every sum one order.
 #pragma once
@@ -90,7 +92,7 @@ FM_DEVICE void differentiate_routing(const BackwardParams& params, BackwardShare
     stage::sum_biases<Element>(params, table_of(params), worker_idx, num_comm_warps);
   }
   if (!is_alone) {
-    stage::take_slots(params, smem.extra.ranks, worker_idx, num_comm_warps, waiter);
+    stage::take_slots<Element>(params, smem.extra.ranks, worker_idx, num_comm_warps, waiter);
   }
 }
 
@@ -106,6 +108,7 @@ FM_DEVICE void finish_logits(const BackwardParams& params) {
   if (ptx::block_idx() == 0 && ptx::thread_idx() / 32 % config::kCommWarps == 0) {
     stage::clear_logit_padding(params);
   }
+  ptx::fence_proxy_async(ptx::space_global);  // their parts are read by the copy engine of any SM
   publish_count(params.counters.logits_done, 1);
 }
 
@@ -116,56 +119,90 @@ FM_DEVICE int32_t take_router_run(uint32_t* taken) {
   return __shfl_sync(stage::kAllLanes, idx, 0);
 }
 
-// Takes runs of those before num_runs, which read the gradients of the logits, until none is left
-// and all are done. Returns the first one behind that this warp took, or kNoRun if its time was
-// over. Whole warp.
-inline constexpr int32_t kNoRun = 0x7FFFFFFF;
-template <class Make>
-FM_DEVICE int32_t make_router_runs(const BackwardParams& params, uint32_t* taken, uint32_t* done,
-                                   int32_t num_runs, sync::Waiter& waiter, const Make& make) {
-  int32_t idx = take_router_run(taken);
-  if (idx < num_runs) {
-    waiter.wait_word(params.counters.logits_done, num_comm_warps(), sync::WaitTag::kLogitsDone);
-  }
-  if (!__all_sync(stage::kAllLanes, waiter.alive())) {
-    // The run that it took counts all the same: nobody waits for it.
-    if (idx < num_runs) publish_count(done, 1);
-    return kNoRun;
-  }
+// Waits for the gradients of all logits. Whole warp; false in all lanes if they did not come in
+// time.
+FM_DEVICE bool wait_for_logits(const BackwardParams& params, sync::Waiter& waiter) {
+  waiter.wait_word(params.counters.logits_done, num_comm_warps(), sync::WaitTag::kLogitsDone);
+  return __all_sync(stage::kAllLanes, waiter.alive());
+}
+
+// Takes runs, which read the gradients of the logits, until none is left or is_over() says so.
+// Whole warp.
+template <class IsOver, class Make>
+FM_DEVICE void make_router_runs(const BackwardParams& params, uint32_t* taken, uint32_t* done,
+                                int32_t num_runs, sync::Waiter& waiter, const IsOver& is_over,
+                                const Make& make) {
+  if (!wait_for_logits(params, waiter)) return;
   __builtin_assume(waiter.alive());  // no register holds it meanwhile
   uint32_t num_done = 0;
 #pragma unroll 1
-  for (; idx < num_runs; idx = take_router_run(taken)) {
+  while (!is_over()) {
+    const int32_t idx = take_router_run(taken);
+    if (idx >= num_runs) break;
     make(idx);
     ++num_done;
   }
   if (num_done > 0) publish_count(done, num_done);
-  waiter.wait_word(done, num_runs, sync::WaitTag::kRouterDone);
-  return __all_sync(stage::kAllLanes, waiter.alive()) ? idx : kNoRun;
 }
 
-// The router's share of grad x: before the combine, which adds to it. Whole warp.
+// How often BackwardCounters::shares_done is counted: CTAs' tiles, or runs.
+FM_DEVICE uint32_t num_shares(const BackwardParams& params) {
+  const int32_t tokens = params.sizes.share_tokens;
+  if (tokens == 0) return params.router_runs.num_shares();
+  const tile::TileGrid grid{config::kBackwardBlockRows, params.forward.sizes.down_pairs};
+  return grid.num_tiles(tokens) * config::kClusterSize;
+}
+
+// Makes runs of the router's share of grad x, where it is not tiles, and waits for all of it:
+// before the combine, which adds to it. Whole warp.
 template <class Config, config::RouterStages kStages>
 FM_DEVICE void share_router(const BackwardParams& params, sync::Waiter& waiter) {
   using Element = tile::ElementOf<Config::value.element>;
   if (params.routing.w_router == nullptr) return;
-  make_router_runs(params, params.counters.shares_taken, params.counters.shares_done,
-                   params.router_runs.num_shares(), waiter,
-                   [&](int32_t idx) { stage::make_router_share<Element, kStages>(params, idx); });
+  if (params.sizes.share_tokens == 0) {
+    make_router_runs(
+        params, params.counters.shares_taken, params.counters.shares_done,
+        params.router_runs.num_shares(), waiter, [] { return false; },
+        [&](int32_t idx) { stage::make_router_share<Element, kStages>(params, idx); });
+  }
+  waiter.wait_word(params.counters.shares_done, num_shares(params), sync::WaitTag::kRouterDone);
+}
+
+// Whether the combine may begin, or nothing more can be expected. The same in all lanes. Whole
+// warp.
+FM_DEVICE bool may_combine(const BackwardParams& params, const int32_t& num_blocks) {
+  const int32_t tiles = num_blocks * params.forward.sizes.down_pairs;
+  const uint32_t rows = ptx::ld_relaxed_gpu(params.forward.memory.down_done);
+  const uint32_t shares = ptx::ld_relaxed_gpu(params.counters.shares_done);
+  return __all_sync(stage::kAllLanes, rows == static_cast<uint32_t>(tiles * config::kClusterSize) &&
+                                          shares == num_shares(params));
+}
+
+// Makes runs of the sums over tokens that the gradients of the router's weight and bias are, until
+// is_over(). Whole warp.
+template <class Config, config::RouterStages kStages, class IsOver>
+FM_DEVICE void sum_router(const BackwardParams& params, sync::Waiter& waiter,
+                          const IsOver& is_over) {
+  using Element = tile::ElementOf<Config::value.element>;
+  if (params.router_runs.num_sums() == 0) return;
+  make_router_runs(params, params.counters.sums_taken, params.counters.sums_done,
+                   params.router_runs.num_sums(), waiter, is_over,
+                   [&](int32_t idx) { stage::make_router_sum<Element, kStages>(params, idx); });
 }
 
 // The gradients of the router's weight and bias, after the combine. Whole warp.
 template <class Config, config::RouterStages kStages>
 FM_DEVICE void finish_router(const BackwardParams& params, sync::Waiter& waiter) {
-  using Element = tile::ElementOf<Config::value.element>;
   const tile::RouterRuns& runs = params.router_runs;
-  if (runs.num_runs() == 0) return;
-  int32_t idx = make_router_runs(
-      params, params.counters.sums_taken, params.counters.sums_done, runs.num_sums(), waiter,
-      [&](int32_t at) { stage::make_router_sum<Element, kStages>(params, at); });
+  if (runs.num_reductions() == 0) return;
+  sum_router<Config, kStages>(params, waiter, [] { return false; });
+  waiter.wait_word(params.counters.sums_done, runs.num_sums(), sync::WaitTag::kRouterDone);
+  if (!__all_sync(stage::kAllLanes, waiter.alive())) return;
 #pragma unroll 1
-  for (; idx < runs.num_runs(); idx = take_router_run(params.counters.sums_taken)) {
-    stage::reduce_router(params, runs.run_at(idx).idx);
+  while (true) {
+    const int32_t idx = take_router_run(params.counters.reductions_taken);
+    if (idx >= runs.num_reductions()) return;
+    stage::reduce_router(params, idx);
   }
 }
 
@@ -198,6 +235,10 @@ FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config
   }
   differentiate_routing<Config>(params, smem, worker_idx, waiter);
   finish_logits(params);
+  if (params.sizes.share_tokens > 0) {
+    sum_router<Config, config::kCommRouterStages>(
+        params, waiter, [&] { return may_combine(params, smem.extra.num_blocks); });
+  }
   share_router<Config, config::kCommRouterStages>(params, waiter);
   combine_inputs<Config, 1, 4>(params, smem, waiter);
   finish_router<Config, config::kCommRouterStages>(params, waiter);

@@ -30,16 +30,16 @@ struct BackwardCounters {
   uint32_t* hidden_done;       // likewise CTAs' hidden-gradient tiles
   uint32_t* x_of_expert;       // [E] rows of tokens that are copied
   uint32_t* hidden_of_expert;  // [E] CTAs' hidden-gradient tiles that are stored
-  uint32_t*
-      down_of_expert;  // [E] warpgroups' halves of tiles of grad w_down: only that rows are read
-  uint32_t* hidden_of_all;  // [1] CTAs' hidden-gradient tiles of all experts
-  uint32_t* logits_done;    // [1] communication warps that have their gradients of logits
-  uint32_t* shares_taken;   // [1] runs of the router's share of grad x that are given out
-  uint32_t* shares_done;    // [1] and that are done
-  uint32_t* sums_taken;     // [1] runs of its weight's and bias's gradients, likewise
-  uint32_t* sums_done;      // [1] of those that read grad_logits
-  uint32_t* left;           // [1] CTAs that have done everything
-  uint32_t* first;          // all of them, one after the other, with ForwardMemory::down_done
+  uint32_t* down_of_expert;    // [E] warpgroups' halves of tiles of grad w_down that read all rows
+  uint32_t* hidden_of_all;     // [1] CTAs' hidden-gradient tiles of all experts
+  uint32_t* logits_done;       // [1] communication warps that have their gradients of logits
+  uint32_t* shares_taken;      // [1] runs of the router's share of grad x that are given out
+  uint32_t* shares_done;       // [1] and that are done, or CTAs' tiles of it
+  uint32_t* sums_taken;        // [1] runs of sums over tokens, likewise
+  uint32_t* sums_done;         // [1]
+  uint32_t* reductions_taken;  // [1] runs that add those up
+  uint32_t* left;              // [1] CTAs that have done everything
+  uint32_t* first;             // all of them, one after the other, with ForwardMemory::down_done
   int32_t count;
 };
 
@@ -90,7 +90,10 @@ struct BackwardParams {
   ForwardParams forward;
   CUtensorMap grad_y_tokens[config::kTokenMaps];
   CUtensorMap grad_z_tokens[config::kTokenMaps];
-  CUtensorMap up_weights[2];  // boxes of 64 x 64; one, or (separate) gate and up
+  CUtensorMap logit_parts[config::kTokenMaps];  // of the router's share as tiles, the next two too
+  CUtensorMap router_weights;                   // boxes of 64 x 64
+  CUtensorMap share_out;                        // grad x
+  CUtensorMap up_weights[2];                    // boxes of 64 x 64; one, or (separate) gate and up
   CUtensorMap down_weights;
   CUtensorMap pre_activation_out;
   CUtensorMap z_in[2];     // [makes_z]: boxes of 64 columns by 16 rows
@@ -113,6 +116,7 @@ struct BackwardParams {
   int64_t grad_y_stride;
   float* parts;         // [hidden_tiles][max_rows]
   float* grad_logits;   // [T, E], both rounded up (config::router_padded)
+  void* logit_rows;     // [T, 2, config::router_depth(E)]
   float* router_parts;  // [kRouterSegments][router_part_words]
   void* grad_z;         // [max_rows, G * I]
 };

@@ -88,6 +88,10 @@ struct BackwardDependency {
         set(1, &counters.down_of_expert[e],
             params.sizes.weight_grads[0].num_tiles() * config::kClusterSize * kWarpgroups);
         return;
+      case BackwardProduct::kRouterShare:
+        set(0, counters.logits_done, ptx::num_blocks() * config::kCommWarps);
+        set(1, counters.logits_done, ptx::num_blocks() * config::kCommWarps);
+        return;
       case BackwardProduct::kDownGrad:
         set(0, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
         set(1, &counters.hidden_of_expert[e], blocks() * ctas_of_hidden);
@@ -131,6 +135,7 @@ struct BackwardJob {
           pre_activation_pairs(params_),
           sizes.hidden_pairs,
           params_.forward.sizes.down_pairs,
+          sizes.share_tokens,
           {sizes.weight_grads[0], sizes.weight_grads[1], sizes.weight_grads[2]}};
       tile::Tile tile = walk.tile_at(ticket);
       if (params_.forward.sizes.source_groups > 1) {
@@ -213,14 +218,23 @@ struct BackwardJob {
   template <class... Operands>
   FM_DEVICE static void multiply(const Params& params, const tile::Tile& tile,
                                  Operands&&... operands) {
-    const BackwardProduct product = product_of(tile);
-    const bool depth_is_hidden = product != BackwardProduct::kInputGrad;
-    const bool hidden_major = product == BackwardProduct::kHiddenGrad ? params.down_is_hidden_major
-                                                                      : params.up_is_hidden_major;
-    if (depth_is_hidden == hidden_major) {
+    if (has_depth_major_weights(params, product_of(tile))) {
       tile::multiply_steps<Rows<config::Major::kDepth>>(tile.num_steps(), operands...);
     } else {
       tile::multiply_steps<Rows<config::Major::kColumns>>(tile.num_steps(), operands...);
+    }
+  }
+
+  FM_DEVICE static bool has_depth_major_weights(const Params& params, BackwardProduct product) {
+    switch (product) {
+      case BackwardProduct::kPreActivation:
+        return params.up_is_hidden_major;
+      case BackwardProduct::kHiddenGrad:
+        return params.down_is_hidden_major;
+      case BackwardProduct::kInputGrad:
+        return !params.up_is_hidden_major;
+      default:  // the router's rows run along the hidden dimension, M
+        return false;
     }
   }
 
@@ -282,18 +296,32 @@ struct BackwardJob {
     }
     FM_DEVICE void store_rows(const Params& params, const float* sums, const tile::Tile& tile,
                               int32_t weight_tile_idx) {
-      const bool is_z = product_of(tile) == BackwardProduct::kPreActivation;
+      const BackwardProduct product = product_of(tile);
       staging_.acquire_all();  // a weight gradient's buffers have other sizes
       config::BiasView bias = params.forward.up_bias;
-      if (!is_z) bias.data = nullptr;
+      if (product != BackwardProduct::kPreActivation) bias.data = nullptr;
       const tile::RowBias row_bias =
           tile::load_bias<Row>(bias, tile.local_expert_idx, weight_tile_idx);
-      const CUtensorMap& out = is_z ? params.pre_activation_out : params.forward.row_out;
+      const CUtensorMap& out = rows_of(params, product);
       tile::with_results<Row>(sums, params.forward.activation, row_bias, [&](const auto& results) {
         tile::store_tile<Row>(results, staging_, out, tile, weight_tile_idx);
       });
-      staging_.publish(is_z ? &params.counters.z_done[tile.row_begin / config::kRowGroup]
-                            : params.forward.memory.down_done);
+      staging_.publish(count_of(params, tile));
+    }
+    FM_DEVICE static const CUtensorMap& rows_of(const Params& params, BackwardProduct product) {
+      if (product == BackwardProduct::kPreActivation) return params.pre_activation_out;
+      if (product == BackwardProduct::kRouterShare) return params.share_out;
+      return params.forward.row_out;
+    }
+    FM_DEVICE static uint32_t* count_of(const Params& params, const tile::Tile& tile) {
+      switch (product_of(tile)) {
+        case BackwardProduct::kPreActivation:
+          return &params.counters.z_done[tile.row_begin / config::kRowGroup];
+        case BackwardProduct::kRouterShare:
+          return params.counters.shares_done;
+        default:
+          return params.forward.memory.down_done;
+      }
     }
 
     tile::Staging staging_;
@@ -310,6 +338,8 @@ struct BackwardJob {
         return sizes.hidden / config::kDepthStep;
       case BackwardProduct::kInputGrad:
         return params.sizes.up_columns / config::kDepthStep;
+      case BackwardProduct::kRouterShare:
+        return config::kLogitParts * config::router_depth(sizes.num_experts) / config::kDepthStep;
       default:
         return parts_of(params, tile).num_steps(config::kGradDepth);
     }

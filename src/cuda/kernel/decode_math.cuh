@@ -92,15 +92,15 @@ class DecodeMath {
 
   FM_DEVICE int32_t take_ticket() {
     auto& barriers = smem_.ticket_barriers;
-    waiter_.wait(&barriers.full[tickets_.slot()], tickets_.parity(), sync::WaitTag::kTileFull);
-    const int32_t ticket = smem_.tickets[tickets_.slot()];
-    __syncwarp();
+    int32_t ticket = 0;
     if (ptx::lane_idx() == 0) {
+      waiter_.wait(&barriers.full[tickets_.slot()], tickets_.parity(), sync::WaitTag::kTileFull);
+      ticket = smem_.tickets[tickets_.slot()];
       ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
                            &barriers.empty[tickets_.slot()]);
     }
     tickets_.advance();
-    return ticket;
+    return __shfl_sync(stage::kAllLanes, ticket, 0);
   }
   // Whether there is such a unit; false in all warps once the time of one of them is over: they
   // leave together.

@@ -246,6 +246,15 @@ FM_DEVICE void leave_without_roles(const ForwardParams& params) {
   }
 }
 
+// Logits of the fused router. False if a CTA did not come in time.
+template <class Element>
+FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena) {
+  if (params.router.weight == nullptr) return true;
+  stage::check_selection_bias(params);
+  stage::compute_logits<Element>(params, arena);
+  return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, params.waits);
+}
+
 // Routing and plan, by all threads of all CTAs. False if a CTA did not come in time.
 template <class Config>
 FM_DEVICE bool route_and_plan(const ForwardParams& params, ForwardShared<Config>& smem) {

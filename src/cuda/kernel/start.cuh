@@ -1,10 +1,7 @@
-// The start of a forward: whether the scratch is this launch's (sync/holder.h), and the router's
-// logits.
+// The start of a launch: whether the scratch is its own (sync/holder.h).
 #pragma once
 
 #include "cuda/kernel/forward.h"
-#include "cuda/stage/route.cuh"
-#include "cuda/sync/grid_barrier.cuh"
 #include "cuda/sync/holder.h"
 #include "cuda/sync/wait.cuh"
 
@@ -29,15 +26,6 @@ FM_DEVICE bool take_scratch(const ForwardParams& params, bool& has_scratch) {
   }
   __syncthreads();
   return has_scratch;
-}
-
-// Logits of the fused router. False if a CTA did not come in time.
-template <class Element>
-FM_DEVICE bool compute_logits(const ForwardParams& params, uint8_t* arena) {
-  if (params.router.weight == nullptr) return true;
-  stage::check_selection_bias(params);
-  stage::compute_logits<Element>(params, arena);
-  return !params.sizes.has_few_tiles || sync::meet_all(&params.memory.state->barrier, params.waits);
 }
 
 }  // namespace flashmoe::cuda::kernel

@@ -58,7 +58,23 @@ config::ForwardSizes forward_sizes(const fm_layer& layer, const Operands& operan
 }
 
 int64_t num_counters(const config::ForwardSizes& sizes) {
-  return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 7;
+  return int64_t{4} * sizes.row_groups + 3 * sizes.num_experts + sizes.column_blocks + 8;
+}
+
+// Elements from a row to the next one; where there is one row, its stride may be anything.
+int64_t row_stride_of(const fm_tensor& tensor) {
+  return tensor.shape[0] > 1 ? tensor.stride[0] : tensor.shape[1];
+}
+
+// Whether the router's share of grad x is tiles of the math warpgroups: a weight and a grad x that
+// the copy engine reaches, and gradients of logits that are sums of two elements (fp16 has not
+// their range). Else warps make it.
+bool shares_by_tiles(const fm_layer& layer, const Operands& operands) {
+  constexpr int64_t kMostStride = int64_t{1} << 32;
+  return element_of(layer) == config::Element::kBf16 && operands.w_router.dtype == FM_BF16 &&
+         present(operands.w_router) && operands.w_router.stride[1] == 1 &&
+         row_stride_of(operands.w_router) >= layer.hidden &&
+         row_stride_of(operands.grad_x) < kMostStride;
 }
 
 int64_t row_bytes_of(const fm_tensor& tensor) {
@@ -86,7 +102,8 @@ config::BackwardTable table_of(const fm_layer& layer, const Operands& operands,
        .rank_slots = rank_slots_of(layer, ranks),
        .state_bytes = sizeof(kernel::ForwardState),
        .num_counters = num_counters(forward_sizes(layer, operands, ranks)),
-       .has_router = present(operands.w_router)});
+       .has_router = present(operands.w_router),
+       .shares_by_tiles = shares_by_tiles(layer, operands)});
 }
 
 // A launch's parameters as they are filled in.
@@ -130,6 +147,7 @@ class Builder {
     sizes.hidden_tiles =
         static_cast<int32_t>(plan::ceil_div(layer_.intermediate, config::kWeightRows));
     sizes.max_rows = p_.forward.sizes.row_groups * config::kRowGroup;
+    sizes.share_tokens = shares_by_tiles(layer_, o_) ? p_.forward.sizes.tokens : 0;
     sizes.gated = layer_.gated != 0;
     sizes.interleaved = sizes.gated && layer_.gate_layout == FM_GATE_INTERLEAVED;
     sizes.separate = is_separate(layer_);
@@ -154,6 +172,7 @@ class Builder {
     memory.rows = region<void>(BackwardScratch::kRows);
     p_.parts = region<float>(BackwardScratch::kParts);
     p_.grad_logits = region<float>(BackwardScratch::kGradLogits);
+    p_.logit_rows = region<void>(BackwardScratch::kLogitParts);
     p_.router_parts = region<float>(BackwardScratch::kRouterParts);
     p_.grad_z = region<void>(BackwardScratch::kGradZ);
   }
@@ -181,6 +200,7 @@ class Builder {
     counters.shares_done = take(1);
     counters.sums_taken = take(1);
     counters.sums_done = take(1);
+    counters.reductions_taken = take(1);
     counters.left = take(1);
     const int64_t taken = next - counters.first;
     if (taken != counters.count) {
@@ -393,13 +413,34 @@ class Builder {
 
   void set_router(const kernel::RoutingGrads& routing) {
     const config::ForwardSizes& sizes = p_.forward.sizes;
-    p_.router_runs = tile::RouterRuns(sizes.tokens, sizes.hidden, sizes.num_experts,
-                                      routing.grad_w_router.data != nullptr,
-                                      routing.grad_router_bias.data != nullptr);
+    p_.router_runs = tile::RouterRuns(
+        sizes.tokens, sizes.hidden, sizes.num_experts, routing.grad_w_router.data != nullptr,
+        routing.grad_router_bias.data != nullptr, p_.sizes.share_tokens == 0);
+    if (p_.sizes.share_tokens > 0) set_share();
     p_.router_strides = {
         .grad_logits = static_cast<uint32_t>(config::router_padded(sizes.num_experts) * 4),
         .w_router = static_cast<uint32_t>(row_bytes_of(o_.w_router)),
         .x = static_cast<uint32_t>(row_bytes_of(o_.x))};
+  }
+
+  // The router's share of grad x as tiles.
+  void set_share() {
+    const int64_t tokens = p_.sizes.share_tokens;
+    const int64_t depth = config::kLogitParts * config::router_depth(layer_.num_experts);
+    for (int32_t steps = 1; steps <= config::kTokenMaps; ++steps) {
+      const uint32_t half = steps * tile::kTokenStep / config::kClusterSize;
+      p_.logit_parts[steps - 1] =
+          encode(rows_view(p_.logit_rows, tokens, depth, config::kDepthStep, half), element_,
+                 "logit parts");
+    }
+    TensorView weights = rows_view(o_.w_router.data, layer_.num_experts, row_stride_of(o_.w_router),
+                                   config::kBoxColumns, config::kDepthStep);
+    weights.sizes[0] = static_cast<uint64_t>(layer_.hidden);
+    p_.router_weights = encode(weights, element_, "w_router");
+    TensorView out = window_view(o_.grad_x.data, tokens, row_stride_of(o_.grad_x),
+                                 config::kBoxColumns, config::kStoreTokens);
+    out.sizes[0] = static_cast<uint64_t>(layer_.hidden);
+    p_.share_out = encode(out, element_, "grad x");
   }
 
   const BackwardArguments& a_;

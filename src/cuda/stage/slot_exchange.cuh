@@ -94,7 +94,7 @@ FM_DEVICE float returned_gradient(const kernel::ForwardParams& params, int32_t t
 }
 
 // Gradients of the slots of this rank's tokens, unit by unit as they come. Whole warp.
-template <class Index, class Count>
+template <class Element, class Index, class Count>
 FM_DEVICE void take_slots(const kernel::BackwardParams& params, const RankState& state,
                           const Index& worker_idx, const Count& num_workers, sync::Waiter& waiter) {
   if (!params.routing.any_slot()) return;
@@ -116,7 +116,7 @@ FM_DEVICE void take_slots(const kernel::BackwardParams& params, const RankState&
     const int32_t end = min((unit + 1) * unit_tokens, tokens);
 #pragma unroll 1
     for (int32_t token = unit * unit_tokens; token < end; ++token) {
-      finish_slots(params, token, returned_gradient(forward, token));
+      finish_slots<Element>(params, token, returned_gradient(forward, token));
     }
   }
 }

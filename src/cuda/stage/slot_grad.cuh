@@ -163,7 +163,28 @@ FM_DEVICE float slope_of_score(int32_t score, float logit, float raw, float grad
   }
 }
 
+// The token's gradients of logits as sums of two elements, which the tiles of the router's share
+// read; zeros behind the last expert. Whole warp.
+template <class Element>
+FM_DEVICE void split_logits(const kernel::BackwardParams& params, int32_t token,
+                            const float* grad_logits) {
+  const int32_t depth = config::router_depth(params.forward.sizes.num_experts);
+  const int32_t padded_experts = config::router_padded(params.forward.sizes.num_experts);
+  auto* parts = static_cast<uint32_t*>(params.logit_rows) +
+                int64_t{token} * config::kLogitParts * (depth / 2);
+  __syncwarp();
+  for (int32_t pair = ptx::lane_idx(); pair < depth / 2; pair += 32) {
+    float2 grad = {0.0f, 0.0f};
+    if (2 * pair < padded_experts) grad = reinterpret_cast<const float2*>(grad_logits)[pair];
+    const uint32_t high = Element::pack(grad.x, grad.y);
+    const float2 taken = Element::unpack(high);
+    parts[pair] = high;
+    parts[depth / 2 + pair] = Element::pack(grad.x - taken.x, grad.y - taken.y);
+  }
+}
+
 // grad_logits[token] from the gradient of the lane's slot weight. Whole warp.
+template <class Element>
 FM_DEVICE void differentiate_router(const kernel::BackwardParams& params, int32_t token,
                                     float grad_weight) {
   const auto& sizes = params.forward.sizes;
@@ -202,12 +223,14 @@ FM_DEVICE void differentiate_router(const kernel::BackwardParams& params, int32_
   }
   __syncwarp();
   if (id >= 0) grad_logits[id] += slope_of_score(router.score, logit, raw, grad_raw, dot);
+  if (params.sizes.share_tokens > 0) split_logits<Element>(params, token, grad_logits);
 }
 
 // What becomes of the gradient of the lane's slot of a token of this rank. Whole warp.
+template <class Element>
 FM_DEVICE void finish_slots(const kernel::BackwardParams& params, int32_t token, float gradient) {
   if (params.routing.w_router != nullptr) {
-    differentiate_router(params, token, gradient);
+    differentiate_router<Element>(params, token, gradient);
   } else if (ptx::lane_idx() < params.forward.sizes.top_k) {
     tile::write_real(params.routing.grad_topk_weights, token, ptx::lane_idx(), gradient);
   }
@@ -229,7 +252,7 @@ FM_DEVICE void differentiate_slots(const kernel::BackwardParams& params, int32_t
                                    int32_t num_workers) {
   if (!params.routing.any_slot()) return;
   for (int32_t token = worker_idx; token < params.forward.sizes.tokens; token += num_workers) {
-    finish_slots(params, token, slot_gradient<Element>(params, token));
+    finish_slots<Element>(params, token, slot_gradient<Element>(params, token));
   }
 }
 

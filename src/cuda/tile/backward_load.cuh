@@ -1,5 +1,6 @@
 // Copies of the backward's operands into stages. Products of rows (Z, dA', dX) read weights in
-// boxes of 64 x 64, either dimension contiguous, and rows in the forward's boxes; sums over rows
+// boxes of 64 x 64, either dimension contiguous, and rows in the forward's boxes, as the router's
+// share of grad x does, whose rows are tokens; sums over rows
 // (the weights' gradients) read 32 rows of either operand, in boxes of 64 columns.
 #pragma once
 
@@ -76,6 +77,10 @@ class BackwardWeightLoad {
  private:
   FM_DEVICE void load_weights(uint8_t* box, uint64_t* full, int32_t m, int32_t depth) const {
     const bool is_down = product_of(tile_) == BackwardProduct::kHiddenGrad;
+    if (product_of(tile_) == BackwardProduct::kRouterShare) {
+      load_router(box, full, m, depth);
+      return;
+    }
     // Of the weight's two dimensions, M runs along H in dX alone.
     const bool m_is_hidden = product_of(tile_) == BackwardProduct::kInputGrad;
     const bool hidden_major = is_down ? params_.down_is_hidden_major : params_.up_is_hidden_major;
@@ -90,6 +95,13 @@ class BackwardWeightLoad {
     const int32_t at[3] = {depth_first ? own_k : own_m, depth_first ? own_m : own_k,
                            tile_.local_expert_idx};
     ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, box, map, at, full);
+  }
+  // The same weights for both parts of the gradients of logits.
+  FM_DEVICE void load_router(uint8_t* box, uint64_t* full, int32_t m, int32_t depth) const {
+    const int32_t part_depth = config::router_depth(params_.forward.sizes.num_experts);
+    const int32_t at[2] = {m, depth < part_depth ? depth : depth - part_depth};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, box, &params_.router_weights,
+                              at, full);
   }
 
   const kernel::BackwardParams& params_;
@@ -146,6 +158,8 @@ class BackwardTokenLoad {
         return params.grad_y_tokens[tile.num_steps() - 1];
       case BackwardProduct::kInputGrad:
         return params.grad_z_tokens[tile.num_steps() - 1];
+      case BackwardProduct::kRouterShare:
+        return params.logit_parts[tile.num_steps() - 1];
       default:
         return params.grad_n[gradient_of(tile) > 0];
     }

@@ -1,12 +1,13 @@
 // Ticket -> task of the backward's math roles:
 //
 //   [pre-activation tiles] | hidden-gradient tiles | gradient of w_down | input-gradient tiles |
-//   gradients of w_gate and w_up
+//   [the router's share of grad x] | gradients of w_gate and w_up
 //
 // Pre-activations are computed again where the forward did not keep them. The input gradients
 // replace the rows of grad y, which the gradient of w_down is the last to read; the gradients of
-// w_up hide the combination of the input gradients. Every task depends only on smaller tickets and
-// on copies that wait for no ticket, so the walk never deadlocks.
+// w_up hide the combination of the input gradients, which adds them to the router's share. Every
+// task depends only on smaller tickets, on copies that wait for no ticket and on gradients of
+// logits that wait for smaller ones, so the walk never deadlocks.
 #pragma once
 
 #include "cuda/tile/walk.h"
@@ -19,6 +20,7 @@ enum class BackwardProduct : int8_t {
   kPreActivation,  // Z = X W_up^T + b_up
   kHiddenGrad,     // dA' = dY W_down, and from it w A, dZ and a part of the slot's weight gradient
   kInputGrad,      // dX = dZ W_up
+  kRouterShare,    // grad_logits W_router: rows are the tokens, of no expert
   kDownGrad,       // dW_down = dY^T (w A)
   kUpGrad,         // dW_up = dZ^T X, or the gate's where gate and up are two tensors
   kUpGrad2,        // then the up tensor's
@@ -132,6 +134,7 @@ struct BackwardWalk {
   int32_t pre_activation_pairs;  // 0: they were kept
   int32_t hidden_pairs;
   int32_t input_pairs;
+  int32_t share_tokens;        // whose router's share of grad x is tiles
   WeightGrid weight_grads[3];  // down, up (or gate), up
 
   // The tile of any ticket; an end tile from the last ticket on.
@@ -152,9 +155,18 @@ struct BackwardWalk {
       return row_tile(left, input_pairs, BackwardProduct::kInputGrad);
     }
     left -= blocks * input_pairs;
+    if (left < share_tiles()) {
+      Tile tile = TileGrid{max_rows, input_pairs}.tile_at(left, 0, 0, share_tokens);
+      tile.product = static_cast<int8_t>(BackwardProduct::kRouterShare);
+      return tile;
+    }
+    left -= share_tiles();
     if (left < tiles_of(1)) return weight_tile(left, 1);
     left -= tiles_of(1);
     return left < tiles_of(2) ? weight_tile(left, 2) : Tile{};
+  }
+  FM_HD constexpr int32_t share_tiles() const {
+    return TileGrid{max_rows, input_pairs}.num_tiles(share_tokens);
   }
 
  private:

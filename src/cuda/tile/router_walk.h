@@ -135,7 +135,6 @@ inline constexpr int32_t kRouterLeastRuns = 4096;   // of grad_x, where there ar
 enum class RouterTask {
   kBias,        // column sums of grad_logits: of 32 experts, then segments
   kGradWeight,  // RouterWalk
-  kReduce,      // words of the segments' sums: of the weight, then of the bias
 };
 
 struct RouterRun {
@@ -143,14 +142,14 @@ struct RouterRun {
   int32_t idx;  // of the task's
 };
 
-// All that is made of the gradients of the logits, as runs that warps take by tickets. The share of
-// grad x first, for which the combine waits; by other tickets, behind it, sums over tokens, then
-// the additions of their segments, which wait for all of those.
+// All that warps make of the gradients of the logits, as runs that they take by tickets of three
+// counters: the share of grad x, for which the combine waits; sums over tokens; then the additions
+// of words of their segments (of the weight, then of the bias), which wait for all of those.
 class RouterRuns {
  public:
   RouterRuns() = default;
   constexpr RouterRuns(int32_t tokens, int32_t hidden, int32_t num_experts, bool has_weight,
-                       bool has_bias) {
+                       bool has_bias, bool has_share) {
     RouterWalk<RouterProduct::kGradX> x{tokens, hidden, num_experts};
     const RouterWalk<RouterProduct::kGradWeight> weight{tokens, hidden, num_experts};
     x_depth_ = x.depth({});
@@ -160,7 +159,7 @@ class RouterRuns {
       units *= 2;
     }
     x.run_rows = x_run_rows_ = units * kRouterRows;
-    num_shares_ = x.num_runs();
+    num_shares_ = has_share ? x.num_runs() : 0;
     if (has_bias) {
       weight_begin_ = weight.num_segments() * plan::ceil_div(num_experts, kRouterBiasExperts);
     }
@@ -168,24 +167,22 @@ class RouterRuns {
     const int32_t of_weight = num_experts * hidden;
     words_begin_ = has_weight ? 0 : of_weight;
     words_end_ = of_weight + (has_bias ? num_experts : 0);
-    num_runs_ = num_sums_ + plan::ceil_div(words_end_ - words_begin_, kRouterReduceWords);
+    num_reductions_ = plan::ceil_div(words_end_ - words_begin_, kRouterReduceWords);
   }
 
   // Runs of grad x.
   FM_HD constexpr int32_t num_shares() const { return num_shares_; }
-  // Of the others, those that read grad_logits, and all.
   FM_HD constexpr int32_t num_sums() const { return num_sums_; }
-  FM_HD constexpr int32_t num_runs() const { return num_runs_; }
+  FM_HD constexpr int32_t num_reductions() const { return num_reductions_; }
 
-  // Of the others.
+  // Of the sums.
   FM_HD constexpr RouterRun run_at(int32_t idx) const {
     if (idx < weight_begin_) return {RouterTask::kBias, idx};
-    if (idx < num_sums_) return {RouterTask::kGradWeight, idx - weight_begin_};
-    return {RouterTask::kReduce, idx - num_sums_};
+    return {RouterTask::kGradWeight, idx - weight_begin_};
   }
   FM_HD constexpr int32_t x_run_rows() const { return x_run_rows_; }
   FM_HD constexpr const RouterDepth& x_depth() const { return x_depth_; }
-  // Words of a run that adds segments.
+  // Words of a reduction.
   FM_HD constexpr int32_t words_begin(int32_t idx) const {
     return words_begin_ + idx * kRouterReduceWords;
   }
@@ -195,9 +192,9 @@ class RouterRuns {
 
  private:
   int32_t num_shares_ = 0;
-  int32_t weight_begin_ = 0;  // where runs of a task begin
+  int32_t weight_begin_ = 0;  // where sums of the weight begin
   int32_t num_sums_ = 0;
-  int32_t num_runs_ = 0;
+  int32_t num_reductions_ = 0;
   int32_t x_run_rows_ = kRouterRows;
   RouterDepth x_depth_{};
   int32_t words_begin_ = 0;
