@@ -28,12 +28,25 @@ inline constexpr int kChunkGroups = config::kHiddenRows / kGroupRows;
 inline constexpr int kMathWarpsOfGroup = config::kWarpgroup / 32;
 static_assert(config::kHiddenSets == kMathWarpsOfGroup && kChunkGroups == 2);
 
-// Of one math warpgroup. Chunk n, counted over all its tiles, has set n % kHiddenSets.
+// Where the next copies of a set are from or to. A warp's first lane has it in shared memory:
+// coordinates made anew for every copy took it a third of a chunk's time.
+struct HiddenCopy {
+  int32_t row;
+  int32_t end;  // of the tile's rows
+  int32_t column;
+  int32_t z_column;  // of buffer 0
+};
+
+// Of one math warpgroup. Chunk n, counted over all its tiles, has set n % kHiddenSets, whose copies
+// warp n % kHiddenSets starts.
 struct HiddenGradMemory {
   HiddenChunks* chunks;
   uint64_t z_full[config::kHiddenSets];  // phase n: the set's n-th chunk of Z is there
   uint64_t filled[config::kHiddenSets];  // phase n: all warps have put its n-th gradients
-  uint32_t num_chunks;                   // of the tiles before
+  uint32_t num_before;                   // chunks of the tiles before
+  uint32_t num_chunks;                   // of the tile
+  int32_t num_halves;                    // of 64 columns that the tile has
+  HiddenCopy copies[config::kHiddenSets];
   alignas(8) float weights[config::kBackwardBlockRows];       // of the tile's rows
   float dots[kMathWarpsOfGroup][config::kBackwardBlockRows];  // sums over the warp's columns
 
@@ -42,7 +55,7 @@ struct HiddenGradMemory {
     for (uint64_t& barrier : z_full) ptx::mbarrier_init(&barrier, 1);
     for (uint64_t& barrier : filled) ptx::mbarrier_init(&barrier, kMathWarpsOfGroup);
     chunks = reinterpret_cast<HiddenChunks*>(staging);
-    num_chunks = 0;
+    num_before = 0;
   }
 };
 
@@ -263,14 +276,28 @@ class HiddenGrad {
                                  : params.forward.memory.row_weight[place.row_begin() + row];
     }
     if (lane_of_warp() != 0) return;
+    const int32_t num_halves = place.num_halves(params.forward.sizes.intermediate);
+    if (warp_idx() == 0) {
+      const int32_t row_chunks = (place.num_rows() + config::kHiddenRows - 1) / config::kHiddenRows;
+      memory_.num_halves = num_halves;
+      memory_.num_chunks = static_cast<uint32_t>(row_chunks * num_halves);
+    }
     if (makes_z(params)) {
       waiter.wait_rows(&params.counters.z_done[place.row_begin() / config::kRowGroup],
                        params.sizes.pre_activation_pairs * config::kClusterSize,
                        sync::WaitTag::kGradDone);
       ptx::fence_proxy_async(ptx::space_global);
     }
-    const uint32_t c = (warp_idx() - num_chunks_before()) % config::kHiddenSets;
-    if (c < chunks_of(params, place)) request_z(params, place, chunk_at(params, place, c));
+    const uint32_t c = (warp_idx() - num_before()) % config::kHiddenSets;
+    const HiddenChunk chunk(c, num_halves, num_before());
+    const int32_t column = place.column() + chunk.half * config::kHalfRows;
+    const int32_t end = place.row_begin() + place.num_rows();
+    own_copy().row =
+        num_halves == 0 ? end : place.row_begin() + chunk.row_chunk * config::kHiddenRows;
+    own_copy().end = end;
+    own_copy().column = column;
+    own_copy().z_column = z_column(params, column, 0);
+    request_z(params);
   }
 
   template <class Config>
@@ -279,19 +306,18 @@ class HiddenGrad {
     staging.sync();  // the weights are there
     with_slope(params.forward.activation, [&](const auto& function) {
       if (params.sizes.interleaved) {
-        finish_chunks<Config, ZOrder::kInterleaved>(params, function, sums, place, waiter);
+        finish_chunks<Config, ZOrder::kInterleaved>(params, function, sums, waiter);
       } else if (params.sizes.gated) {
-        finish_chunks<Config, ZOrder::kHalves>(params, function, sums, place, waiter);
+        finish_chunks<Config, ZOrder::kHalves>(params, function, sums, waiter);
       } else {
-        finish_chunks<Config, ZOrder::kPlain>(params, function, sums, place, waiter);
+        finish_chunks<Config, ZOrder::kPlain>(params, function, sums, waiter);
       }
     });
-    const uint32_t num_chunks = chunks_of(params, place);
-    store_if_due(params, place, num_chunks, waiter);
-    store_if_due(params, place, num_chunks + 1, waiter);
-    staging.sync();  // the dots are there, and nobody reads num_chunks
+    store_if_due(params, num_chunks(), waiter);
+    store_if_due(params, num_chunks() + 1, waiter);
+    staging.sync();  // the dots are there, and nobody reads num_before
     write_parts(params, place);
-    if (Staging::is_storer()) memory_.num_chunks = num_chunks_before() + chunks_of(params, place);
+    if (Staging::is_storer()) memory_.num_before = num_before() + num_chunks();
     staging.drain_all();
   }
 
@@ -301,49 +327,48 @@ class HiddenGrad {
   }
   FM_DEVICE static uint32_t warp_idx() { return thread_of_warpgroup() / 32; }
 
-  FM_DEVICE uint32_t num_chunks_before() const {
-    return *const_cast<const volatile uint32_t*>(&memory_.num_chunks);
+  // Read again wherever they are needed, as HiddenPlace.
+  FM_DEVICE const volatile HiddenGradMemory& words() const { return memory_; }
+  FM_DEVICE uint32_t num_before() const { return words().num_before; }
+  FM_DEVICE uint32_t num_chunks() const { return words().num_chunks; }
+  FM_DEVICE HiddenChunk chunk_at(uint32_t c) const { return {c, words().num_halves, num_before()}; }
+  FM_DEVICE volatile HiddenCopy& own_copy() {
+    return const_cast<volatile HiddenCopy&>(memory_.copies[warp_idx()]);
   }
-  FM_DEVICE static uint32_t chunks_of(const kernel::BackwardParams& params,
-                                      const HiddenPlace& place) {
-    const int32_t row_chunks = (place.num_rows() + config::kHiddenRows - 1) / config::kHiddenRows;
-    return row_chunks * place.num_halves(params.forward.sizes.intermediate);
-  }
-  FM_DEVICE HiddenChunk chunk_at(const kernel::BackwardParams& params, const HiddenPlace& place,
-                                 uint32_t c) const {
-    return {c, place.num_halves(params.forward.sizes.intermediate), num_chunks_before()};
+  // Columns from buffer 0 of a chunk to buffer 1.
+  FM_DEVICE static int32_t up_columns(const kernel::BackwardParams& params) {
+    return params.sizes.interleaved ? config::kHalfRows : params.forward.sizes.intermediate;
   }
 
-  // Starts the copy of a chunk of Z into its set, whose stores have been read. The set's thread.
-  FM_DEVICE void request_z(const kernel::BackwardParams& params, const HiddenPlace& place,
-                           const HiddenChunk& chunk) {
-    uint64_t* full = &memory_.z_full[chunk.set()];
-    const int num_buffers = params.sizes.gated ? 2 : 1;
-    const int32_t column = place.column() + chunk.half * config::kHalfRows;
-    const int32_t row = place.row_begin() + chunk.row_chunk * config::kHiddenRows;
+  // Starts the copies of Z into the warp's set, whose stores have been read. Its first lane.
+  FM_DEVICE void request_z(const kernel::BackwardParams& params) {
+    const int32_t row = own_copy().row;
+    if (row >= own_copy().end) return;
+    uint64_t* full = &memory_.z_full[warp_idx()];
+    auto& buffers = (*memory_.chunks)[warp_idx()];
+    const CUtensorMap& z = params.z_in[makes_z(params)];
+    const int32_t column = own_copy().z_column;
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full,
-                                   num_buffers * config::kHiddenBytes);
-#pragma unroll 1
-    for (int buffer = 0; buffer < num_buffers; ++buffer) {
-      const int32_t at[2] = {z_column(params, column, buffer), row};
-      ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global,
-                                (*memory_.chunks)[chunk.set()][buffer],
-                                &params.z_in[makes_z(params)], at, full);
-    }
+                                   (params.sizes.gated ? 2 : 1) * config::kHiddenBytes);
+    const int32_t at[2] = {column, row};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, buffers[0], &z, at, full);
+    if (!params.sizes.gated) return;
+    const int32_t up_at[2] = {column + up_columns(params), row};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, buffers[1], &z, up_at, full);
   }
 
   template <class Config, ZOrder kOrder, class Function>
   FM_DEVICE void finish_chunks(const kernel::BackwardParams& params, const Function& function,
-                               const float* sums, const HiddenPlace& place, sync::Waiter& waiter) {
+                               const float* sums, sync::Waiter& waiter) {
     constexpr config::GroupedProduct kConfig = Config::value;
     static_assert(kConfig.max_tokens % config::kHiddenRows == 0);
     constexpr int32_t kRowChunks = kConfig.max_tokens / config::kHiddenRows;
     using Element = ElementOf<kConfig.element>;
 #pragma unroll 1
-    for (uint32_t c = 0; c < chunks_of(params, place); ++c) {
-      store_if_due(params, place, c, waiter);
-      request_if_due(params, place, c);
-      const HiddenChunk chunk = chunk_at(params, place, c);
+    for (uint32_t c = 0; c < num_chunks(); ++c) {
+      store_if_due(params, c, waiter);
+      request_if_due(params, c);
+      const HiddenChunk chunk = chunk_at(c);
       float grads[kChunkGroups * kGroupSums];
       take_sums<2 * kRowChunks>(sums, chunk.half * kRowChunks + chunk.row_chunk, grads);
       waiter.wait(&memory_.z_full[chunk.set()], chunk.parity(), sync::WaitTag::kStageFull);
@@ -360,43 +385,41 @@ class HiddenGrad {
     }
   }
 
-  // Stores chunk c - 2, whose gradients all warps have put meanwhile: the thread of its set.
-  FM_DEVICE void store_if_due(const kernel::BackwardParams& params, const HiddenPlace& place,
-                              uint32_t c, sync::Waiter& waiter) {
-    if (c < 2 || lane_of_warp() != 0) return;
-    const HiddenChunk chunk = chunk_at(params, place, c - 2);
-    if (chunk.set() != warp_idx()) return;
-    waiter.wait(&memory_.filled[chunk.set()], chunk.parity(), sync::WaitTag::kStageFull);
-    store(params, place, chunk);
+  // Whether the warp's set has chunk c of the tile, and the lane is its first.
+  FM_DEVICE bool is_own(uint32_t c) const {
+    return lane_of_warp() == 0 && (num_before() + c) % config::kHiddenSets == warp_idx();
   }
-  // Asks for chunk c + 1, whose set was stored from a chunk ago: likewise.
-  FM_DEVICE void request_if_due(const kernel::BackwardParams& params, const HiddenPlace& place,
-                                uint32_t c) {
-    if (c < 3 || lane_of_warp() != 0 || c + 1 >= chunks_of(params, place)) return;
-    const HiddenChunk chunk = chunk_at(params, place, c + 1);
-    if (chunk.set() != warp_idx()) return;
+  // Stores chunk c - 2, whose gradients all warps have put meanwhile.
+  FM_DEVICE void store_if_due(const kernel::BackwardParams& params, uint32_t c,
+                              sync::Waiter& waiter) {
+    if (c < 2 || !is_own(c - 2)) return;
+    waiter.wait(&memory_.filled[warp_idx()], (num_before() + c - 2) / config::kHiddenSets % 2,
+                sync::WaitTag::kStageFull);
+    store(params);
+  }
+  // Asks for chunk c + 1, whose set was stored from a chunk ago.
+  FM_DEVICE void request_if_due(const kernel::BackwardParams& params, uint32_t c) {
+    if (c < 3 || !is_own(c + 1)) return;
     ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
-    request_z(params, place, chunk);
+    request_z(params);
   }
 
-  FM_DEVICE void store(const kernel::BackwardParams& params, const HiddenPlace& place,
-                       const HiddenChunk& chunk) {
-    auto& buffers = (*memory_.chunks)[chunk.set()];
-    const int32_t first = chunk.row_chunk * config::kHiddenRows;
-    const int32_t num_rows = min(config::kHiddenRows, place.num_rows() - first);
-    const int32_t row = place.row_begin() + first;
-    const int32_t column = place.column() + chunk.half * config::kHalfRows;
-    const auto store_to = [&](const CUtensorMap& out, int32_t first_column, int buffer) {
-      const int32_t at[4] = {first_column, kWindow - num_rows, row + num_rows, kWindow};
+  // Stores the warp's set, which then is of the chunk kHiddenSets later. Its first lane.
+  FM_DEVICE void store(const kernel::BackwardParams& params) {
+    auto& buffers = (*memory_.chunks)[warp_idx()];
+    const int32_t row = own_copy().row;
+    const int32_t num_rows = min(config::kHiddenRows, own_copy().end - row);
+    const auto store_to = [&](const CUtensorMap& out, int32_t column, int buffer) {
+      const int32_t at[4] = {column, kWindow - num_rows, row + num_rows, kWindow};
       ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at, buffers[buffer]);
     };
-    const int num_buffers = params.sizes.gated ? 2 : 1;
-#pragma unroll 1
-    for (int buffer = 0; buffer < num_buffers; ++buffer) {
-      store_to(params.grad_z_out, z_column(params, column, buffer), buffer);
-    }
-    store_to(params.hidden_out, column, 2);
+    const int32_t column = own_copy().z_column;
+    store_to(params.grad_z_out, column, 0);
+    if (params.sizes.gated) store_to(params.grad_z_out, column + up_columns(params), 1);
+    store_to(params.hidden_out, own_copy().column, 2);
     ptx::cp_async_bulk_commit_group();
+    own_copy().row = row + config::kHiddenRows * (words().num_halves == 2 ? config::kHiddenSets / 2
+                                                                          : config::kHiddenSets);
   }
 
   // dot: as sum_of_columns() says. The second half of a row follows the first, in the same lane.
