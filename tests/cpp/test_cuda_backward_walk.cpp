@@ -20,7 +20,7 @@ using tile::BackwardProduct;
 using tile::Tile;
 
 constexpr int32_t kMaxRows = config::kBackwardBlockRows;
-constexpr int kProducts = 7;
+constexpr int kProducts = 8;
 
 // The table of the backward's blocks.
 struct Table : ExpertRows {
@@ -53,7 +53,7 @@ class Coverage {
     EXPECT_EQ(covered_of_[1], rows * walk_.hidden_pairs);
     EXPECT_EQ(covered_of_[2], rows * walk_.input_pairs);
     EXPECT_EQ(covered_of_[3], int64_t{walk_.share_tokens} * walk_.input_pairs);
-    for (int which = 0; which < 3; ++which) {
+    for (int which = 0; which < tile::kWeightGrads; ++which) {
       EXPECT_EQ(covered_of_[static_cast<size_t>(4 + which)], of_weight(which));
     }
   }
@@ -61,7 +61,8 @@ class Coverage {
  private:
   int64_t of_weight(int which) const {
     const tile::WeightGrid& grid = walk_.weight_grads[which];
-    return int64_t{grid.m_pairs} * grid.n_columns * walk_.local_experts;
+    const int32_t sums = which == tile::kRouterGradIdx ? walk_.logit_segments : walk_.local_experts;
+    return int64_t{grid.m_pairs} * grid.n_columns * sums;
   }
   int32_t done(BackwardProduct product, int32_t row_begin) const {
     const auto found = tiles_of_block_.find({static_cast<int>(product), row_begin});
@@ -122,14 +123,16 @@ TEST(CudaBackwardWalk, CoversEveryTileOnceAndInOrder) {
                                      from(1, 4),
                                      from(1, 5),
                                      from(0, 1) * from(1, 700),
-                                     {down, up, {round % 2, up.n_columns}}});
+                                     from(0, 8),
+                                     {down, up, {round % 2, up.n_columns}, {from(0, 3), 128}}});
     }
   }
 }
 
 TEST(CudaBackwardWalk, IdleExpertsHaveWeightGradients) {
   const Table table(std::vector<int32_t>(5, 0));
-  const tile::BackwardWalk walk{table.view(), 5, kMaxRows, 2, 2, 2, 9, {{1, 128}, {1, 64}, {0, 0}}};
+  const tile::BackwardWalk walk{
+      table.view(), 5, kMaxRows, 2, 2, 2, 9, 0, {{1, 128}, {1, 64}, {0, 0}, {0, 0}}};
   expect_cover_and_order(table, walk);
   EXPECT_EQ(tile::product_of(walk.tile_at(0)), BackwardProduct::kDownGrad);
 }
@@ -195,7 +198,7 @@ config::BackwardTable table_of(int64_t rank_slots) {
                                  .state_bytes = 24,
                                  .num_counters = 77,
                                  .has_router = true,
-                                 .shares_by_tiles = true});
+                                 .routes_by_tiles = true});
 }
 
 TEST(CudaBackward, RegionsOfTheScratchDoNotOverlap) {

@@ -164,7 +164,7 @@ void expect_product(const Sizes& s, std::mt19937& random) {
   SCOPED_TRACE(testing::Message() << s.tokens << " tokens, hidden " << s.hidden << ", "
                                   << s.num_experts << " experts");
   const Operands operands(s, kProduct, random);
-  const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, true, true, true);
+  const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, true, true, false);
   tile::RouterWalk<kProduct> walk{s.tokens, s.hidden, s.num_experts};
   if (kIsX) walk.run_rows = runs.x_run_rows();
   const int32_t segments = kIsX ? 1 : walk.num_segments();
@@ -221,7 +221,7 @@ TEST(CudaRouterWalk, AddsEveryProductOfGradWRouterOnce) {
 
 TEST(CudaRouterWalk, RunsOfManyUnitsAddEveryProductOfGradXOnce) {
   const auto& [tokens, hidden, num_experts] = kLongRuns;
-  ASSERT_EQ(tile::RouterRuns(tokens, hidden, num_experts, true, true, true).x_run_rows(),
+  ASSERT_EQ(tile::RouterRuns(tokens, hidden, num_experts, true, true, false).x_run_rows(),
             2 * tile::kRouterRows);
   std::mt19937 random(7);
   expect_product<RouterProduct::kGradX>(kLongRuns, random);
@@ -232,7 +232,7 @@ TEST(CudaRouterWalk, RunsAreEverythingThatIsAskedFor) {
   for (const Sizes& s : kSizes) {
     for (const bool has_weight : {false, true}) {
       for (const bool has_bias : {false, true}) {
-        const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, has_weight, has_bias, true);
+        const tile::RouterRuns runs(s.tokens, s.hidden, s.num_experts, has_weight, has_bias, false);
         const tile::RouterWalk<RouterProduct::kGradWeight> weight{s.tokens, s.hidden,
                                                                   s.num_experts};
         tile::RouterWalk<RouterProduct::kGradX> x{s.tokens, s.hidden, s.num_experts};
@@ -253,9 +253,10 @@ TEST(CudaRouterWalk, RunsAreEverythingThatIsAskedFor) {
         EXPECT_EQ(next[RouterTask::kGradWeight], has_weight ? weight.num_runs() : 0);
         EXPECT_EQ(runs.num_shares(), x.num_runs());
         const tile::RouterRuns without(s.tokens, s.hidden, s.num_experts, has_weight, has_bias,
-                                       false);
-        EXPECT_EQ(without.num_shares(), 0) << "the share is tiles";
-        EXPECT_EQ(without.num_sums(), runs.num_sums());
+                                       true);
+        EXPECT_EQ(without.num_shares(), 0) << "tiles";
+        EXPECT_EQ(without.num_sums(), next[RouterTask::kBias]) << "others are tiles";
+        EXPECT_EQ(without.num_reductions(), runs.num_reductions());
         EXPECT_EQ(word, of_weight + (has_bias ? s.num_experts : 0));
       }
     }
@@ -263,7 +264,7 @@ TEST(CudaRouterWalk, RunsAreEverythingThatIsAskedFor) {
 }
 
 TEST(CudaRouterWalk, WithoutTokensThereAreOnlyZerosToWrite) {
-  const tile::RouterRuns runs(0, 64, 8, true, true, true);
+  const tile::RouterRuns runs(0, 64, 8, true, true, false);
   EXPECT_EQ(runs.num_shares(), 0);
   EXPECT_EQ(runs.num_sums(), 0);
   EXPECT_EQ(runs.words_end(runs.num_reductions() - 1), 8 * 64 + 8);

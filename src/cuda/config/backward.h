@@ -85,9 +85,13 @@ FM_HD constexpr Count router_depth(Count num_experts) {
 }
 inline constexpr int kLogitParts = 2;
 
-// Words of a range's sums: of the router's weight, then of its bias; a multiple of 16 bytes.
+// Words of a range's sums: of the router's weight, as many experts as tiles have, then of its bias;
+// a multiple of 16 bytes.
+FM_HD constexpr int64_t router_bias_word(int64_t num_experts, int64_t hidden) {
+  return router_depth(num_experts) * hidden;
+}
 FM_HD constexpr int64_t router_part_words(int64_t num_experts, int64_t hidden) {
-  return num_experts * hidden + plan::align_up(num_experts, 4);
+  return router_bias_word(num_experts, hidden) + plan::align_up(num_experts, 4);
 }
 
 constexpr bool is_valid(const Backward& config) {
@@ -123,7 +127,8 @@ struct BackwardSizes {
   int32_t hidden_tiles;  // of 128 of I: parts of a slot's weight gradient
   int32_t max_rows;      // rows that scratch has
   int32_t share_tokens;  // whose router's share of grad x is tiles; 0: made by warps, or not at all
-  tile::WeightGrid weight_grads[3];
+  int32_t logit_segments;  // ranges of tokens whose sums for the router's weight are tiles; or 0
+  tile::WeightGrid weight_grads[tile::kWeightGrads];
   bool gated;
   bool interleaved;      // gate column i of Z at 2 i, up column at 2 i + 1
   bool separate;         // gate and up weights are two tensors
@@ -146,7 +151,7 @@ enum class BackwardScratch : int {
   kSlotOwner,
   kParts,        // f32 [tiles of I][rows]: of <A, dA'>
   kGradLogits,   // f32 [T][E], both router_padded, fused router
-  kLogitParts,   // T [T][2][router_depth(E)]: grad logits, where the router's share is tiles
+  kLogitParts,   // T [T][2][router_depth(E)]: grad logits, where the router's products are tiles
   kRouterParts,  // f32 [kRouterSegments][router_part_words], fused router
   kXRows,        // T [rows][H]: tokens in expert order
   kRows,         // T [rows][H]: grad y in expert order; then the input gradients
@@ -169,7 +174,7 @@ struct BackwardTableShape {
   int64_t state_bytes;
   int64_t num_counters;
   bool has_router;
-  bool shares_by_tiles;  // the router's share of grad x
+  bool routes_by_tiles;  // the router's share of grad x and its weight's gradient
 };
 
 FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
@@ -197,7 +202,7 @@ FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
             s.has_router ? router_padded(s.tokens) * router_padded(s.num_experts) * 4 : 0);
   table.add(
       BackwardScratch::kLogitParts, "logit parts",
-      s.shares_by_tiles ? s.tokens * kLogitParts * router_depth(s.num_experts) * kElementBytes : 0);
+      s.routes_by_tiles ? s.tokens * kLogitParts * router_depth(s.num_experts) * kElementBytes : 0);
   table.add(BackwardScratch::kRouterParts, "router parts", router_words * 4);
   table.add(BackwardScratch::kXRows, "x rows", s.rows * s.hidden * kElementBytes);
   table.add(BackwardScratch::kRows, "rows", s.rows * s.hidden * kElementBytes);

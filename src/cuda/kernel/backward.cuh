@@ -7,8 +7,7 @@
 //   comm  (a warpgroup of each CTA)     sends grad y and tokens to the other ranks that need
 //                                       them, and copies what came into expert order ahead of the
 //                                       tiles; then gradients of slots and biases, when the hidden
-//                                       gradients are there; then the router's sums over tokens,
-//                                       until there is something to combine
+//                                       gradients are there
 //   both, then                          the router's share of grad x, where it is not tiles; the
 //                                       combine of the input gradients onto it; the gradients of
 //                                       the router. All by tickets, so that those who are free take
@@ -126,17 +125,16 @@ FM_DEVICE bool wait_for_logits(const BackwardParams& params, sync::Waiter& waite
   return __all_sync(stage::kAllLanes, waiter.alive());
 }
 
-// Takes runs, which read the gradients of the logits, until none is left or is_over() says so.
-// Whole warp.
-template <class IsOver, class Make>
+// Takes runs, which read the gradients of the logits, until none is left. Whole warp.
+template <class Make>
 FM_DEVICE void make_router_runs(const BackwardParams& params, uint32_t* taken, uint32_t* done,
-                                int32_t num_runs, sync::Waiter& waiter, const IsOver& is_over,
-                                const Make& make) {
+                                int32_t num_runs, sync::Waiter& waiter, const Make& make) {
+  if (num_runs == 0) return;
   if (!wait_for_logits(params, waiter)) return;
   __builtin_assume(waiter.alive());  // no register holds it meanwhile
   uint32_t num_done = 0;
 #pragma unroll 1
-  while (!is_over()) {
+  while (true) {
     const int32_t idx = take_router_run(taken);
     if (idx >= num_runs) break;
     make(idx);
@@ -159,35 +157,27 @@ template <class Config, config::RouterStages kStages>
 FM_DEVICE void share_router(const BackwardParams& params, sync::Waiter& waiter) {
   using Element = tile::ElementOf<Config::value.element>;
   if (params.routing.w_router == nullptr) return;
-  if (params.sizes.share_tokens == 0) {
-    make_router_runs(
-        params, params.counters.shares_taken, params.counters.shares_done,
-        params.router_runs.num_shares(), waiter, [] { return false; },
-        [&](int32_t idx) { stage::make_router_share<Element, kStages>(params, idx); });
-  }
+  make_router_runs(params, params.counters.shares_taken, params.counters.shares_done,
+                   params.router_runs.num_shares(), waiter,
+                   [&](int32_t idx) { stage::make_router_share<Element, kStages>(params, idx); });
   waiter.wait_word(params.counters.shares_done, num_shares(params), sync::WaitTag::kRouterDone);
 }
 
-// Whether the combine may begin, or nothing more can be expected. The same in all lanes. Whole
+// Makes runs of the sums over tokens that the gradients of the router's weight and bias are. Whole
 // warp.
-FM_DEVICE bool may_combine(const BackwardParams& params, const int32_t& num_blocks) {
-  const int32_t tiles = num_blocks * params.forward.sizes.down_pairs;
-  const uint32_t rows = ptx::ld_relaxed_gpu(params.forward.memory.down_done);
-  const uint32_t shares = ptx::ld_relaxed_gpu(params.counters.shares_done);
-  return __all_sync(stage::kAllLanes, rows == static_cast<uint32_t>(tiles * config::kClusterSize) &&
-                                          shares == num_shares(params));
+template <class Config, config::RouterStages kStages>
+FM_DEVICE void sum_router(const BackwardParams& params, sync::Waiter& waiter) {
+  using Element = tile::ElementOf<Config::value.element>;
+  make_router_runs(params, params.counters.sums_taken, params.counters.sums_done,
+                   params.router_runs.num_sums(), waiter,
+                   [&](int32_t idx) { stage::make_router_sum<Element, kStages>(params, idx); });
 }
 
-// Makes runs of the sums over tokens that the gradients of the router's weight and bias are, until
-// is_over(). Whole warp.
-template <class Config, config::RouterStages kStages, class IsOver>
-FM_DEVICE void sum_router(const BackwardParams& params, sync::Waiter& waiter,
-                          const IsOver& is_over) {
-  using Element = tile::ElementOf<Config::value.element>;
-  if (params.router_runs.num_sums() == 0) return;
-  make_router_runs(params, params.counters.sums_taken, params.counters.sums_done,
-                   params.router_runs.num_sums(), waiter, is_over,
-                   [&](int32_t idx) { stage::make_router_sum<Element, kStages>(params, idx); });
+// How often BackwardCounters::sums_done is counted: runs, and warpgroups' halves of tiles.
+FM_DEVICE uint32_t num_sums(const BackwardParams& params) {
+  const int32_t tiles =
+      params.sizes.logit_segments * params.sizes.weight_grads[tile::kRouterGradIdx].num_tiles();
+  return params.router_runs.num_sums() + tiles * config::kClusterSize * kGradWarpgroups;
 }
 
 // The gradients of the router's weight and bias, after the combine. Whole warp.
@@ -195,8 +185,8 @@ template <class Config, config::RouterStages kStages>
 FM_DEVICE void finish_router(const BackwardParams& params, sync::Waiter& waiter) {
   const tile::RouterRuns& runs = params.router_runs;
   if (runs.num_reductions() == 0) return;
-  sum_router<Config, kStages>(params, waiter, [] { return false; });
-  waiter.wait_word(params.counters.sums_done, runs.num_sums(), sync::WaitTag::kRouterDone);
+  sum_router<Config, kStages>(params, waiter);
+  waiter.wait_word(params.counters.sums_done, num_sums(params), sync::WaitTag::kRouterDone);
   if (!__all_sync(stage::kAllLanes, waiter.alive())) return;
 #pragma unroll 1
   while (true) {
@@ -235,10 +225,8 @@ FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config
   }
   differentiate_routing<Config>(params, smem, worker_idx, waiter);
   finish_logits(params);
-  if (params.sizes.share_tokens > 0) {
-    sum_router<Config, config::kCommRouterStages>(
-        params, waiter, [&] { return may_combine(params, smem.extra.num_blocks); });
-  }
+  // What warps sum where the rest is tiles is little.
+  if (params.sizes.share_tokens > 0) sum_router<Config, config::kCommRouterStages>(params, waiter);
   share_router<Config, config::kCommRouterStages>(params, waiter);
   combine_inputs<Config, 1, 4>(params, smem, waiter);
   finish_router<Config, config::kCommRouterStages>(params, waiter);

@@ -36,7 +36,7 @@ struct BackwardCounters {
   uint32_t* shares_taken;      // [1] runs of the router's share of grad x that are given out
   uint32_t* shares_done;       // [1] and that are done, or CTAs' tiles of it
   uint32_t* sums_taken;        // [1] runs of sums over tokens, likewise
-  uint32_t* sums_done;         // [1]
+  uint32_t* sums_done;         // [1] and warpgroups' halves of tiles of them
   uint32_t* reductions_taken;  // [1] runs that add those up
   uint32_t* left;              // [1] CTAs that have done everything
   uint32_t* first;             // all of them, one after the other, with ForwardMemory::down_done
@@ -100,10 +100,13 @@ struct BackwardParams {
   CUtensorMap z_ahead[2];  // by a block's rows
   CUtensorMap grad_z_out;
   CUtensorMap hidden_out;
-  CUtensorMap grad_m[2];  // operands of the weight gradients (down, up): M side, N side
-  CUtensorMap grad_n[2];
-  CUtensorMap weight_grads[3];
-  WeightGradOut weight_grad_out[3];
+  CUtensorMap grad_m[3];  // operands of weight gradients (down, up, router): M side, N side
+  CUtensorMap grad_n[3];
+  CUtensorMap weight_grads[tile::kWeightGrads];
+  WeightGradOut weight_grad_out[tile::kWeightGrads];
+  // A tile::ExpertTable of the ranges of tokens that the router's weight is summed over: for the
+  // first parts of the gradients of logits, then for the second ones.
+  int32_t logit_ranges[tile::ExpertTable::num_words(config::kLogitParts * config::kRouterSegments)];
   bool up_is_hidden_major;  // w_up rows run along H
   bool down_is_hidden_major;
   config::BackwardSizes sizes;

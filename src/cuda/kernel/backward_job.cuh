@@ -61,6 +61,8 @@ struct BackwardShared {
   }
 };
 
+inline constexpr uint32_t kGradWarpgroups = 2;  // of a CTA, each with half of a weight's tile
+
 // What a tile's rows wait for: up to two counts.
 struct BackwardDependency {
   uint32_t* words[2];
@@ -86,9 +88,10 @@ struct BackwardDependency {
       case BackwardProduct::kInputGrad:
         set(0, &counters.hidden_done[group], ctas_of_hidden);
         set(1, &counters.down_of_expert[e],
-            params.sizes.weight_grads[0].num_tiles() * config::kClusterSize * kWarpgroups);
+            params.sizes.weight_grads[0].num_tiles() * config::kClusterSize * kGradWarpgroups);
         return;
       case BackwardProduct::kRouterShare:
+      case BackwardProduct::kRouterGrad:
         set(0, counters.logits_done, ptx::num_blocks() * config::kCommWarps);
         set(1, counters.logits_done, ptx::num_blocks() * config::kCommWarps);
         return;
@@ -103,7 +106,6 @@ struct BackwardDependency {
   }
 
  private:
-  static constexpr uint32_t kWarpgroups = 2;  // of a CTA, each with half of a weight's tile
   FM_DEVICE void set(int i, uint32_t* word, uint32_t count) {
     words[i] = word;
     expected[i] = count;
@@ -128,17 +130,19 @@ struct BackwardJob {
     FM_DEVICE Source(const Params& params, Shared&) : params_(params) {}
     FM_DEVICE tile::Tile tile_of(int32_t ticket) {
       const config::BackwardSizes& sizes = params_.sizes;
-      const tile::BackwardWalk walk{
-          table_of(params_),
-          params_.forward.sizes.local_experts,
-          config::kBackwardBlockRows,
-          pre_activation_pairs(params_),
-          sizes.hidden_pairs,
-          params_.forward.sizes.down_pairs,
-          sizes.share_tokens,
-          {sizes.weight_grads[0], sizes.weight_grads[1], sizes.weight_grads[2]}};
+      const tile::BackwardWalk walk{table_of(params_),
+                                    params_.forward.sizes.local_experts,
+                                    config::kBackwardBlockRows,
+                                    pre_activation_pairs(params_),
+                                    sizes.hidden_pairs,
+                                    params_.forward.sizes.down_pairs,
+                                    sizes.share_tokens,
+                                    sizes.logit_segments,
+                                    {sizes.weight_grads[0], sizes.weight_grads[1],
+                                     sizes.weight_grads[2], sizes.weight_grads[3]}};
       tile::Tile tile = walk.tile_at(ticket);
-      if (params_.forward.sizes.source_groups > 1) {
+      if (params_.forward.sizes.source_groups > 1 &&
+          product_of(tile) != BackwardProduct::kRouterGrad) {
         tile.local_expert_idx %= params_.forward.sizes.local_experts;
       }
       bool is_ready = true;
@@ -269,6 +273,7 @@ struct BackwardJob {
         tile::finish_weight_grad<Row>(
             sums, staging_, params.weight_grads[which], params.weight_grad_out[which],
             tile::grad_part(tile, staging_.warpgroup_idx()), weight_tile_idx);
+        if (which == tile::kRouterGradIdx) publish_sums(params);
       } else {
         store_rows(params, sums, tile, weight_tile_idx);
       }
@@ -293,6 +298,11 @@ struct BackwardJob {
       ptx::add_fenced_gpu(&counters.hidden_done[current.row_begin / config::kRowGroup], 1);
       ptx::add_fenced_gpu(&counters.hidden_of_expert[current.local_expert_idx], 1);
       ptx::add_fenced_gpu(counters.hidden_of_all, 1);
+    }
+    // What all threads have stored may be added up.
+    FM_DEVICE void publish_sums(const Params& params) {
+      staging_.sync();
+      if (tile::Staging::is_storer()) ptx::add_release_gpu(params.counters.sums_done, 1);
     }
     FM_DEVICE void store_rows(const Params& params, const float* sums, const tile::Tile& tile,
                               int32_t weight_tile_idx) {

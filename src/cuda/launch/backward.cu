@@ -66,15 +66,15 @@ int64_t row_stride_of(const fm_tensor& tensor) {
   return tensor.shape[0] > 1 ? tensor.stride[0] : tensor.shape[1];
 }
 
-// Whether the router's share of grad x is tiles of the math warpgroups: a weight and a grad x that
-// the copy engine reaches, and gradients of logits that are sums of two elements (fp16 has not
-// their range). Else warps make it.
-bool shares_by_tiles(const fm_layer& layer, const Operands& operands) {
+// Whether the router's share of grad x and its weight's gradient are tiles of the math warpgroups:
+// operands that the copy engine reaches, and gradients of logits that are sums of two elements
+// (fp16 has not their range). Else warps make them.
+bool routes_by_tiles(const fm_layer& layer, const Operands& operands) {
   constexpr int64_t kMostStride = int64_t{1} << 32;
   return element_of(layer) == config::Element::kBf16 && operands.w_router.dtype == FM_BF16 &&
          present(operands.w_router) && operands.w_router.stride[1] == 1 &&
          row_stride_of(operands.w_router) >= layer.hidden &&
-         row_stride_of(operands.grad_x) < kMostStride;
+         row_stride_of(operands.grad_x) < kMostStride && row_stride_of(operands.x) < kMostStride;
 }
 
 int64_t row_bytes_of(const fm_tensor& tensor) {
@@ -103,7 +103,7 @@ config::BackwardTable table_of(const fm_layer& layer, const Operands& operands,
        .state_bytes = sizeof(kernel::ForwardState),
        .num_counters = num_counters(forward_sizes(layer, operands, ranks)),
        .has_router = present(operands.w_router),
-       .shares_by_tiles = shares_by_tiles(layer, operands)});
+       .routes_by_tiles = routes_by_tiles(layer, operands)});
 }
 
 // A launch's parameters as they are filled in.
@@ -147,7 +147,7 @@ class Builder {
     sizes.hidden_tiles =
         static_cast<int32_t>(plan::ceil_div(layer_.intermediate, config::kWeightRows));
     sizes.max_rows = p_.forward.sizes.row_groups * config::kRowGroup;
-    sizes.share_tokens = shares_by_tiles(layer_, o_) ? p_.forward.sizes.tokens : 0;
+    sizes.share_tokens = routes_by_tiles(layer_, o_) ? p_.forward.sizes.tokens : 0;
     sizes.gated = layer_.gated != 0;
     sizes.interleaved = sizes.gated && layer_.gate_layout == FM_GATE_INTERLEAVED;
     sizes.separate = is_separate(layer_);
@@ -415,12 +415,14 @@ class Builder {
     const config::ForwardSizes& sizes = p_.forward.sizes;
     p_.router_runs = tile::RouterRuns(
         sizes.tokens, sizes.hidden, sizes.num_experts, routing.grad_w_router.data != nullptr,
-        routing.grad_router_bias.data != nullptr, p_.sizes.share_tokens == 0);
-    if (p_.sizes.share_tokens > 0) set_share();
+        routing.grad_router_bias.data != nullptr, p_.sizes.share_tokens > 0);
     p_.router_strides = {
         .grad_logits = static_cast<uint32_t>(config::router_padded(sizes.num_experts) * 4),
         .w_router = static_cast<uint32_t>(row_bytes_of(o_.w_router)),
         .x = static_cast<uint32_t>(row_bytes_of(o_.x))};
+    if (p_.sizes.share_tokens == 0) return;
+    set_share();
+    if (routing.grad_w_router.data != nullptr) set_router_grad();
   }
 
   // The router's share of grad x as tiles.
@@ -441,6 +443,43 @@ class Builder {
                                  config::kBoxColumns, config::kStoreTokens);
     out.sizes[0] = static_cast<uint64_t>(layer_.hidden);
     p_.share_out = encode(out, element_, "grad x");
+  }
+  // The gradient of the router's weight as tiles: [experts, H] of each range of tokens.
+  void set_router_grad() {
+    constexpr int kWhich = tile::kRouterGradIdx;
+    constexpr int kOperands = 2;
+    const int64_t tokens = p_.sizes.share_tokens;
+    const int64_t experts = config::router_depth(layer_.num_experts);
+    TensorView x = window_view(o_.x.data, tokens, row_stride_of(o_.x), config::kBoxColumns,
+                               config::kGradDepth);
+    x.sizes[0] = static_cast<uint64_t>(layer_.hidden);
+    p_.grad_m[kOperands] = encode(x, element_, "x");
+    p_.grad_n[kOperands] =
+        encode(window_view(p_.logit_rows, tokens, config::kLogitParts * experts,
+                           config::kBoxColumns, config::kGradDepth / config::kClusterSize),
+               element_, "logit parts");
+    kernel::WeightGradOut& out = p_.weight_grad_out[kWhich];
+    out.data = p_.router_parts;
+    out.expert_stride = config::router_part_words(layer_.num_experts, layer_.hidden);
+    out.n_stride = layer_.hidden;
+    out.m_stride = 1;
+    out.m_columns = static_cast<int32_t>(layer_.hidden);
+    out.is_wide = out.is_direct = true;
+    p_.sizes.weight_grads[kWhich] = {.m_pairs = pairs_of(layer_.hidden),
+                                     .n_columns = static_cast<int32_t>(experts)};
+    set_logit_ranges();
+  }
+  void set_logit_ranges() {
+    const config::ForwardSizes& sizes = p_.forward.sizes;
+    const tile::RouterWalk<tile::RouterProduct::kGradWeight> walk{sizes.tokens, sizes.hidden,
+                                                                  sizes.num_experts};
+    const int32_t segments = p_.sizes.logit_segments = walk.num_segments();
+    const int32_t ranges = config::kLogitParts * segments;
+    for (int32_t i = 0; i < ranges; ++i) {
+      const tile::RouterDepth tokens = walk.depth({.m = 0, .n = 0, .segment = i % segments});
+      p_.logit_ranges[i] = tokens.begin;
+      p_.logit_ranges[ranges + 1 + i] = tokens.end - tokens.begin;
+    }
   }
 
   const BackwardArguments& a_;

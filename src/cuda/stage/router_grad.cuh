@@ -256,7 +256,8 @@ FM_DEVICE void sum_router_bias(const kernel::BackwardParams& params, int32_t run
     sum += static_cast<double>(column[int64_t{token} * stride]);
   }
   params.router_parts[unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
-                      int64_t{sizes.num_experts} * sizes.hidden + expert] = static_cast<float>(sum);
+                      config::router_bias_word(sizes.num_experts, sizes.hidden) + expert] =
+      static_cast<float>(sum);
 }
 
 // Adds the segments of words of grad_W_router and of the bias's gradient. Whole warp.
@@ -268,11 +269,13 @@ FM_DEVICE void reduce_router(const kernel::BackwardParams& params, int32_t run_i
   const int64_t of_segment = config::router_part_words(sizes.num_experts, sizes.hidden);
   const int32_t end = params.router_runs.words_end(run_idx);
   for (int32_t i = params.router_runs.words_begin(run_idx) + ptx::lane_idx(); i < end; i += 32) {
+    const int64_t to_bias = config::router_bias_word(sizes.num_experts, sizes.hidden) - of_weight;
+    const int64_t word = i < of_weight ? i : i + to_bias;
     float parts[config::kRouterSegments];
     FM_UNROLL
     for (int segment = 0; segment < config::kRouterSegments; ++segment) {
       parts[segment] =
-          segment < num_segments ? __ldcg(params.router_parts + segment * of_segment + i) : 0.0f;
+          segment < num_segments ? __ldcg(params.router_parts + segment * of_segment + word) : 0.0f;
     }
     float sum = 0.0f;
     FM_UNROLL

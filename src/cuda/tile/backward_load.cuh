@@ -13,7 +13,13 @@ namespace flashmoe::cuda::tile {
 FM_DEVICE ExpertTable table_of(const kernel::BackwardParams& params) {
   return {params.forward.memory.experts, params.forward.sizes.table_experts()};
 }
+// The rows that a weight's gradient is a sum over. The router's is one of each range of tokens,
+// taken twice: for either part of the gradients of logits.
 FM_DEVICE ExpertParts parts_of(const kernel::BackwardParams& params, const Tile& tile) {
+  if (product_of(tile) == BackwardProduct::kRouterGrad) {
+    const int32_t segments = params.sizes.logit_segments;
+    return {{params.logit_ranges, config::kLogitParts * segments}, segments, tile.local_expert_idx};
+  }
   return {table_of(params), params.forward.sizes.local_experts, tile.local_expert_idx};
 }
 
@@ -32,6 +38,8 @@ FM_DEVICE int32_t pre_activation_pairs(const kernel::BackwardParams& params) {
 FM_DEVICE int32_t gradient_of(const Tile& tile) {
   return tile.product - static_cast<int32_t>(BackwardProduct::kDownGrad);
 }
+// The operands that it is made of: an index of grad_m and grad_n.
+FM_DEVICE int32_t operands_of(const Tile& tile) { return (gradient_of(tile) + 1) / 2; }
 FM_DEVICE int32_t column_boxes(const Tile& tile) {
   return (tile.num_rows + config::kBoxColumns - 1) / config::kBoxColumns;
 }
@@ -68,7 +76,7 @@ class BackwardWeightLoad {
     FM_UNROLL
     for (int half = 0; half < 2; ++half) {
       load_rows<config::kGradDepth>(to + half * config::kGradBoxBytes, full,
-                                    params_.grad_m[gradient_of(tile_) > 0],
+                                    params_.grad_m[operands_of(tile_)],
                                     m_ + half * config::kHalfRows, rows_.row, rows_.end);
     }
     rows_.advance(parts_of(params_, tile_), config::kGradDepth);
@@ -137,17 +145,24 @@ class BackwardTokenLoad {
   // Of a sum over rows, one step after the other.
   FM_DEVICE void load_shared(uint8_t* to, uint64_t* full) {
     constexpr uint16_t kBoth = 0b11;
+    const int32_t column = column_ + part_column();
     FM_UNROLL
     for (int box = 0; box < config::kMaxColumnBoxes; ++box) {
       if (box >= column_boxes(tile_)) break;
       load_rows<kHalfDepth>(to + place_ + box * config::kGradBoxBytes, full, map_,
-                            column_ + box * config::kBoxColumns, rows_.row + first_, rows_.end,
+                            column + box * config::kBoxColumns, rows_.row + first_, rows_.end,
                             kBoth);
     }
     rows_.advance(parts_of(params_, tile_), config::kGradDepth);
   }
 
  private:
+  // Of the part of the gradients of logits that the step takes.
+  FM_DEVICE int32_t part_column() const {
+    const bool is_second = product_of(tile_) == BackwardProduct::kRouterGrad &&
+                           rows_.part >= params_.sizes.logit_segments;
+    return is_second ? config::router_depth(params_.forward.sizes.num_experts) : 0;
+  }
   static constexpr int32_t kHalfDepth = config::kGradDepth / config::kClusterSize;
   FM_DEVICE static const CUtensorMap& map_of(const kernel::BackwardParams& params,
                                              const Tile& tile) {
@@ -161,7 +176,7 @@ class BackwardTokenLoad {
       case BackwardProduct::kRouterShare:
         return params.logit_parts[tile.num_steps() - 1];
       default:
-        return params.grad_n[gradient_of(tile) > 0];
+        return params.grad_n[operands_of(tile)];
     }
   }
 

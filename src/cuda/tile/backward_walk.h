@@ -1,7 +1,7 @@
 // Ticket -> task of the backward's math roles:
 //
 //   [pre-activation tiles] | hidden-gradient tiles | gradient of w_down | input-gradient tiles |
-//   [the router's share of grad x] | gradients of w_gate and w_up
+//   [the router's share of grad x] | [the gradient of its weight] | gradients of w_gate and w_up
 //
 // Pre-activations are computed again where the forward did not keep them. The input gradients
 // replace the rows of grad y, which the gradient of w_down is the last to read; the gradients of
@@ -24,7 +24,11 @@ enum class BackwardProduct : int8_t {
   kDownGrad,       // dW_down = dY^T (w A)
   kUpGrad,         // dW_up = dZ^T X, or the gate's where gate and up are two tensors
   kUpGrad2,        // then the up tensor's
+  kRouterGrad,     // grad_logits^T X: a sum over each of several ranges of tokens, of no expert
 };
+// The last four, from kDownGrad on.
+inline constexpr int kWeightGrads = 4;
+inline constexpr int kRouterGradIdx = 3;
 
 FM_HD constexpr BackwardProduct product_of(const Tile& tile) {
   return static_cast<BackwardProduct>(tile.product);
@@ -134,8 +138,9 @@ struct BackwardWalk {
   int32_t pre_activation_pairs;  // 0: they were kept
   int32_t hidden_pairs;
   int32_t input_pairs;
-  int32_t share_tokens;        // whose router's share of grad x is tiles
-  WeightGrid weight_grads[3];  // down, up (or gate), up
+  int32_t share_tokens;    // whose router's share of grad x is tiles
+  int32_t logit_segments;  // ranges of tokens, each with a sum for the router's weight
+  WeightGrid weight_grads[kWeightGrads];  // down, up (or gate), up, router
 
   // The tile of any ticket; an end tile from the last ticket on.
   FM_HD constexpr Tile tile_at(int32_t ticket) const {
@@ -161,6 +166,8 @@ struct BackwardWalk {
       return tile;
     }
     left -= share_tiles();
+    if (left < tiles_of(kRouterGradIdx)) return weight_tile(left, kRouterGradIdx);
+    left -= tiles_of(kRouterGradIdx);
     if (left < tiles_of(1)) return weight_tile(left, 1);
     left -= tiles_of(1);
     return left < tiles_of(2) ? weight_tile(left, 2) : Tile{};
@@ -171,7 +178,8 @@ struct BackwardWalk {
 
  private:
   FM_HD constexpr int32_t tiles_of(int which) const {
-    return local_experts * weight_grads[which].num_tiles();
+    const int32_t sums = which == kRouterGradIdx ? logit_segments : local_experts;
+    return sums * weight_grads[which].num_tiles();
   }
   FM_HD constexpr Tile weight_tile(int32_t tile_idx, int which) const {
     const int32_t of_expert = weight_grads[which].num_tiles();

@@ -148,8 +148,9 @@ struct RouterRun {
 class RouterRuns {
  public:
   RouterRuns() = default;
+  // by_tiles: all but the bias's sums and the additions is tiles of the math warpgroups.
   constexpr RouterRuns(int32_t tokens, int32_t hidden, int32_t num_experts, bool has_weight,
-                       bool has_bias, bool has_share) {
+                       bool has_bias, bool by_tiles) {
     RouterWalk<RouterProduct::kGradX> x{tokens, hidden, num_experts};
     const RouterWalk<RouterProduct::kGradWeight> weight{tokens, hidden, num_experts};
     x_depth_ = x.depth({});
@@ -159,11 +160,11 @@ class RouterRuns {
       units *= 2;
     }
     x.run_rows = x_run_rows_ = units * kRouterRows;
-    num_shares_ = has_share ? x.num_runs() : 0;
+    num_shares_ = by_tiles ? 0 : x.num_runs();
     if (has_bias) {
       weight_begin_ = weight.num_segments() * plan::ceil_div(num_experts, kRouterBiasExperts);
     }
-    num_sums_ = weight_begin_ + (has_weight ? weight.num_runs() : 0);
+    num_sums_ = weight_begin_ + (has_weight && !by_tiles ? weight.num_runs() : 0);
     const int32_t of_weight = num_experts * hidden;
     words_begin_ = has_weight ? 0 : of_weight;
     words_end_ = of_weight + (has_bias ? num_experts : 0);
