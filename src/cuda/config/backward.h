@@ -85,13 +85,13 @@ FM_HD constexpr Count router_depth(Count num_experts) {
 }
 inline constexpr int kLogitParts = 2;
 
-// Words of a range's sums: of the router's weight, as many experts as tiles have, then of its bias;
-// a multiple of 16 bytes.
-FM_HD constexpr int64_t router_bias_word(int64_t num_experts, int64_t hidden) {
+// Words of a range's sums: of the router's weight, of as many experts as tiles have, for either
+// part of the gradients of logits; then of its bias. A multiple of 16 bytes.
+FM_HD constexpr int64_t router_weight_words(int64_t num_experts, int64_t hidden) {
   return router_depth(num_experts) * hidden;
 }
 FM_HD constexpr int64_t router_part_words(int64_t num_experts, int64_t hidden) {
-  return router_bias_word(num_experts, hidden) + plan::align_up(num_experts, 4);
+  return kLogitParts * router_weight_words(num_experts, hidden) + plan::align_up(num_experts, 4);
 }
 
 constexpr bool is_valid(const Backward& config) {
@@ -128,6 +128,7 @@ struct BackwardSizes {
   int32_t max_rows;      // rows that scratch has
   int32_t share_tokens;  // whose router's share of grad x is tiles; 0: made by warps, or not at all
   int32_t logit_segments;  // ranges of tokens whose sums for the router's weight are tiles; or 0
+  int32_t logit_range;     // tokens of a range, but for the last
   tile::WeightGrid weight_grads[tile::kWeightGrads];
   bool gated;
   bool interleaved;      // gate column i of Z at 2 i, up column at 2 i + 1

@@ -104,9 +104,6 @@ struct BackwardParams {
   CUtensorMap grad_n[3];
   CUtensorMap weight_grads[tile::kWeightGrads];
   WeightGradOut weight_grad_out[tile::kWeightGrads];
-  // A tile::ExpertTable of the ranges of tokens that the router's weight is summed over: for the
-  // first parts of the gradients of logits, then for the second ones.
-  int32_t logit_ranges[tile::ExpertTable::num_words(config::kLogitParts * config::kRouterSegments)];
   bool up_is_hidden_major;  // w_up rows run along H
   bool down_is_hidden_major;
   config::BackwardSizes sizes;

@@ -351,7 +351,7 @@ struct BackwardJob {
       case BackwardProduct::kRouterShare:
         return config::kLogitParts * config::router_depth(sizes.num_experts) / config::kDepthStep;
       default:
-        return parts_of(params, tile).num_steps(config::kGradDepth);
+        return tile::steps_of_sum(params, tile);
     }
   }
   FM_DEVICE static void wait_for_rows(const Params& params, const tile::Tile& tile,

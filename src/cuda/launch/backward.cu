@@ -444,20 +444,19 @@ class Builder {
     out.sizes[0] = static_cast<uint64_t>(layer_.hidden);
     p_.share_out = encode(out, element_, "grad x");
   }
-  // The gradient of the router's weight as tiles: [experts, H] of each range of tokens.
+  // The gradient of the router's weight as tiles: [2 parts, experts, H] of each range of tokens.
   void set_router_grad() {
     constexpr int kWhich = tile::kRouterGradIdx;
     constexpr int kOperands = 2;
     const int64_t tokens = p_.sizes.share_tokens;
-    const int64_t experts = config::router_depth(layer_.num_experts);
+    const int64_t columns = config::kLogitParts * config::router_depth(layer_.num_experts);
     TensorView x = window_view(o_.x.data, tokens, row_stride_of(o_.x), config::kBoxColumns,
                                config::kGradDepth);
     x.sizes[0] = static_cast<uint64_t>(layer_.hidden);
     p_.grad_m[kOperands] = encode(x, element_, "x");
-    p_.grad_n[kOperands] =
-        encode(window_view(p_.logit_rows, tokens, config::kLogitParts * experts,
-                           config::kBoxColumns, config::kGradDepth / config::kClusterSize),
-               element_, "logit parts");
+    p_.grad_n[kOperands] = encode(window_view(p_.logit_rows, tokens, columns, config::kBoxColumns,
+                                              config::kGradDepth / config::kClusterSize),
+                                  element_, "logit parts");
     kernel::WeightGradOut& out = p_.weight_grad_out[kWhich];
     out.data = p_.router_parts;
     out.expert_stride = config::router_part_words(layer_.num_experts, layer_.hidden);
@@ -466,20 +465,15 @@ class Builder {
     out.m_columns = static_cast<int32_t>(layer_.hidden);
     out.is_wide = out.is_direct = true;
     p_.sizes.weight_grads[kWhich] = {.m_pairs = pairs_of(layer_.hidden),
-                                     .n_columns = static_cast<int32_t>(experts)};
+                                     .n_columns = static_cast<int32_t>(columns)};
     set_logit_ranges();
   }
   void set_logit_ranges() {
     const config::ForwardSizes& sizes = p_.forward.sizes;
     const tile::RouterWalk<tile::RouterProduct::kGradWeight> walk{sizes.tokens, sizes.hidden,
                                                                   sizes.num_experts};
-    const int32_t segments = p_.sizes.logit_segments = walk.num_segments();
-    const int32_t ranges = config::kLogitParts * segments;
-    for (int32_t i = 0; i < ranges; ++i) {
-      const tile::RouterDepth tokens = walk.depth({.m = 0, .n = 0, .segment = i % segments});
-      p_.logit_ranges[i] = tokens.begin;
-      p_.logit_ranges[ranges + 1 + i] = tokens.end - tokens.begin;
-    }
+    p_.sizes.logit_segments = walk.num_segments();
+    p_.sizes.logit_range = walk.segment_tokens();
   }
 
   const BackwardArguments& a_;

@@ -256,8 +256,26 @@ FM_DEVICE void sum_router_bias(const kernel::BackwardParams& params, int32_t run
     sum += static_cast<double>(column[int64_t{token} * stride]);
   }
   params.router_parts[unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
-                      config::router_bias_word(sizes.num_experts, sizes.hidden) + expert] =
-      static_cast<float>(sum);
+                      config::kLogitParts *
+                          config::router_weight_words(sizes.num_experts, sizes.hidden) +
+                      expert] = static_cast<float>(sum);
+}
+
+// A word of the first segment of the sums over tokens, added to those of all others.
+FM_DEVICE float sum_of_segments(const kernel::BackwardParams& params, int64_t word) {
+  const auto& sizes = params.forward.sizes;
+  const int32_t num_segments = router_walk<RouterProduct::kGradWeight>(sizes).num_segments();
+  const int64_t of_segment = config::router_part_words(sizes.num_experts, sizes.hidden);
+  float parts[config::kRouterSegments];
+  FM_UNROLL
+  for (int segment = 0; segment < config::kRouterSegments; ++segment) {
+    parts[segment] =
+        segment < num_segments ? __ldcg(params.router_parts + segment * of_segment + word) : 0.0f;
+  }
+  float sum = 0.0f;
+  FM_UNROLL
+  for (const float part : parts) sum += part;
+  return sum;
 }
 
 // Adds the segments of words of grad_W_router and of the bias's gradient. Whole warp.
@@ -265,27 +283,19 @@ FM_DEVICE void reduce_router(const kernel::BackwardParams& params, int32_t run_i
   const auto& sizes = params.forward.sizes;
   const auto& routing = params.routing;
   const int32_t of_weight = sizes.num_experts * sizes.hidden;
-  const int32_t num_segments = router_walk<RouterProduct::kGradWeight>(sizes).num_segments();
-  const int64_t of_segment = config::router_part_words(sizes.num_experts, sizes.hidden);
+  const int64_t part_words = config::router_weight_words(sizes.num_experts, sizes.hidden);
   const int32_t end = params.router_runs.words_end(run_idx);
   for (int32_t i = params.router_runs.words_begin(run_idx) + ptx::lane_idx(); i < end; i += 32) {
-    const int64_t to_bias = config::router_bias_word(sizes.num_experts, sizes.hidden) - of_weight;
-    const int64_t word = i < of_weight ? i : i + to_bias;
-    float parts[config::kRouterSegments];
-    FM_UNROLL
-    for (int segment = 0; segment < config::kRouterSegments; ++segment) {
-      parts[segment] =
-          segment < num_segments ? __ldcg(params.router_parts + segment * of_segment + word) : 0.0f;
+    if (i >= of_weight) {
+      const int32_t e = i - of_weight;
+      tile::write_real(routing.grad_router_bias, e, 0,
+                       sum_of_segments(params, config::kLogitParts * part_words + e));
+      continue;
     }
-    float sum = 0.0f;
-    FM_UNROLL
-    for (const float part : parts) sum += part;
-    if (i < of_weight) {
-      const int32_t e = i / sizes.hidden;
-      tile::write_real(routing.grad_w_router, e, i - e * sizes.hidden, sum);
-    } else {
-      tile::write_real(routing.grad_router_bias, i - of_weight, 0, sum);
-    }
+    float sum = sum_of_segments(params, i);
+    if (params.sizes.logit_segments > 0) sum += sum_of_segments(params, i + part_words);
+    const int32_t e = i / sizes.hidden;
+    tile::write_real(routing.grad_w_router, e, i - e * sizes.hidden, sum);
   }
 }
 

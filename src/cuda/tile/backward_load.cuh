@@ -13,14 +13,23 @@ namespace flashmoe::cuda::tile {
 FM_DEVICE ExpertTable table_of(const kernel::BackwardParams& params) {
   return {params.forward.memory.experts, params.forward.sizes.table_experts()};
 }
-// The rows that a weight's gradient is a sum over. The router's is one of each range of tokens,
-// taken twice: for either part of the gradients of logits.
 FM_DEVICE ExpertParts parts_of(const kernel::BackwardParams& params, const Tile& tile) {
-  if (product_of(tile) == BackwardProduct::kRouterGrad) {
-    const int32_t segments = params.sizes.logit_segments;
-    return {{params.logit_ranges, config::kLogitParts * segments}, segments, tile.local_expert_idx};
-  }
   return {table_of(params), params.forward.sizes.local_experts, tile.local_expert_idx};
+}
+// The rows that a weight's gradient is a sum over: the expert's, or of the router's weight a range
+// of tokens.
+FM_DEVICE StepRows rows_of_sum(const kernel::BackwardParams& params, const Tile& tile) {
+  if (product_of(tile) != BackwardProduct::kRouterGrad) return StepRows(parts_of(params, tile));
+  const config::BackwardSizes& sizes = params.sizes;
+  const int32_t begin = tile.local_expert_idx * sizes.logit_range;
+  return {StepRows::kNoMoreParts, begin, min(begin + sizes.logit_range, sizes.share_tokens)};
+}
+FM_DEVICE int32_t steps_of_sum(const kernel::BackwardParams& params, const Tile& tile) {
+  if (product_of(tile) != BackwardProduct::kRouterGrad) {
+    return parts_of(params, tile).num_steps(config::kGradDepth);
+  }
+  const StepRows rows = rows_of_sum(params, tile);
+  return plan::ceil_div(rows.end - rows.row, config::kGradDepth);
 }
 
 // Whether the launch computes Z: it was not kept, or of several ranks more rows came than it has.
@@ -61,7 +70,7 @@ class BackwardWeightLoad {
         tile_(tile),
         m_((2 * tile.weight_pair_idx + cta_rank) * config::kWeightRows) {
     if (!is_weight_grad(tile)) return;
-    rows_ = StepRows(parts_of(params, tile));
+    rows_ = rows_of_sum(params, tile);
     m_ += params.weight_grad_out[gradient_of(tile)].m_offset;
   }
 
@@ -125,7 +134,7 @@ class BackwardTokenLoad {
                               int32_t cta_rank)
       : params_(params), tile_(tile), map_(map_of(params, tile)) {
     if (is_weight_grad(tile)) {
-      rows_ = StepRows(parts_of(params, tile));
+      rows_ = rows_of_sum(params, tile);
       column_ = params.weight_grad_out[gradient_of(tile)].n_offset + tile.row_begin;
       first_ = cta_rank * kHalfDepth;
       place_ = cta_rank * (config::kGradBoxBytes / config::kClusterSize);
@@ -145,24 +154,17 @@ class BackwardTokenLoad {
   // Of a sum over rows, one step after the other.
   FM_DEVICE void load_shared(uint8_t* to, uint64_t* full) {
     constexpr uint16_t kBoth = 0b11;
-    const int32_t column = column_ + part_column();
     FM_UNROLL
     for (int box = 0; box < config::kMaxColumnBoxes; ++box) {
       if (box >= column_boxes(tile_)) break;
       load_rows<kHalfDepth>(to + place_ + box * config::kGradBoxBytes, full, map_,
-                            column + box * config::kBoxColumns, rows_.row + first_, rows_.end,
+                            column_ + box * config::kBoxColumns, rows_.row + first_, rows_.end,
                             kBoth);
     }
     rows_.advance(parts_of(params_, tile_), config::kGradDepth);
   }
 
  private:
-  // Of the part of the gradients of logits that the step takes.
-  FM_DEVICE int32_t part_column() const {
-    const bool is_second = product_of(tile_) == BackwardProduct::kRouterGrad &&
-                           rows_.part >= params_.sizes.logit_segments;
-    return is_second ? config::router_depth(params_.forward.sizes.num_experts) : 0;
-  }
   static constexpr int32_t kHalfDepth = config::kGradDepth / config::kClusterSize;
   FM_DEVICE static const CUtensorMap& map_of(const kernel::BackwardParams& params,
                                              const Tile& tile) {

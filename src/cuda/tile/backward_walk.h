@@ -107,11 +107,14 @@ struct ExpertParts {
 
 // The rows of those steps, one after the other: [row, end), of which a step takes the first.
 struct StepRows {
-  int32_t part = 0;  // in the table
+  static constexpr int32_t kNoMoreParts = 1 << 30;  // of rows that are not in a table
+  int32_t part = 0;                                 // in the table
   int32_t row = 0;
   int32_t end = 0;
 
   StepRows() = default;
+  FM_HD constexpr StepRows(int32_t part, int32_t row, int32_t end)
+      : part(part), row(row), end(end) {}
   FM_HD explicit constexpr StepRows(const ExpertParts& of)
       : part(of.local_expert_idx), row(of.experts.begin(part)), end(row + of.experts.rows(part)) {
     skip(of);
