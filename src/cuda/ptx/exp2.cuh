@@ -1,4 +1,4 @@
-// The special function unit's power of two.
+// The special function unit's power of two and reciprocal.
 #pragma once
 
 #include "cuda/ptx/ptx.cuh"
@@ -10,6 +10,14 @@ namespace flashmoe::cuda::ptx {
 FM_DEVICE float ex2(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// 1 / x within 1 ulp; 0 where that is under 2^-126. __fdividef spends four instructions more on
+// such results. Any thread, sm_75.
+FM_DEVICE float rcp(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 

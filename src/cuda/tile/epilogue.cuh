@@ -109,16 +109,19 @@ class Staging {
 
 // The kCount sums of a thread from kCount * idx on, of kCases times as many: a switch, for loops
 // over a tile's sums that are not unrolled. Whole warps take the same.
-template <int kCases, int kIdx = 0, int kCount>
+template <int kCases, int kFirst = 0, int kCount>
 FM_DEVICE void take_sums(const float* sums, int32_t idx, float (&taken)[kCount]) {
-  if constexpr (kIdx + 1 < kCases) {
-    if (idx != kIdx) {
-      take_sums<kCases, kIdx + 1>(sums, idx, taken);
-      return;
+  if constexpr (kCases > 1) {
+    constexpr int kHalf = kCases / 2;
+    if (idx < kFirst + kHalf) {
+      take_sums<kHalf, kFirst>(sums, idx, taken);
+    } else {
+      take_sums<kCases - kHalf, kFirst + kHalf>(sums, idx, taken);
     }
+  } else {
+    FM_UNROLL
+    for (int i = 0; i < kCount; ++i) taken[i] = sums[kFirst * kCount + i];
   }
-  FM_UNROLL
-  for (int i = 0; i < kCount; ++i) taken[i] = sums[kIdx * kCount + i];
 }
 
 // What a job's output has that stages its results and nothing else.
