@@ -77,21 +77,21 @@ FM_HD constexpr Count router_padded(Count count) {
   return plan::align_up(count, Count{kRouterPadding});
 }
 
-// The router's share of grad x as tiles takes a gradient of a logit as two 16-bit parts: a token
-// has the first ones of all experts, rounded up to whole steps of depth, then the second ones.
+// The router's tiles take a gradient of a logit as a sum of two elements: a token has the first
+// terms of all experts, rounded up to whole steps of depth, then the second ones.
 template <class Count>
 FM_HD constexpr Count router_depth(Count num_experts) {
   return plan::align_up(num_experts, Count{kDepthStep});
 }
-inline constexpr int kLogitParts = 2;
+inline constexpr int kLogitTerms = 2;
 
-// Words of a range's sums: of the router's weight, of as many experts as tiles have, for either
-// part of the gradients of logits; then of its bias. A multiple of 16 bytes.
-FM_HD constexpr int64_t router_weight_words(int64_t num_experts, int64_t hidden) {
-  return router_depth(num_experts) * hidden;
+// Words of a range's sums of the router's weight: as many as the tiles have, those of either term
+// apart, or as warps make them. Those of its bias follow. A multiple of 16 bytes.
+FM_HD constexpr int64_t router_weight_words(int64_t num_experts, int64_t hidden, bool by_tiles) {
+  return (by_tiles ? kLogitTerms * router_depth(num_experts) : num_experts) * hidden;
 }
-FM_HD constexpr int64_t router_part_words(int64_t num_experts, int64_t hidden) {
-  return kLogitParts * router_weight_words(num_experts, hidden) + plan::align_up(num_experts, 4);
+FM_HD constexpr int64_t router_part_words(int64_t num_experts, int64_t hidden, bool by_tiles) {
+  return router_weight_words(num_experts, hidden, by_tiles) + plan::align_up(num_experts, 4);
 }
 
 constexpr bool is_valid(const Backward& config) {
@@ -150,14 +150,14 @@ enum class BackwardScratch : int {
   kRowWeight,
   kSlotRow,
   kSlotOwner,
-  kParts,        // f32 [tiles of I][rows]: of <A, dA'>
-  kGradLogits,   // f32 [T][E], both router_padded, fused router
-  kLogitParts,   // T [T][2][router_depth(E)]: grad logits, where the router's products are tiles
-  kRouterParts,  // f32 [kRouterSegments][router_part_words], fused router
-  kXRows,        // T [rows][H]: tokens in expert order
-  kRows,         // T [rows][H]: grad y in expert order; then the input gradients
-  kGradZ,        // T [rows][G * I]: Z, if it was not kept; then dZ
-  kHidden,       // T [rows][I]: w A
+  kParts,           // f32 [tiles of I][rows]: of <A, dA'>
+  kGradLogits,      // f32 [T][E], both router_padded, fused router
+  kGradLogitTerms,  // T [T][2][router_depth(E)]: grad logits, where the router's products are tiles
+  kRouterParts,     // f32 [kRouterSegments][router_part_words], fused router
+  kXRows,           // T [rows][H]: tokens in expert order
+  kRows,            // T [rows][H]: grad y in expert order; then the input gradients
+  kGradZ,           // T [rows][G * I]: Z, if it was not kept; then dZ
+  kHidden,          // T [rows][I]: w A
   kCount
 };
 
@@ -184,7 +184,8 @@ FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
   const int64_t tiles = plan::num_chunks(s.tokens);
   const int64_t parts = plan::ceil_div(s.intermediate, kWeightRows);
   const int64_t router_words =
-      s.has_router ? kRouterSegments * router_part_words(s.num_experts, s.hidden) : 0;
+      s.has_router ? kRouterSegments * router_part_words(s.num_experts, s.hidden, s.routes_by_tiles)
+                   : 0;
   table.add(BackwardScratch::kState, "state", s.state_bytes);
   table.add(BackwardScratch::kCounters, "counters", s.num_counters * 4);
   table.add(BackwardScratch::kIds, "ids", slots * 4);
@@ -202,8 +203,8 @@ FM_HD constexpr BackwardTable backward_table(const BackwardTableShape& s) {
   table.add(BackwardScratch::kGradLogits, "grad logits",
             s.has_router ? router_padded(s.tokens) * router_padded(s.num_experts) * 4 : 0);
   table.add(
-      BackwardScratch::kLogitParts, "logit parts",
-      s.routes_by_tiles ? s.tokens * kLogitParts * router_depth(s.num_experts) * kElementBytes : 0);
+      BackwardScratch::kGradLogitTerms, "grad logit terms",
+      s.routes_by_tiles ? s.tokens * kLogitTerms * router_depth(s.num_experts) * kElementBytes : 0);
   table.add(BackwardScratch::kRouterParts, "router parts", router_words * 4);
   table.add(BackwardScratch::kXRows, "x rows", s.rows * s.hidden * kElementBytes);
   table.add(BackwardScratch::kRows, "rows", s.rows * s.hidden * kElementBytes);

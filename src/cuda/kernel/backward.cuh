@@ -6,8 +6,8 @@
 //   math  (two warpgroups of each CTA)  take tiles in turn, or (sums over rows) share them
 //   comm  (a warpgroup of each CTA)     sends grad y and tokens to the other ranks that need
 //                                       them, and copies what came into expert order ahead of the
-//                                       tiles; then gradients of slots and biases, when the hidden
-//                                       gradients are there
+//                                       tiles; then gradients of slots, then biases, when the
+//                                       hidden gradients are there
 //   both, then                          the router's share of grad x, where it is not tiles; the
 //                                       combine of the input gradients onto it; the gradients of
 //                                       the router. All by tickets, so that those who are free take
@@ -73,26 +73,30 @@ FM_DEVICE bool wait_for_slots(const BackwardParams& params, const BackwardShared
   return __all_sync(stage::kAllLanes, waiter.alive());
 }
 
-// Gradients of the slots' weights and of the biases; of several ranks, the slots' by the ranks of
-// their experts, which send them home. Whole warp.
+// Gradients of the slots' weights; of several ranks by the ranks of their experts, which send them
+// home. Whole warp.
 template <class Config, class Index>
 FM_DEVICE void differentiate_routing(const BackwardParams& params, BackwardShared<Config>& smem,
                                      const Index& worker_idx, sync::Waiter& waiter) {
   using Element = tile::ElementOf<Config::value.element>;
   const bool is_alone = stage::is_alone(params.forward);
-  if (is_alone && !params.routing.any()) return;
+  if (is_alone && !params.routing.any_slot()) return;
   if (!wait_for_slots(params, smem, waiter)) return;
   if (is_alone) {
     stage::differentiate_slots<Element>(params, worker_idx(), num_comm_warps());
   } else {
     stage::send_slots<Element>(params, smem.extra.ranks, worker_idx, num_comm_warps, waiter);
-  }
-  if (params.routing.any_bias()) {
-    stage::sum_biases<Element>(params, table_of(params), worker_idx, num_comm_warps);
-  }
-  if (!is_alone) {
     stage::take_slots<Element>(params, smem.extra.ranks, worker_idx, num_comm_warps, waiter);
   }
+}
+
+// Gradients of the experts' biases, behind those of the logits, which tiles wait for. Whole warp.
+template <class Config, class Index>
+FM_DEVICE void sum_biases(const BackwardParams& params, const BackwardShared<Config>& smem,
+                          const Index& worker_idx, sync::Waiter& waiter) {
+  using Element = tile::ElementOf<Config::value.element>;
+  if (!params.routing.any_bias() || !wait_for_slots(params, smem, waiter)) return;
+  stage::sum_biases<Element>(params, table_of(params), worker_idx, num_comm_warps);
 }
 
 // Counts `count` for the warp, whose stores are then visible to whom sees the count. Whole warp.
@@ -104,7 +108,8 @@ FM_DEVICE void publish_count(uint32_t* counter, uint32_t count) {
 // The gradients of the logits of one communication warp are there. Whole warp.
 FM_DEVICE void finish_logits(const BackwardParams& params) {
   if (params.routing.w_router == nullptr) return;
-  if (ptx::block_idx() == 0 && ptx::thread_idx() / 32 % config::kCommWarps == 0) {
+  if (params.sizes.share_tokens == 0 && ptx::block_idx() == 0 &&
+      ptx::thread_idx() / 32 % config::kCommWarps == 0) {
     stage::clear_logit_padding(params);
   }
   ptx::fence_proxy_async(ptx::space_global);  // their parts are read by the copy engine of any SM
@@ -225,6 +230,7 @@ FM_DEVICE void backward_comm(const BackwardParams& params, BackwardShared<Config
   }
   differentiate_routing<Config>(params, smem, worker_idx, waiter);
   finish_logits(params);
+  sum_biases<Config>(params, smem, worker_idx, waiter);
   // What warps sum where the rest is tiles is little.
   if (params.sizes.share_tokens > 0) sum_router<Config, config::kCommRouterStages>(params, waiter);
   share_router<Config, config::kCommRouterStages>(params, waiter);

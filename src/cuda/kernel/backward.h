@@ -90,18 +90,20 @@ struct BackwardParams {
   ForwardParams forward;
   CUtensorMap grad_y_tokens[config::kTokenMaps];
   CUtensorMap grad_z_tokens[config::kTokenMaps];
-  CUtensorMap logit_parts[config::kTokenMaps];  // of the router's share as tiles, the next two too
-  CUtensorMap router_weights;                   // boxes of 64 x 64
-  CUtensorMap share_out;                        // grad x
-  CUtensorMap up_weights[2];                    // boxes of 64 x 64; one, or (separate) gate and up
+  // Of the router's share as tiles:
+  CUtensorMap grad_logit_tokens[config::kTokenMaps];
+  CUtensorMap router_weights;  // boxes of 64 x 64
+  CUtensorMap share_out;       // grad x
+  CUtensorMap up_weights[2];   // boxes of 64 x 64; one, or (separate) gate and up
   CUtensorMap down_weights;
   CUtensorMap pre_activation_out;
   CUtensorMap z_in[2];     // [makes_z]: boxes of 64 columns by 16 rows
   CUtensorMap z_ahead[2];  // by a block's rows
   CUtensorMap grad_z_out;
   CUtensorMap hidden_out;
-  CUtensorMap grad_m[3];  // operands of weight gradients (down, up, router): M side, N side
-  CUtensorMap grad_n[3];
+  CUtensorMap grad_m[tile::kGradOperands];  // operands of weight gradients (down, up, router): M
+                                            // side, N side
+  CUtensorMap grad_n[tile::kGradOperands];
   CUtensorMap weight_grads[tile::kWeightGrads];
   WeightGradOut weight_grad_out[tile::kWeightGrads];
   bool up_is_hidden_major;  // w_up rows run along H
@@ -114,11 +116,11 @@ struct BackwardParams {
   RouterStrides router_strides;
   const void* grad_y;  // [T, H]
   int64_t grad_y_stride;
-  float* parts;         // [hidden_tiles][max_rows]
-  float* grad_logits;   // [T, E], both rounded up (config::router_padded)
-  void* logit_rows;     // [T, 2, config::router_depth(E)]
-  float* router_parts;  // [kRouterSegments][router_part_words]
-  void* grad_z;         // [max_rows, G * I]
+  float* parts;            // [hidden_tiles][max_rows]
+  float* grad_logits;      // [T, E], both rounded up (config::router_padded)
+  void* grad_logit_terms;  // [T, 2, config::router_depth(E)]
+  float* router_parts;     // [kRouterSegments][router_part_words]
+  void* grad_z;            // [max_rows, G * I]
 };
 
 static_assert(sizeof(BackwardParams) <= 32764);  // a launch's parameters

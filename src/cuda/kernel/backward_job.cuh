@@ -67,6 +67,7 @@ inline constexpr uint32_t kGradWarpgroups = 2;  // of a CTA, each with half of a
 struct BackwardDependency {
   uint32_t* words[2];
   uint32_t expected[2];
+  sync::WaitTag first_tag = sync::WaitTag::kRowsReady;
 
   FM_DEVICE BackwardDependency(const BackwardParams& params, const tile::Tile& tile) {
     const BackwardCounters& counters = params.counters;
@@ -92,6 +93,7 @@ struct BackwardDependency {
         return;
       case BackwardProduct::kRouterShare:
       case BackwardProduct::kRouterGrad:
+        first_tag = sync::WaitTag::kLogitsDone;
         set(0, counters.logits_done, ptx::num_blocks() * config::kCommWarps);
         set(1, counters.logits_done, ptx::num_blocks() * config::kCommWarps);
         return;
@@ -349,7 +351,7 @@ struct BackwardJob {
       case BackwardProduct::kInputGrad:
         return params.sizes.up_columns / config::kDepthStep;
       case BackwardProduct::kRouterShare:
-        return config::kLogitParts * config::router_depth(sizes.num_experts) / config::kDepthStep;
+        return config::kLogitTerms * config::router_depth(sizes.num_experts) / config::kDepthStep;
       default:
         return tile::steps_of_sum(params, tile);
     }
@@ -358,7 +360,7 @@ struct BackwardJob {
                                       sync::Waiter& waiter) {
     if (!tile.is_ready) {
       const BackwardDependency rows(params, tile);
-      waiter.wait_rows(rows.words[0], rows.expected[0], sync::WaitTag::kRowsReady);
+      waiter.wait_rows(rows.words[0], rows.expected[0], rows.first_tag);
       waiter.wait_rows(rows.words[1], rows.expected[1], sync::WaitTag::kGradDone);
     }
     ptx::fence_proxy_async(ptx::space_global);

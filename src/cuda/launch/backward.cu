@@ -71,10 +71,13 @@ int64_t row_stride_of(const fm_tensor& tensor) {
 // (fp16 has not their range). Else warps make them.
 bool routes_by_tiles(const fm_layer& layer, const Operands& operands) {
   constexpr int64_t kMostStride = int64_t{1} << 32;
-  return element_of(layer) == config::Element::kBf16 && operands.w_router.dtype == FM_BF16 &&
-         present(operands.w_router) && operands.w_router.stride[1] == 1 &&
-         row_stride_of(operands.w_router) >= layer.hidden &&
-         row_stride_of(operands.grad_x) < kMostStride && row_stride_of(operands.x) < kMostStride;
+  const auto is_reached = [&](const fm_tensor& rows) {
+    const int64_t stride = row_stride_of(rows);
+    return rows.stride[1] == 1 && stride >= layer.hidden && stride < kMostStride;
+  };
+  return element_of(layer) == config::Element::kBf16 && present(operands.w_router) &&
+         operands.w_router.dtype == FM_BF16 && is_reached(operands.w_router) &&
+         is_reached(operands.grad_x) && is_reached(operands.x);
 }
 
 int64_t row_bytes_of(const fm_tensor& tensor) {
@@ -172,7 +175,7 @@ class Builder {
     memory.rows = region<void>(BackwardScratch::kRows);
     p_.parts = region<float>(BackwardScratch::kParts);
     p_.grad_logits = region<float>(BackwardScratch::kGradLogits);
-    p_.logit_rows = region<void>(BackwardScratch::kLogitParts);
+    p_.grad_logit_terms = region<void>(BackwardScratch::kGradLogitTerms);
     p_.router_parts = region<float>(BackwardScratch::kRouterParts);
     p_.grad_z = region<void>(BackwardScratch::kGradZ);
   }
@@ -428,12 +431,12 @@ class Builder {
   // The router's share of grad x as tiles.
   void set_share() {
     const int64_t tokens = p_.sizes.share_tokens;
-    const int64_t depth = config::kLogitParts * config::router_depth(layer_.num_experts);
+    const int64_t depth = config::kLogitTerms * config::router_depth(layer_.num_experts);
     for (int32_t steps = 1; steps <= config::kTokenMaps; ++steps) {
       const uint32_t half = steps * tile::kTokenStep / config::kClusterSize;
-      p_.logit_parts[steps - 1] =
-          encode(rows_view(p_.logit_rows, tokens, depth, config::kDepthStep, half), element_,
-                 "logit parts");
+      p_.grad_logit_tokens[steps - 1] =
+          encode(rows_view(p_.grad_logit_terms, tokens, depth, config::kDepthStep, half), element_,
+                 "grad logit terms");
     }
     TensorView weights = rows_view(o_.w_router.data, layer_.num_experts, row_stride_of(o_.w_router),
                                    config::kBoxColumns, config::kDepthStep);
@@ -447,19 +450,20 @@ class Builder {
   // The gradient of the router's weight as tiles: [2 parts, experts, H] of each range of tokens.
   void set_router_grad() {
     constexpr int kWhich = tile::kRouterGradIdx;
-    constexpr int kOperands = 2;
+    constexpr int kOperands = tile::kRouterOperandsIdx;
     const int64_t tokens = p_.sizes.share_tokens;
-    const int64_t columns = config::kLogitParts * config::router_depth(layer_.num_experts);
+    const int64_t columns = config::kLogitTerms * config::router_depth(layer_.num_experts);
     TensorView x = window_view(o_.x.data, tokens, row_stride_of(o_.x), config::kBoxColumns,
                                config::kGradDepth);
     x.sizes[0] = static_cast<uint64_t>(layer_.hidden);
     p_.grad_m[kOperands] = encode(x, element_, "x");
-    p_.grad_n[kOperands] = encode(window_view(p_.logit_rows, tokens, columns, config::kBoxColumns,
-                                              config::kGradDepth / config::kClusterSize),
-                                  element_, "logit parts");
+    p_.grad_n[kOperands] =
+        encode(window_view(p_.grad_logit_terms, tokens, columns, config::kBoxColumns,
+                           config::kGradDepth / config::kClusterSize),
+               element_, "grad logit terms");
     kernel::WeightGradOut& out = p_.weight_grad_out[kWhich];
     out.data = p_.router_parts;
-    out.expert_stride = config::router_part_words(layer_.num_experts, layer_.hidden);
+    out.expert_stride = config::router_part_words(layer_.num_experts, layer_.hidden, true);
     out.n_stride = layer_.hidden;
     out.m_stride = 1;
     out.m_columns = static_cast<int32_t>(layer_.hidden);

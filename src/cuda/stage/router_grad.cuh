@@ -1,5 +1,7 @@
-// The router's products in the backward, by the warps' matrix products (mma.sync): of the
-// communication warps, while the tiles run, and of math warps that have no tile left:
+// What warps make of the gradients of the logits: sums over tokens for the bias, the additions of
+// all sums, and, where they are not tiles of the math warpgroups (fp16, an fp32 router), the
+// router's products, by the warps' matrix products (mma.sync): of the communication warps, while
+// the tiles run, and of math warps that have no tile left:
 //
 //   grad_x += grad_logits W_router        grad_W_router = grad_logits^T X        bias: column sums
 //
@@ -193,6 +195,17 @@ FM_DEVICE tile::RouterWalk<kProduct> router_walk(const config::ForwardSizes& siz
   return {.tokens = sizes.tokens, .hidden = sizes.hidden, .num_experts = sizes.num_experts};
 }
 
+// Of a range's sums: words of the weight's, and of all.
+FM_DEVICE int64_t weight_words(const kernel::BackwardParams& params) {
+  const auto& sizes = params.forward.sizes;
+  return config::router_weight_words(sizes.num_experts, sizes.hidden,
+                                     params.sizes.share_tokens > 0);
+}
+FM_DEVICE int64_t part_words(const kernel::BackwardParams& params) {
+  const auto& sizes = params.forward.sizes;
+  return config::router_part_words(sizes.num_experts, sizes.hidden, params.sizes.share_tokens > 0);
+}
+
 // The router's share of grad_x, in grad_x. Whole warp.
 template <class Element, bool kWide, int kStages>
 FM_DEVICE void multiply_router_x(const kernel::BackwardParams& params, int32_t run_idx) {
@@ -228,10 +241,8 @@ FM_DEVICE void multiply_router_weight(const kernel::BackwardParams& params, int3
   multiplier.store([&](int32_t row, int32_t column, const float(&sums)[8]) {
     const int32_t expert = unit.m + row;
     if (expert >= sizes.num_experts) return;
-    auto* to = reinterpret_cast<float4*>(
-        params.router_parts +
-        unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
-        int64_t{expert} * sizes.hidden + unit.n + column);
+    auto* to = reinterpret_cast<float4*>(params.router_parts + unit.segment * part_words(params) +
+                                         int64_t{expert} * sizes.hidden + unit.n + column);
     to[0] = {sums[0], sums[1], sums[2], sums[3]};
     to[1] = {sums[4], sums[5], sums[6], sums[7]};
   });
@@ -255,17 +266,15 @@ FM_DEVICE void sum_router_bias(const kernel::BackwardParams& params, int32_t run
   for (int32_t token = depth.begin; token < depth.end; ++token) {
     sum += static_cast<double>(column[int64_t{token} * stride]);
   }
-  params.router_parts[unit.segment * config::router_part_words(sizes.num_experts, sizes.hidden) +
-                      config::kLogitParts *
-                          config::router_weight_words(sizes.num_experts, sizes.hidden) +
-                      expert] = static_cast<float>(sum);
+  params.router_parts[unit.segment * part_words(params) + weight_words(params) + expert] =
+      static_cast<float>(sum);
 }
 
 // A word of the first segment of the sums over tokens, added to those of all others.
 FM_DEVICE float sum_of_segments(const kernel::BackwardParams& params, int64_t word) {
   const auto& sizes = params.forward.sizes;
   const int32_t num_segments = router_walk<RouterProduct::kGradWeight>(sizes).num_segments();
-  const int64_t of_segment = config::router_part_words(sizes.num_experts, sizes.hidden);
+  const int64_t of_segment = part_words(params);
   float parts[config::kRouterSegments];
   FM_UNROLL
   for (int segment = 0; segment < config::kRouterSegments; ++segment) {
@@ -283,17 +292,18 @@ FM_DEVICE void reduce_router(const kernel::BackwardParams& params, int32_t run_i
   const auto& sizes = params.forward.sizes;
   const auto& routing = params.routing;
   const int32_t of_weight = sizes.num_experts * sizes.hidden;
-  const int64_t part_words = config::router_weight_words(sizes.num_experts, sizes.hidden);
+  const int64_t words = weight_words(params);
   const int32_t end = params.router_runs.words_end(run_idx);
   for (int32_t i = params.router_runs.words_begin(run_idx) + ptx::lane_idx(); i < end; i += 32) {
     if (i >= of_weight) {
       const int32_t e = i - of_weight;
-      tile::write_real(routing.grad_router_bias, e, 0,
-                       sum_of_segments(params, config::kLogitParts * part_words + e));
+      tile::write_real(routing.grad_router_bias, e, 0, sum_of_segments(params, words + e));
       continue;
     }
     float sum = sum_of_segments(params, i);
-    if (params.sizes.logit_segments > 0) sum += sum_of_segments(params, i + part_words);
+    if (params.sizes.share_tokens > 0) {
+      sum += sum_of_segments(params, i + words / config::kLogitTerms);
+    }
     const int32_t e = i / sizes.hidden;
     tile::write_real(routing.grad_w_router, e, i - e * sizes.hidden, sum);
   }

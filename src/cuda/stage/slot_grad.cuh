@@ -163,15 +163,15 @@ FM_DEVICE float slope_of_score(int32_t score, float logit, float raw, float grad
   }
 }
 
-// The token's gradients of logits as sums of two elements, which the tiles of the router's share
-// read; zeros behind the last expert. Whole warp.
+// The token's gradients of logits as sums of two elements, which the router's tiles read; zeros
+// behind the last expert. Whole warp.
 template <class Element>
 FM_DEVICE void split_logits(const kernel::BackwardParams& params, int32_t token,
                             const float* grad_logits) {
   const int32_t depth = config::router_depth(params.forward.sizes.num_experts);
   const int32_t padded_experts = config::router_padded(params.forward.sizes.num_experts);
-  auto* parts = static_cast<uint32_t*>(params.logit_rows) +
-                int64_t{token} * config::kLogitParts * (depth / 2);
+  auto* parts = static_cast<uint32_t*>(params.grad_logit_terms) +
+                int64_t{token} * config::kLogitTerms * (depth / 2);
   __syncwarp();
   for (int32_t pair = ptx::lane_idx(); pair < depth / 2; pair += 32) {
     float2 grad = {0.0f, 0.0f};

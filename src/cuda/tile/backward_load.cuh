@@ -1,7 +1,7 @@
-// Copies of the backward's operands into stages. Products of rows (Z, dA', dX) read weights in
-// boxes of 64 x 64, either dimension contiguous, and rows in the forward's boxes, as the router's
-// share of grad x does, whose rows are tokens; sums over rows
-// (the weights' gradients) read 32 rows of either operand, in boxes of 64 columns.
+// Copies of the backward's operands into stages. Products of rows (Z, dA', dX, the router's share
+// of grad x, whose rows are tokens) read weights in boxes of 64 x 64, either dimension contiguous,
+// and rows in the forward's boxes; sums over rows (the weights' gradients) read 32 rows of either
+// operand, in boxes of 64 columns.
 #pragma once
 
 #include "cuda/kernel/backward.h"
@@ -47,8 +47,9 @@ FM_DEVICE int32_t pre_activation_pairs(const kernel::BackwardParams& params) {
 FM_DEVICE int32_t gradient_of(const Tile& tile) {
   return tile.product - static_cast<int32_t>(BackwardProduct::kDownGrad);
 }
-// The operands that it is made of: an index of grad_m and grad_n.
+// The operands that it is made of, an index of grad_m and grad_n: 0, 1, 1, 2.
 FM_DEVICE int32_t operands_of(const Tile& tile) { return (gradient_of(tile) + 1) / 2; }
+static_assert((kRouterGradIdx + 1) / 2 == kRouterOperandsIdx);
 FM_DEVICE int32_t column_boxes(const Tile& tile) {
   return (tile.num_rows + config::kBoxColumns - 1) / config::kBoxColumns;
 }
@@ -176,7 +177,7 @@ class BackwardTokenLoad {
       case BackwardProduct::kInputGrad:
         return params.grad_z_tokens[tile.num_steps() - 1];
       case BackwardProduct::kRouterShare:
-        return params.logit_parts[tile.num_steps() - 1];
+        return params.grad_logit_tokens[tile.num_steps() - 1];
       default:
         return params.grad_n[operands_of(tile)];
     }

@@ -15,7 +15,8 @@
 namespace flashmoe::cuda::tile {
 
 // Tile::product of the backward. A tile of a weight gradient is (columns of its N side: row_begin,
-// num_rows), (pair of M tiles: weight_pair_idx); its depth is the expert's rows.
+// num_rows), (pair of M tiles: weight_pair_idx); its depth is the rows of the expert, or the
+// router's range of tokens, that local_expert_idx says.
 enum class BackwardProduct : int8_t {
   kPreActivation,  // Z = X W_up^T + b_up
   kHiddenGrad,     // dA' = dY W_down, and from it w A, dZ and a part of the slot's weight gradient
@@ -29,6 +30,9 @@ enum class BackwardProduct : int8_t {
 // The last four, from kDownGrad on.
 inline constexpr int kWeightGrads = 4;
 inline constexpr int kRouterGradIdx = 3;
+// Pairs of operands that they are made of: of the down, the up and the router's weights.
+inline constexpr int kGradOperands = 3;
+inline constexpr int kRouterOperandsIdx = 2;
 
 FM_HD constexpr BackwardProduct product_of(const Tile& tile) {
   return static_cast<BackwardProduct>(tile.product);

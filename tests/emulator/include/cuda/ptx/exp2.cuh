@@ -11,5 +11,9 @@ inline float ex2(float x) {
   const float result = std::exp2(x);
   return result < 0x1p-126f ? 0.0f : result;
 }
+inline float rcp(float x) {
+  const float result = 1.0f / x;
+  return std::abs(result) < 0x1p-126f ? 0.0f : result;
+}
 
 }  // namespace flashmoe::cuda::ptx
