@@ -107,7 +107,8 @@ def test_the_table_shows_every_peer_that_was_timed():
         "eager_ratio": 0.8, "eager_reference_us": 10.0, "over_floor": 1.1, "tflops": 700.0,
         "sm_clock_mhz": 1500.0, "error_ratio": 1.0, "bitwise": True, "gpu": "NVIDIA H200",
         "dtype": "bf16", "peak_tflops": 750.0, "read_gb_per_s": 4300.0,
-        "peers": {GROUPED: 18.0}, "eager_peers": {GROUPED: 30.0, LIGER: 40.0},
+        "peers": {GROUPED: 18.0}, "beside_peers": {"us": 10.0, "reference_us": 9.0},
+        "eager_peers": {GROUPED: 30.0, LIGER: 40.0},
         "peer_versions": {LIGER: "0.8.5"},
         "peers_absent": {SONIC: "not installed: sonic-moe (No module named 'sonicmoe')"},
     }  # fmt: skip
