@@ -109,53 +109,62 @@ FM_DEVICE Choice read_choice(const kernel::ForwardParams& params, int32_t slot, 
   return {static_cast<int32_t>(id), tile::read_real(params.router.weights, token, j)};
 }
 
-// The same for the slots of a tile. Whole warp.
-FM_DEVICE void read_tile(const kernel::ForwardParams& params, int32_t first_slot,
-                         int32_t num_slots) {
-  for (int32_t i = ptx::lane_idx(); i < num_slots; i += 32) {
-    const int32_t slot = first_slot + i;
-    const int32_t token = slot / params.sizes.top_k;
-    write_slot(params, token, slot - token * params.sizes.top_k, read_choice(params, slot, true),
-               false);
-  }
-}
-
-inline constexpr int32_t kIdsAhead = 8;  // loads of a lane that are under way together
+// A lane's slots of a tile: every warp has a run of neighbours.
+inline constexpr int32_t kMaxSlotsOfLane =
+    kTileTokens * static_cast<int32_t>(config::kMaxTopK) / config::kForwardThreads;
 
 // Places of a tile's slots among those of the same expert, in slot order, and how many there are.
-// Whole warp; counts: [E] words of shared memory.
+// id_of(slot): the slot's expert, or none. All threads of the CTA; counts: [warps][E] words of
+// shared memory.
+template <class IdOf>
 FM_DEVICE void rank_tile(const kernel::ForwardParams& params, int32_t* counts, int32_t tile_idx,
-                         int32_t first_slot, int32_t num_slots) {
+                         const IdOf& id_of) {
   const auto& sizes = params.sizes;
   const int32_t lane = ptx::lane_idx();
-  for (int32_t e = lane; e < sizes.num_experts; e += 32) counts[e] = 0;
-  __syncwarp();
-  for (int32_t first = 0; first < num_slots; first += 32 * kIdsAhead) {
-    int32_t ids[kIdsAhead];  // of slot first + 32 i + lane
-    FM_UNROLL
-    for (int32_t i = 0; i < kIdsAhead; ++i) {
-      const int32_t slot = first + 32 * i + lane;
-      ids[i] = slot < num_slots ? params.memory.ids[first_slot + slot] : kNoExpert;
-    }
-    FM_UNROLL
-    for (int32_t i = 0; i < kIdsAhead; ++i) {
-      const int32_t id = ids[i];
-      const uint32_t same = __match_any_sync(kAllLanes, id);
-      const uint32_t before = same & ((1u << lane) - 1);
-      const int32_t base = id >= 0 ? counts[id] : 0;
-      __syncwarp();
-      if (id >= 0 && before == 0) counts[id] = base + __popc(same);
-      const int32_t slot = first + 32 * i + lane;
-      if (slot < num_slots) {
-        params.memory.slot_ranks[first_slot + slot] = id >= 0 ? base + __popc(before) : -1;
-      }
-      __syncwarp();
-    }
-  }
-  for (int32_t e = lane; e < sizes.num_experts; e += 32) {
-    params.memory.histograms[int64_t{e} * sizes.route_tiles + tile_idx] = counts[e];
+  const int32_t warp_idx = ptx::thread_idx() / 32;
+  const int32_t first_slot = tile_idx * kTileTokens * sizes.top_k;
+  const int32_t num_slots = min(kTileTokens * sizes.top_k, sizes.slots() - first_slot);
+  const int32_t of_lane = plan::ceil_div(num_slots, config::kForwardThreads);
+  const int32_t first = warp_idx * 32 * of_lane + lane;
+  int32_t* own = counts + warp_idx * sizes.num_experts;
+  for (int32_t e = lane; e < sizes.num_experts; e += 32) own[e] = 0;
+  int32_t ids[kMaxSlotsOfLane];
+  int32_t ranks[kMaxSlotsOfLane];  // among the warp's
+  FM_UNROLL
+  for (int i = 0; i < kMaxSlotsOfLane; ++i) {
+    const bool exists = i < of_lane && first + 32 * i < num_slots;
+    ids[i] = exists ? id_of(first_slot + first + 32 * i) : kNoExpert;
   }
   __syncwarp();
+  FM_UNROLL
+  for (int i = 0; i < kMaxSlotsOfLane; ++i) {
+    if (i >= of_lane) break;
+    const int32_t id = ids[i];
+    const uint32_t same = __match_any_sync(kAllLanes, id);
+    const uint32_t before = same & ((1u << lane) - 1);
+    ranks[i] = id >= 0 ? own[id] + __popc(before) : -1;
+    __syncwarp();
+    if (id >= 0 && before == 0) own[id] += __popc(same);
+    __syncwarp();
+  }
+  __syncthreads();
+  for (int32_t e = ptx::thread_idx(); e < sizes.num_experts; e += config::kForwardThreads) {
+    int32_t sum = 0;
+    for (int32_t warp = 0; warp < config::kForwardWarps; ++warp) {
+      const int32_t count = counts[warp * sizes.num_experts + e];
+      counts[warp * sizes.num_experts + e] = sum;
+      sum += count;
+    }
+    params.memory.histograms[int64_t{e} * sizes.route_tiles + tile_idx] = sum;
+  }
+  __syncthreads();
+  FM_UNROLL
+  for (int i = 0; i < kMaxSlotsOfLane; ++i) {
+    if (i >= of_lane || first + 32 * i >= num_slots) break;
+    const int32_t before = ids[i] >= 0 ? own[ids[i]] : 0;
+    params.memory.slot_ranks[first_slot + first + 32 * i] = before + ranks[i];
+  }
+  __syncwarp();  // the warp's counts are free for the next tile
 }
 
 FM_DEVICE void check_selection_bias(const kernel::ForwardParams& params) {
@@ -183,18 +192,16 @@ FM_DEVICE void route(const kernel::ForwardParams& params, uint8_t* arena, int32_
     }
     __syncthreads();
   }
-  // The CTA that chose a tile's experts also ranks its slots; a warp takes a tile.
-  const auto warp_idx = ptx::thread_idx() / 32;
-  auto* counts = reinterpret_cast<int32_t*>(arena) + warp_idx * sizes.num_experts;
-  for (int32_t tile_idx = ptx::block_idx() + warp_idx * num_ctas; tile_idx < sizes.route_tiles;
-       tile_idx += config::kForwardWarps * num_ctas) {
-    const int32_t first_slot = tile_idx * kTileTokens * sizes.top_k;
-    const int32_t num_slots = min(kTileTokens * sizes.top_k, sizes.slots() - first_slot);
-    if (!is_fused) {
-      read_tile(params, first_slot, num_slots);
-      __syncwarp();
-    }
-    rank_tile(params, counts, tile_idx, first_slot, num_slots);
+  // The CTA that chose a tile's experts also ranks its slots.
+  auto* counts = reinterpret_cast<int32_t*>(arena);
+  for (int32_t tile_idx = ptx::block_idx(); tile_idx < sizes.route_tiles; tile_idx += num_ctas) {
+    rank_tile(params, counts, tile_idx, [&](int32_t slot) {
+      if (is_fused) return params.memory.ids[slot];
+      const Choice choice = read_choice(params, slot, true);
+      const int32_t token = slot / sizes.top_k;
+      write_slot(params, token, slot - token * sizes.top_k, choice, false);
+      return choice.expert_idx;
+    });
   }
 }
 
