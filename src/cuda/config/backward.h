@@ -46,6 +46,9 @@ inline constexpr int32_t kMaxColumnBoxes = tile::kGradColumns / kBoxColumns;
 inline constexpr int32_t kGradWeightBytes = kWeightRows / kBoxColumns * kGradBoxBytes;
 inline constexpr int32_t kGradStageBytes = kGradWeightBytes + kMaxColumnBoxes * kGradBoxBytes;
 inline constexpr int32_t kGradStages = 7;
+// Of N's operand, each CTA of a pair loads 16 rows: all columns of one product's depth.
+inline constexpr int32_t kGradHalfBytes = kMaxColumnBoxes * kGradBoxBytes / kClusterSize;
+static_assert(kGradDepth / kClusterSize == 16);
 // Steps that one warpgroup is ahead of the other: what hides a part of either's epilogue.
 inline constexpr int32_t kGradLead = 1;
 

@@ -97,13 +97,14 @@ struct BackwardParams {
   CUtensorMap up_weights[2];   // boxes of 64 x 64; one, or (separate) gate and up
   CUtensorMap down_weights;
   CUtensorMap pre_activation_out;
-  CUtensorMap z_in[2];     // [makes_z]: boxes of 64 columns by 16 rows
-  CUtensorMap z_ahead[2];  // by a block's rows
-  CUtensorMap grad_z_out;
+  CUtensorMap z_in[2];     // [makes_z]: boxes of 64 columns by 16 rows by both buffers of a chunk
+  CUtensorMap z_ahead[2];  // boxes of 64 columns by a block's rows
+  CUtensorMap grad_z_out;  // boxes as z_in's
   CUtensorMap hidden_out;
-  CUtensorMap grad_m[tile::kGradOperands];  // operands of weight gradients (down, up, router): M
-                                            // side, N side
-  CUtensorMap grad_n[tile::kGradOperands];
+  // Operands of weight gradients (down, up, router), in boxes of 64 columns by rows by boxes side
+  // by side: of M two, of N as many as a tile has.
+  CUtensorMap grad_m[tile::kGradOperands];
+  CUtensorMap grad_n[tile::kGradOperands][config::kMaxColumnBoxes];
   CUtensorMap weight_grads[tile::kWeightGrads];
   WeightGradOut weight_grad_out[tile::kWeightGrads];
   bool up_is_hidden_major;  // w_up rows run along H

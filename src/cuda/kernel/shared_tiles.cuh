@@ -133,7 +133,7 @@ FM_DEVICE void shared_math_role(const typename Job::Params& params, typename Job
         continue;
       }
     }
-    if (threadIdx.x % config::kWarpgroup == 0) current = tile;
+    if (ptx::thread_idx() % config::kWarpgroup == 0) current = tile;
     if (!output.all(!tile.is_end() && waiter.alive())) break;
     output.prepare(params, current, waiter);
     turns.wait(waiter);

@@ -301,7 +301,9 @@ class Builder {
     }
     p_.forward.row_out = window(grad_rows, layer_.hidden, config::kStoreTokens);
     p_.pre_activation_out = window(grad_z, up, config::kStoreTokens);
-    p_.grad_z_out = window(grad_z, up, config::kHiddenRows);
+    p_.grad_z_out =
+        encode(with_halves(window_view(grad_z, rows, up, config::kBoxColumns, config::kHiddenRows)),
+               element_, "grad z");
     p_.hidden_out =
         window(region<void>(BackwardScratch::kHidden), layer_.intermediate, config::kHiddenRows);
     TensorView z = rows_view(grad_z, rows, up, config::kHalfRows, config::kHiddenRows);
@@ -315,9 +317,22 @@ class Builder {
   }
   // is_made: by this launch.
   void set_z(int is_made, TensorView z) {
-    p_.z_in[is_made] = encode(z, element_, "z");
+    p_.z_in[is_made] = encode(with_halves(z), element_, "z");
     z.box[1] = config::Backward{}.product(config::Major::kDepth).max_tokens;
     p_.z_ahead[is_made] = encode(z, element_, "z");
+  }
+  // A view of Z with a last dimension that goes from a chunk's first buffer to its second: from
+  // gates to ups, or (interleaved) 64 columns on.
+  TensorView with_halves(TensorView z) const {
+    const uint32_t halves = p_.sizes.gated ? 2 : 1;
+    const bool interleaved = p_.sizes.interleaved;
+    const int64_t step = interleaved ? config::kHalfRows : layer_.intermediate;
+    if (!interleaved) z.sizes[0] = static_cast<uint64_t>(layer_.intermediate);
+    z.sizes[z.num_dims] = halves;
+    z.strides[z.num_dims] = static_cast<uint64_t>(step) * config::kElementBytes;
+    z.box[z.num_dims] = halves;
+    ++z.num_dims;
+    return z;
   }
   CUtensorMap window(const void* base, int64_t columns, uint32_t box_rows) const {
     return encode(window_view(base, p_.sizes.max_rows, columns, config::kBoxColumns, box_rows),
@@ -346,14 +361,34 @@ class Builder {
   // Rows of `rows` are the first dimension of the gradient, those of `columns` the second.
   void set_operands(int which, BackwardScratch rows, int64_t num_rows, BackwardScratch columns,
                     int64_t num_columns, bool m_is_second) {
-    const void* row_base = region<void>(rows);
-    const void* column_base = region<void>(columns);
-    constexpr uint32_t kDepth = config::kGradDepth;
-    p_.grad_m[which] =
-        m_is_second ? window(column_base, num_columns, kDepth) : window(row_base, num_rows, kDepth);
-    p_.grad_n[which] = m_is_second
-                           ? window(row_base, num_rows, kDepth / config::kClusterSize)
-                           : window(column_base, num_columns, kDepth / config::kClusterSize);
+    const auto view = [&](BackwardScratch operand, int64_t size) {
+      return window_view(region<void>(operand), p_.sizes.max_rows, size, config::kBoxColumns,
+                         config::kGradDepth);
+    };
+    const TensorView of_rows = view(rows, num_rows);
+    const TensorView of_columns = view(columns, num_columns);
+    set_m(which, m_is_second ? of_columns : of_rows);
+    set_n(which, m_is_second ? of_rows : of_columns);
+  }
+  // Maps of the operands of a sum over rows, from windows of kGradDepth rows.
+  void set_m(int which, const TensorView& rows) {
+    constexpr uint32_t kBoxes = config::kWeightRows / config::kBoxColumns;
+    p_.grad_m[which] = encode(with_boxes(rows, kBoxes), element_, "rows");
+  }
+  void set_n(int which, TensorView rows) {
+    rows.box[1] = config::kGradDepth / config::kClusterSize;
+    for (uint32_t boxes = 1; boxes <= config::kMaxColumnBoxes; ++boxes) {
+      p_.grad_n[which][boxes - 1] = encode(with_boxes(rows, boxes), element_, "rows");
+    }
+  }
+  // Of a window: its columns as 64 of a box and as boxes side by side, the last dimension.
+  static TensorView with_boxes(TensorView view, uint32_t num_boxes) {
+    view.num_dims = 5;
+    view.sizes[4] = view.sizes[0] / config::kBoxColumns;
+    view.strides[4] = config::kBoxColumns * config::kElementBytes;
+    view.box[4] = num_boxes;
+    view.sizes[0] = config::kBoxColumns;
+    return view;
   }
 
   // row_offset: of the gradient's first row in its operand.
@@ -456,11 +491,9 @@ class Builder {
     TensorView x = window_view(o_.x.data, tokens, row_stride_of(o_.x), config::kBoxColumns,
                                config::kGradDepth);
     x.sizes[0] = static_cast<uint64_t>(layer_.hidden);
-    p_.grad_m[kOperands] = encode(x, element_, "x");
-    p_.grad_n[kOperands] =
-        encode(window_view(p_.grad_logit_terms, tokens, columns, config::kBoxColumns,
-                           config::kGradDepth / config::kClusterSize),
-               element_, "grad logit terms");
+    set_m(kOperands, x);
+    set_n(kOperands, window_view(p_.grad_logit_terms, tokens, columns, config::kBoxColumns,
+                                 config::kGradDepth));
     kernel::WeightGradOut& out = p_.weight_grad_out[kWhich];
     out.data = p_.router_parts;
     out.expert_stride = config::router_part_words(layer_.num_experts, layer_.hidden, true);

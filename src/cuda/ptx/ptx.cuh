@@ -32,6 +32,10 @@ FM_DEVICE int32_t thread_idx() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
   return idx;
 }
+// The compiler forgets how the pointer was made, and so cannot make all that follows from it
+// in front of a loop, for which roles with few registers have none.
+FM_DEVICE void forget(uint8_t*& pointer) { asm volatile("" : "+l"(pointer)); }
+
 FM_DEVICE int32_t lane_idx() { return thread_idx() % 32; }
 // blockIdx.x, likewise.
 FM_DEVICE int32_t block_idx() {

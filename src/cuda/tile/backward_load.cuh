@@ -54,12 +54,13 @@ FM_DEVICE int32_t column_boxes(const Tile& tile) {
   return (tile.num_rows + config::kBoxColumns - 1) / config::kBoxColumns;
 }
 
-// A box of rows [row, end) of a map that clips, at most kRows of them; the others are zeros.
+// Boxes of rows [row, end) of a map that clips, at most kRows of them; the others are zeros. box:
+// the first, of 64 columns.
 template <int32_t kRows, class... Mask>
-FM_DEVICE void load_rows(uint8_t* to, uint64_t* full, const CUtensorMap& map, int32_t column,
+FM_DEVICE void load_rows(uint8_t* to, uint64_t* full, const CUtensorMap& map, int32_t box,
                          int32_t row, int32_t end, const Mask&... mask) {
   const int32_t num_rows = max(min(end - row, kRows), 0);
-  const int32_t at[4] = {column, kWindow - num_rows, row + num_rows, kWindow};
+  const int32_t at[5] = {0, kWindow - num_rows, row + num_rows, kWindow, box};
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, to, &map, at, full, mask...);
 }
 // This CTA's 128 of M: two boxes a step.
@@ -83,12 +84,8 @@ class BackwardWeightLoad {
   }
   // Of a sum over rows, one step after the other.
   FM_DEVICE void load_shared(uint8_t* to, uint64_t* full) {
-    FM_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      load_rows<config::kGradDepth>(to + half * config::kGradBoxBytes, full,
-                                    params_.grad_m[operands_of(tile_)],
-                                    m_ + half * config::kHalfRows, rows_.row, rows_.end);
-    }
+    load_rows<config::kGradDepth>(to, full, params_.grad_m[operands_of(tile_)],
+                                  m_ / config::kBoxColumns, rows_.row, rows_.end);
     rows_.advance(parts_of(params_, tile_), config::kGradDepth);
   }
 
@@ -138,7 +135,7 @@ class BackwardTokenLoad {
       rows_ = rows_of_sum(params, tile);
       column_ = params.weight_grad_out[gradient_of(tile)].n_offset + tile.row_begin;
       first_ = cta_rank * kHalfDepth;
-      place_ = cta_rank * (config::kGradBoxBytes / config::kClusterSize);
+      place_ = cta_rank * config::kGradHalfBytes;
     } else {
       const int32_t first = cta_rank * tile.num_steps() * (kTokenStep / config::kClusterSize);
       first_ = tile.row_begin + first;
@@ -155,13 +152,8 @@ class BackwardTokenLoad {
   // Of a sum over rows, one step after the other.
   FM_DEVICE void load_shared(uint8_t* to, uint64_t* full) {
     constexpr uint16_t kBoth = 0b11;
-    FM_UNROLL
-    for (int box = 0; box < config::kMaxColumnBoxes; ++box) {
-      if (box >= column_boxes(tile_)) break;
-      load_rows<kHalfDepth>(to + place_ + box * config::kGradBoxBytes, full, map_,
-                            column_ + box * config::kBoxColumns, rows_.row + first_, rows_.end,
-                            kBoth);
-    }
+    load_rows<kHalfDepth>(to + place_, full, map_, column_ / config::kBoxColumns,
+                          rows_.row + first_, rows_.end, kBoth);
     rows_.advance(parts_of(params_, tile_), config::kGradDepth);
   }
 
@@ -179,7 +171,7 @@ class BackwardTokenLoad {
       case BackwardProduct::kRouterShare:
         return params.grad_logit_tokens[tile.num_steps() - 1];
       default:
-        return params.grad_n[operands_of(tile)];
+        return params.grad_n[operands_of(tile)][column_boxes(tile) - 1];
     }
   }
 

@@ -32,6 +32,7 @@ class Staging {
   FM_DEVICE uint32_t acquire_all() {
     wait_for_reads<0>();
     buffer_idx_ = 0;
+    ptx::forget(buffers_);
     return ptx::shared_address(buffers_);
   }
 
@@ -89,7 +90,7 @@ class Staging {
   }
 
   // The thread that starts copies, and waits for their ends.
-  FM_DEVICE static bool is_storer() { return threadIdx.x % config::kWarpgroup == 0; }
+  FM_DEVICE static bool is_storer() { return ptx::thread_idx() % config::kWarpgroup == 0; }
   FM_DEVICE void sync() { ptx::barrier_sync(barrier_idx_, config::kWarpgroup); }
 
  private:

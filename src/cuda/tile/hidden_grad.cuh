@@ -1,9 +1,10 @@
 // The epilogue of dA' = dY W_down: reads Z, writes w A and dZ, and sums <A, dA'> of every row.
 //
-// Z comes chunk by chunk (16 rows by 64 columns of A: one or two boxes) into shared memory, dZ
-// takes its place there, and all goes out by the copy engine. Four sets of buffers: one chunk is on
-// its way in, one waits until all warps have put theirs and one is on its way out while another is
-// worked on. Each warp starts the copies of one set.
+// Z comes chunk by chunk (16 rows by 64 columns of A: one box, or two halves of one) into shared
+// memory, dZ takes its place there, and all goes out by the copy engine. Four sets of buffers: two
+// chunks are on their way in and one is on its way out while another is worked on. Each warp starts
+// the copies of one set: it stores chunk c - 1 in the middle of chunk c, when all warps have put
+// theirs, and asks for chunk c + 3 at the beginning of the next.
 //
 // One body serves all chunks of a tile, which takes its sums out of the registers by a switch:
 // unrolled, it is more instructions than any instruction cache holds (docs/backward_pass.md).
@@ -28,22 +29,23 @@ inline constexpr int kChunkGroups = config::kHiddenRows / kGroupRows;
 inline constexpr int kMathWarpsOfGroup = config::kWarpgroup / 32;
 static_assert(config::kHiddenSets == kMathWarpsOfGroup && kChunkGroups == 2);
 
-// Where the next copies of a set are from or to. A warp's first lane has it in shared memory:
-// coordinates made anew for every copy took it a third of a chunk's time.
+// Where the next copies of a set are from or to, in shared memory: coordinates made anew for every
+// copy took a third of a chunk's time.
 struct HiddenCopy {
+  const CUtensorMap* z;  // where Z is loaded from
   int32_t row;
   int32_t end;  // of the tile's rows
   int32_t column;
   int32_t z_column;  // of buffer 0
 };
 
-// Of one math warpgroup. Chunk n, counted over all its tiles, has set n % kHiddenSets, whose copies
-// warp n % kHiddenSets starts.
+// Of one math warpgroup. Chunk n of a tile has set n % kHiddenSets, whose copies warp n %
+// kHiddenSets starts. A tile has an even number of phases of each set, so that the parities of its
+// chunks follow from their numbers: those that it has no chunks for are ended at once.
 struct HiddenGradMemory {
   HiddenChunks* chunks;
   uint64_t z_full[config::kHiddenSets];  // phase n: the set's n-th chunk of Z is there
   uint64_t filled[config::kHiddenSets];  // phase n: all warps have put its n-th gradients
-  uint32_t num_before;                   // chunks of the tiles before
   uint32_t num_chunks;                   // of the tile
   int32_t num_halves;                    // of 64 columns that the tile has
   HiddenCopy copies[config::kHiddenSets];
@@ -55,7 +57,6 @@ struct HiddenGradMemory {
     for (uint64_t& barrier : z_full) ptx::mbarrier_init(&barrier, 1);
     for (uint64_t& barrier : filled) ptx::mbarrier_init(&barrier, kMathWarpsOfGroup);
     chunks = reinterpret_cast<HiddenChunks*>(staging);
-    num_before = 0;
   }
 };
 
@@ -118,41 +119,48 @@ enum class ZOrder {
 };
 constexpr bool is_gated(ZOrder order) { return order != ZOrder::kPlain; }
 
-// Where a thread finds and puts its elements of 8 tokens in a chunk's buffers.
+// Where a thread finds and puts its elements of 8 tokens in a chunk's buffers. What follows from
+// the thread's index is found once.
 template <ZOrder kOrder>
 class ChunkAccess {
  public:
-  // buffers: address of the chunk's first, at the first of the 8 tokens.
-  FM_DEVICE explicit ChunkAccess(uint32_t buffers) : buffers_(buffers) {}
+  // chunks: address of the first buffer of all.
+  FM_DEVICE explicit ChunkAccess(uint32_t chunks)
+      : place_(kKeepsPlace ? chunks + matrix_place() : chunks) {}
 
-  FM_DEVICE HiddenWords load() const {
+  // buffers: address of the chunk's first, at the first of the 8 tokens.
+  FM_DEVICE HiddenWords load(uint32_t buffers) const {
     HiddenWords z{};
-    if constexpr (kOrder == ZOrder::kPlain) ptx::ldmatrix_x2_trans(matrix_address(), z.gate);
-    if constexpr (kOrder == ZOrder::kHalves) ptx::ldmatrix_x4_trans(matrix_address(), z.gate, z.up);
+    const uint32_t at = address(buffers);
+    if constexpr (kOrder == ZOrder::kPlain) ptx::ldmatrix_x2_trans(at, z.gate);
+    if constexpr (kOrder == ZOrder::kHalves) ptx::ldmatrix_x4_trans(at, z.gate, z.up);
     if constexpr (kOrder == ZOrder::kInterleaved) {
       FM_UNROLL
       for (int column = 0; column < 2; ++column) {
-        const uint32_t first = ptx::ld_shared(word_address(0, column));
-        const uint32_t second = ptx::ld_shared(word_address(1, column));
+        const uint32_t first = ptx::ld_shared(word_at(at, 0, column));
+        const uint32_t second = ptx::ld_shared(word_at(at, 1, column));
         z.gate[column] = __byte_perm(first, second, kLowHalves);
         z.up[column] = __byte_perm(first, second, kHighHalves);
       }
     }
     return z;
   }
-  FM_DEVICE void store(const HiddenWords& grad, const uint32_t (&activated)[2]) const {
-    ptx::stmatrix_x2_trans(row_address() + 2 * config::kHiddenBytes, activated);
-    if constexpr (kOrder == ZOrder::kPlain) ptx::stmatrix_x2_trans(matrix_address(), grad.gate);
+  FM_DEVICE void store(uint32_t buffers, const HiddenWords& grad,
+                       const uint32_t (&activated)[2]) const {
+    const uint32_t at = address(buffers);
+    // Of two matrices lanes 0 to 15 give the addresses: those of the first buffer.
+    const uint32_t row = kKeepsPlace ? at : buffers + place_ + matrix_place();
+    ptx::stmatrix_x2_trans(row + 2 * config::kHiddenBytes, activated);
+    if constexpr (kOrder == ZOrder::kPlain) ptx::stmatrix_x2_trans(at, grad.gate);
     if constexpr (kOrder == ZOrder::kHalves) {
-      ptx::stmatrix_x4_trans(matrix_address(),
-                             {grad.gate[0], grad.gate[1], grad.up[0], grad.up[1]});
+      ptx::stmatrix_x4_trans(at, {grad.gate[0], grad.gate[1], grad.up[0], grad.up[1]});
     }
     if constexpr (kOrder == ZOrder::kInterleaved) {
       FM_UNROLL
       for (int column = 0; column < 2; ++column) {
-        ptx::st_shared(word_address(0, column),
+        ptx::st_shared(word_at(at, 0, column),
                        __byte_perm(grad.gate[column], grad.up[column], kLowHalves));
-        ptx::st_shared(word_address(1, column),
+        ptx::st_shared(word_at(at, 1, column),
                        __byte_perm(grad.gate[column], grad.up[column], kHighHalves));
       }
     }
@@ -161,28 +169,37 @@ class ChunkAccess {
  private:
   static constexpr uint32_t kLowHalves = 0x5410;
   static constexpr uint32_t kHighHalves = 0x7632;
+  // Words have no register to spare.
+  static constexpr bool kKeepsPlace = kOrder != ZOrder::kInterleaved;
+
+  FM_DEVICE uint32_t address(uint32_t buffers) const {
+    return buffers + place_ + (kKeepsPlace ? 0 : word_place());
+  }
   FM_DEVICE static uint32_t warp_idx() {
     return static_cast<uint32_t>(ptx::thread_idx()) % config::kWarpgroup / 32;
   }
 
-  // Of a row of an 8 x 8 matrix: token lane % 8, the lane / 8 % 2'th half of the warp's 16 columns.
-  FM_DEVICE uint32_t row_address() const {
+  // Of a row of an 8 x 8 matrix: token lane % 8, the lane / 8 % 2'th half of the warp's 16 columns;
+  // the last 16 lanes' in the second buffer.
+  FM_DEVICE static uint32_t matrix_place() {
     const uint32_t token = lane_of_warp() % 8;
-    return buffers_ + token * 128 + ((2 * warp_idx() + lane_of_warp() / 8 % 2 ^ token) << 4);
+    return lane_of_warp() / 16 * config::kHiddenBytes + token * 128 +
+           ((2 * warp_idx() + lane_of_warp() / 8 % 2 ^ token) << 4);
   }
-  // The same; the last 16 lanes' in the second buffer.
-  FM_DEVICE uint32_t matrix_address() const {
-    return row_address() + lane_of_warp() / 16 * config::kHiddenBytes;
+  // Of gate and up of the thread's first element: token 2 q, first column.
+  FM_DEVICE static uint32_t word_place() {
+    const uint32_t token = lane_of_warp() % 4 * 2;
+    const uint32_t element = warp_idx() % 2 * 16 + lane_of_warp() / 4;
+    return warp_idx() / 2 * config::kHiddenBytes + token * 128 + ((element / 4 ^ token) << 4) +
+           element % 4 * 4;
   }
-  // Of gate and up of one element: token 2 q + second.
-  FM_DEVICE uint32_t word_address(uint32_t second, uint32_t column) const {
-    const uint32_t token = lane_of_warp() % 4 * 2 + second;
-    const uint32_t place = warp_idx() % 2 * 16 + lane_of_warp() / 4 + column * 8;
-    return buffers_ + warp_idx() / 2 * config::kHiddenBytes + token * 128 +
-           ((place / 4 ^ token) << 4) + place % 4 * 4;
+  // Of token 2 q + second and either column, from the first's: units of 16 bytes are swizzled by
+  // the token's last three bits, and two units on is 8 columns on.
+  FM_DEVICE static uint32_t word_at(uint32_t first, uint32_t second, uint32_t column) {
+    return first ^ second * (128 + 16) ^ column * 32;
   }
 
-  uint32_t buffers_;
+  uint32_t place_;
 };
 
 // Sums over the warp's 16 columns of the values of tokens 2 q and 2 q + 1 of two groups of 8, q =
@@ -204,61 +221,76 @@ FM_DEVICE float sum_of_columns(const float (&even)[kChunkGroups],
   return sum;
 }
 
-// One chunk: 64 columns of 16 rows. buffers: address of the chunk's first; grads: their dA';
-// weights: of the rows. Returns the lane's sum of <A, dA'>, as sum_of_columns(). Both groups'
-// chains of operations run side by side: one warp a scheduler has nothing else to hide them.
-template <class Element, ZOrder kOrder, class Function>
-FM_DEVICE float differentiate_chunk(const config::Activation& activation, const Function& function,
-                                    uint32_t buffers,
-                                    const float (&grads)[kChunkGroups * kGroupSums],
-                                    const float* weights) {
-  constexpr bool kGated = is_gated(kOrder);
-  constexpr uint32_t kGroupBytes = kGroupRows * config::kHalfRows * config::kElementBytes;
-  HiddenWords z[kChunkGroups];
-  float even[kChunkGroups] = {}, odd[kChunkGroups] = {};
+// A thread's <A, dA'> of its rows of 16: tokens 2 q and 2 q + 1 of either group of 8.
+struct HiddenDots {
+  float even[kChunkGroups] = {};
+  float odd[kChunkGroups] = {};
+};
+
+constexpr uint32_t kGroupBytes = kGroupRows * config::kHalfRows * config::kElementBytes;
+
+// Z of one chunk: 64 columns of 16 rows. buffers: address of the chunk's first.
+template <ZOrder kOrder>
+FM_DEVICE void load_chunk(const ChunkAccess<kOrder>& access, uint32_t buffers,
+                          HiddenWords (&z)[kChunkGroups]) {
   FM_UNROLL
   for (int group = 0; group < kChunkGroups; ++group) {
-    z[group] = ChunkAccess<kOrder>(buffers + group * kGroupBytes).load();
+    z[group] = access.load(buffers + group * kGroupBytes);
   }
+}
+
+// The activation of a thread's elements of 8 rows with its slopes: [column][row].
+struct GroupSlopes {
+  ValueSlope at[2][2];
+};
+
+// Of both groups' gates (or x): the chains of operations of all elements run side by side, as one
+// warp a scheduler has nothing else to hide them.
+template <class Element, class Function>
+FM_DEVICE void find_slopes(const Function& function, const HiddenWords (&z)[kChunkGroups],
+                           GroupSlopes (&slopes)[kChunkGroups]) {
   FM_UNROLL
   for (int group = 0; group < kChunkGroups; ++group) {
-    const float2 weight =
-        *reinterpret_cast<const float2*>(weights + group * kGroupRows + lane_of_warp() % 4 * 2);
+    FM_UNROLL
+    for (int column = 0; column < 2; ++column) {
+      const float2 gate = Element::widen(z[group].gate[column]);
+      slopes[group].at[column][0] = function(gate.x);
+      slopes[group].at[column][1] = function(gate.y);
+    }
+  }
+}
+
+// Puts a chunk's gradients in the place of its Z. grads: dA'; weights: of the rows.
+template <class Element, class Function, ZOrder kOrder>
+FM_DEVICE void differentiate_chunk(const config::Activation& activation,
+                                   const ChunkAccess<kOrder>& access, uint32_t buffers,
+                                   HiddenWords (&z)[kChunkGroups],
+                                   const GroupSlopes (&slopes)[kChunkGroups],
+                                   const float (&grads)[kChunkGroups * kGroupSums],
+                                   const float2 (&weights)[kChunkGroups], HiddenDots& dots) {
+  constexpr bool kGated = is_gated(kOrder);
+  FM_UNROLL
+  for (int group = 0; group < kChunkGroups; ++group) {
+    const float2 weight = weights[group];
     uint32_t activated[2];
     FM_UNROLL
     for (int column = 0; column < 2; ++column) {
       const float* grad = grads + group * kGroupSums + column * 2;
-      const float2 gate = Element::widen(z[group].gate[column]);
+      const auto& at = slopes[group].at[column];
       const float2 up = Element::widen(z[group].up[column]);
       const HiddenSlopes first =
-          differentiate<kGated>(activation, function, gate.x, up.x, weight.x * grad[0]);
-      even[group] = fmaf(first.activated, grad[0], even[group]);
+          differentiate<kGated, Function>(activation, at[0], up.x, weight.x * grad[0]);
+      dots.even[group] = fmaf(first.activated, grad[0], dots.even[group]);
       const HiddenSlopes second =
-          differentiate<kGated>(activation, function, gate.y, up.y, weight.y * grad[1]);
-      odd[group] = fmaf(second.activated, grad[1], odd[group]);
+          differentiate<kGated, Function>(activation, at[1], up.y, weight.y * grad[1]);
+      dots.odd[group] = fmaf(second.activated, grad[1], dots.odd[group]);
       z[group].gate[column] = Element::pack(first.grad_gate, second.grad_gate);
       z[group].up[column] = Element::pack(first.grad_up, second.grad_up);
       activated[column] = Element::pack(weight.x * first.activated, weight.y * second.activated);
     }
-    ChunkAccess<kOrder>(buffers + group * kGroupBytes).store(z[group], activated);
+    access.store(buffers + group * kGroupBytes, z[group], activated);
   }
-  return sum_of_columns(even, odd);
 }
-
-// Where chunk c of a tile is, and which of its warpgroup's chunks it is.
-struct HiddenChunk {
-  int32_t row_chunk;
-  int32_t half;
-  uint32_t idx;  // over all tiles
-
-  // num_halves: 1 or 2. before: chunks of the tiles before.
-  FM_DEVICE HiddenChunk(uint32_t c, int32_t num_halves, uint32_t before)
-      : row_chunk(static_cast<int32_t>(num_halves == 2 ? c / 2 : c)),
-        half(static_cast<int32_t>(num_halves == 2 ? c % 2 : 0)),
-        idx(before + c) {}
-  FM_DEVICE uint32_t set() const { return idx % config::kHiddenSets; }
-  FM_DEVICE uint32_t parity() const { return idx / config::kHiddenSets % 2; }
-};
 
 // One math warpgroup's chunks of Z. Whole warpgroup, converged.
 class HiddenGrad {
@@ -275,7 +307,8 @@ class HiddenGrad {
                                  ? 1.0f
                                  : params.forward.memory.row_weight[place.row_begin() + row];
     }
-    if (lane_of_warp() != 0) return;
+    __syncwarp();
+    if (!ptx::elect_one()) return;
     const int32_t num_halves = place.num_halves(params.forward.sizes.intermediate);
     if (warp_idx() == 0) {
       const int32_t row_chunks = (place.num_rows() + config::kHiddenRows - 1) / config::kHiddenRows;
@@ -288,13 +321,14 @@ class HiddenGrad {
                        sync::WaitTag::kGradDone);
       ptx::fence_proxy_async(ptx::space_global);
     }
-    const uint32_t c = (warp_idx() - num_before()) % config::kHiddenSets;
-    const HiddenChunk chunk(c, num_halves, num_before());
-    const int32_t column = place.column() + chunk.half * config::kHalfRows;
+    const auto first = static_cast<int32_t>(warp_idx());
+    const int32_t both = num_halves == 2 ? 1 : 0;
+    const int32_t column = place.column() + (first & both) * config::kHalfRows;
     const int32_t end = place.row_begin() + place.num_rows();
     own_copy().row =
-        num_halves == 0 ? end : place.row_begin() + chunk.row_chunk * config::kHiddenRows;
+        num_halves == 0 ? end : place.row_begin() + (first >> both) * config::kHiddenRows;
     own_copy().end = end;
+    own_copy().z = &params.z_in[makes_z(params)];
     own_copy().column = column;
     own_copy().z_column = z_column(params, column, 0);
     request_z(params);
@@ -313,11 +347,11 @@ class HiddenGrad {
         finish_chunks<Config, ZOrder::kPlain>(params, function, sums, waiter);
       }
     });
-    store_if_due(params, num_chunks(), waiter);
-    store_if_due(params, num_chunks() + 1, waiter);
-    staging.sync();  // the dots are there, and nobody reads num_before
+    const uint32_t num_chunks = words().num_chunks;
+    if (is_own(warp_idx(), num_chunks - 1)) store(params, num_chunks - 1, waiter);
+    staging.sync();  // the dots are there
     write_parts(params, place);
-    if (Staging::is_storer()) memory_.num_before = num_before() + num_chunks();
+    if (Staging::is_storer()) fill_rounds(num_chunks);
     staging.drain_all();
   }
 
@@ -329,32 +363,22 @@ class HiddenGrad {
 
   // Read again wherever they are needed, as HiddenPlace.
   FM_DEVICE const volatile HiddenGradMemory& words() const { return memory_; }
-  FM_DEVICE uint32_t num_before() const { return words().num_before; }
-  FM_DEVICE uint32_t num_chunks() const { return words().num_chunks; }
-  FM_DEVICE HiddenChunk chunk_at(uint32_t c) const { return {c, words().num_halves, num_before()}; }
+  FM_DEVICE static uint32_t parity_of(uint32_t c) { return c / config::kHiddenSets % 2; }
   FM_DEVICE volatile HiddenCopy& own_copy() {
     return const_cast<volatile HiddenCopy&>(memory_.copies[warp_idx()]);
   }
-  // Columns from buffer 0 of a chunk to buffer 1.
-  FM_DEVICE static int32_t up_columns(const kernel::BackwardParams& params) {
-    return params.sizes.interleaved ? config::kHalfRows : params.forward.sizes.intermediate;
-  }
 
-  // Starts the copies of Z into the warp's set, whose stores have been read. Its first lane.
+  // Starts the copy of Z into the warp's set, whose stores have been read. One lane.
   FM_DEVICE void request_z(const kernel::BackwardParams& params) {
     const int32_t row = own_copy().row;
     if (row >= own_copy().end) return;
     uint64_t* full = &memory_.z_full[warp_idx()];
     auto& buffers = (*memory_.chunks)[warp_idx()];
-    const CUtensorMap& z = params.z_in[makes_z(params)];
-    const int32_t column = own_copy().z_column;
     ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, full,
                                    (params.sizes.gated ? 2 : 1) * config::kHiddenBytes);
-    const int32_t at[2] = {column, row};
-    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, buffers[0], &z, at, full);
-    if (!params.sizes.gated) return;
-    const int32_t up_at[2] = {column + up_columns(params), row};
-    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, buffers[1], &z, up_at, full);
+    const int32_t at[3] = {own_copy().z_column, row, 0};
+    ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, buffers[0], own_copy().z, at,
+                              full);
   }
 
   template <class Config, ZOrder kOrder, class Function>
@@ -364,72 +388,104 @@ class HiddenGrad {
     static_assert(kConfig.max_tokens % config::kHiddenRows == 0);
     constexpr int32_t kRowChunks = kConfig.max_tokens / config::kHiddenRows;
     using Element = ElementOf<kConfig.element>;
+    const uint32_t both = words().num_halves == 2 ? 1 : 0;
+    const ChunkAccess<kOrder> access(ptx::shared_address(*memory_.chunks));
+    const uint32_t warp = warp_idx();
+    HiddenDots dots;
+    const uint32_t num_chunks = words().num_chunks;
 #pragma unroll 1
-    for (uint32_t c = 0; c < num_chunks(); ++c) {
-      store_if_due(params, c, waiter);
-      request_if_due(params, c);
-      const HiddenChunk chunk = chunk_at(c);
+    for (uint32_t c = 0; c < num_chunks; ++c) {
+      if (is_own(warp, c - 2)) request_next(params);
+      const uint32_t set = c % config::kHiddenSets;
+      const uint32_t buffers = set * (config::kHiddenBuffers * config::kHiddenBytes);
+      waiter.wait(&memory_.z_full[set], parity_of(c), sync::WaitTag::kStageFull);
+      HiddenWords z[kChunkGroups];
+      load_chunk(access, buffers, z);
+      if (is_own(warp, c - 1)) store(params, c - 1, waiter);
+      const uint32_t row = (c >> both) * config::kHiddenRows;
+      GroupSlopes slopes[kChunkGroups];
+      float2 weights[kChunkGroups];
+      const auto prepare = [&] {
+        find_slopes<Element>(function, z, slopes);
+        load_weights(row, weights);
+      };
+      // What is found before the sums are hides their search; not all functions have the registers.
+      if constexpr (!Function::kClamps) prepare();
       float grads[kChunkGroups * kGroupSums];
-      take_sums<2 * kRowChunks>(sums, chunk.half * kRowChunks + chunk.row_chunk, grads);
-      waiter.wait(&memory_.z_full[chunk.set()], chunk.parity(), sync::WaitTag::kStageFull);
-      const float dot = differentiate_chunk<Element, kOrder>(
-          params.forward.activation, function, ptx::shared_address((*memory_.chunks)[chunk.set()]),
-          grads, memory_.weights + chunk.row_chunk * config::kHiddenRows);
-      put_dots(chunk, dot);
+      take_sums<2 * kRowChunks>(sums, static_cast<int32_t>((c & both) * kRowChunks + (c >> both)),
+                                grads);
+      if constexpr (Function::kClamps) prepare();
+      differentiate_chunk<Element, Function>(params.forward.activation, access, buffers, z, slopes,
+                                             grads, weights, dots);
+      if ((c & both) == both) {
+        put_dots(row, sum_of_columns(dots.even, dots.odd));
+        dots = {};
+      }
       ptx::fence_proxy_async(ptx::space_shared);
       __syncwarp();
       if (lane_of_warp() == 0) {
         ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
-                             &memory_.filled[chunk.set()]);
+                             &memory_.filled[set]);
       }
     }
   }
 
-  // Whether the warp's set has chunk c of the tile, and the lane is its first.
-  FM_DEVICE bool is_own(uint32_t c) const {
-    return lane_of_warp() == 0 && (num_before() + c) % config::kHiddenSets == warp_idx();
+  // Of a thread's rows of the 16 from `first` on.
+  FM_DEVICE void load_weights(uint32_t first, float2 (&weights)[kChunkGroups]) const {
+    FM_UNROLL
+    for (int group = 0; group < kChunkGroups; ++group) {
+      const uint32_t row = first + group * kGroupRows + lane_of_warp() % 4 * 2;
+      weights[group] = *reinterpret_cast<const float2*>(memory_.weights + row);
+    }
   }
-  // Stores chunk c - 2, whose gradients all warps have put meanwhile.
-  FM_DEVICE void store_if_due(const kernel::BackwardParams& params, uint32_t c,
-                              sync::Waiter& waiter) {
-    if (c < 2 || !is_own(c - 2)) return;
-    waiter.wait(&memory_.filled[warp_idx()], (num_before() + c - 2) / config::kHiddenSets % 2,
-                sync::WaitTag::kStageFull);
-    store(params);
+  // Whether chunk c, which may be below 0, is there and of the set of warp `warp_idx`: past the
+  // set's first chunk by a multiple of the sets.
+  FM_DEVICE static bool is_own(uint32_t warp_idx, uint32_t c) {
+    constexpr uint32_t kBelowZero = 1u << 31;
+    return ((c - warp_idx) & (kBelowZero | (config::kHiddenSets - 1))) == 0;
   }
-  // Asks for chunk c + 1, whose set was stored from a chunk ago.
-  FM_DEVICE void request_if_due(const kernel::BackwardParams& params, uint32_t c) {
-    if (c < 3 || !is_own(c + 1)) return;
+  // Asks for the next chunk of the warp's set, which was stored from a chunk ago. Whole warp.
+  FM_DEVICE void request_next(const kernel::BackwardParams& params) {
+    if (!ptx::elect_one()) return;
     ptx::cp_async_bulk_wait_group_read(ptx::n32_t<0>());
     request_z(params);
   }
+  // Ends the phases of the chunks that a tile has not, so that the next one's first is of an even
+  // round. One thread, when all warps are done with the tile's.
+  FM_DEVICE void fill_rounds(uint32_t num_chunks) {
+#pragma unroll 1
+    for (uint32_t c = num_chunks; c % (2 * config::kHiddenSets) != 0; ++c) {
+      ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
+                           &memory_.z_full[c % config::kHiddenSets]);
+      ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared,
+                           &memory_.filled[c % config::kHiddenSets], kMathWarpsOfGroup);
+    }
+  }
 
-  // Stores the warp's set, which then is of the chunk kHiddenSets later. Its first lane.
-  FM_DEVICE void store(const kernel::BackwardParams& params) {
+  // Stores chunk c of the warp's set, which then is of the chunk kHiddenSets later, once all warps
+  // have put theirs. Whole warp.
+  FM_DEVICE void store(const kernel::BackwardParams& params, uint32_t c, sync::Waiter& waiter) {
+    if (!ptx::elect_one()) return;
+    waiter.wait(&memory_.filled[warp_idx()], parity_of(c), sync::WaitTag::kStageFull);
     auto& buffers = (*memory_.chunks)[warp_idx()];
     const int32_t row = own_copy().row;
     const int32_t num_rows = min(config::kHiddenRows, own_copy().end - row);
-    const auto store_to = [&](const CUtensorMap& out, int32_t column, int buffer) {
-      const int32_t at[4] = {column, kWindow - num_rows, row + num_rows, kWindow};
-      ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &out, at, buffers[buffer]);
-    };
-    const int32_t column = own_copy().z_column;
-    store_to(params.grad_z_out, column, 0);
-    if (params.sizes.gated) store_to(params.grad_z_out, column + up_columns(params), 1);
-    store_to(params.hidden_out, own_copy().column, 2);
+    const int32_t z_at[5] = {own_copy().z_column, kWindow - num_rows, row + num_rows, kWindow, 0};
+    ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &params.grad_z_out, z_at,
+                              buffers[0]);
+    const int32_t at[4] = {own_copy().column, kWindow - num_rows, row + num_rows, kWindow};
+    ptx::cp_async_bulk_tensor(ptx::space_global, ptx::space_shared, &params.hidden_out, at,
+                              buffers[2]);
     ptx::cp_async_bulk_commit_group();
     own_copy().row = row + config::kHiddenRows * (words().num_halves == 2 ? config::kHiddenSets / 2
                                                                           : config::kHiddenSets);
   }
 
-  // dot: as sum_of_columns() says. The second half of a row follows the first, in the same lane.
-  FM_DEVICE void put_dots(const HiddenChunk& chunk, float dot) {
+  // dot: as sum_of_columns() says, of the 16 rows from `first` on.
+  FM_DEVICE void put_dots(uint32_t first, float dot) {
     const uint32_t lane = lane_of_warp();
     if (lane >= config::kHiddenRows) return;
-    const uint32_t row =
-        chunk.row_chunk * config::kHiddenRows + lane / 8 * kGroupRows + lane % 4 * 2 + lane / 4 % 2;
-    float& sum = memory_.dots[warp_idx()][row];
-    sum = chunk.half == 0 ? dot : sum + dot;
+    memory_.dots[warp_idx()][first + lane / 8 * kGroupRows + lane % 4 * 2 + lane / 4 % 2] = dot;
   }
   // Adds the warps' sums of the tile's rows.
   FM_DEVICE void write_parts(const kernel::BackwardParams& params, const HiddenPlace& place) {

@@ -16,9 +16,15 @@ FM_DEVICE float sigmoid_of(float x) { return ptx::rcp(1.0f + exp_of_minus(x)); }
 
 // kClamps: whether the layer's limit and offset are asked for. A third of the instructions of most
 // layers' elements would go into those that they do not have.
-template <bool kWithClamps>
+struct PlainSiluSlope {  // of alpha 1
+  static constexpr bool kClamps = false;
+  FM_DEVICE ValueSlope operator()(float x) const {
+    const float s = sigmoid_of(x);
+    const float value = x * s;
+    return {value, fmaf(value, 1.0f - s, s)};
+  }
+};
 struct SiluSlope {
-  static constexpr bool kClamps = kWithClamps;
   float alpha;
   FM_DEVICE ValueSlope operator()(float x) const {
     const float s = sigmoid_of(alpha * x);
@@ -47,30 +53,50 @@ struct GeluErfSlope {
     return {x * cdf, fmaf(x, density, cdf)};
   }
 };
-// relu, its square, and the identity.
-struct PowerSlope {
-  static constexpr bool kClamps = true;
-  bool is_square;
-  bool is_linear;
+struct ReluSlope {
   FM_DEVICE ValueSlope operator()(float x) const {
-    const bool passes = is_linear || x > 0.0f;
-    const float slope = is_square ? 2.0f * x : 1.0f;
-    return {passes ? (is_square ? x * x : x) : 0.0f * x, passes ? slope : 0.0f};
+    return {x > 0.0f ? x : 0.0f * x, x > 0.0f ? 1.0f : 0.0f};
+  }
+};
+struct ReluSquaredSlope {
+  FM_DEVICE ValueSlope operator()(float x) const {
+    return {x > 0.0f ? x * x : 0.0f * x, x > 0.0f ? 2.0f * x : 0.0f};
+  }
+};
+struct IdentitySlope {
+  FM_DEVICE ValueSlope operator()(float x) const { return {x, 1.0f}; }
+};
+
+// A function behind the layer's clamp.
+template <class Function>
+struct ClampedSlope {
+  static constexpr bool kClamps = true;
+  Function function;
+  float limit;
+  FM_DEVICE ValueSlope operator()(float x) const {
+    const ValueSlope at = function(at_most(x, limit));
+    return {at.value, x > limit ? 0.0f : at.slope};
   }
 };
 
 // Calls use(function) with the activation that the launch asks for.
 template <class Use>
 FM_DEVICE void with_slope(const config::Activation& activation, const Use& use) {
+  const auto use_clamped = [&](const auto& function) {
+    use(ClampedSlope<std::decay_t<decltype(function)>>{function, activation.limit});
+  };
   if (activation.kind == FM_SILU) {
-    if (activation.limit < std::numeric_limits<float>::infinity() || activation.up_offset != 0.0f) {
-      return use(SiluSlope<true>{activation.alpha});
+    const bool clamps = activation.limit < std::numeric_limits<float>::infinity();
+    if (!clamps && activation.up_offset == 0.0f && activation.alpha == 1.0f) {
+      return use(PlainSiluSlope{});
     }
-    return use(SiluSlope<false>{activation.alpha});
+    return use_clamped(SiluSlope{activation.alpha});
   }
-  if (activation.kind == FM_GELU_TANH) return use(GeluTanhSlope{});
-  if (activation.kind == FM_GELU_ERF) return use(GeluErfSlope{});
-  use(PowerSlope{activation.kind == FM_RELU2, activation.kind == FM_IDENTITY});
+  if (activation.kind == FM_GELU_TANH) return use_clamped(GeluTanhSlope{});
+  if (activation.kind == FM_GELU_ERF) return use_clamped(GeluErfSlope{});
+  if (activation.kind == FM_RELU) return use_clamped(ReluSlope{});
+  if (activation.kind == FM_RELU2) return use_clamped(ReluSquaredSlope{});
+  use_clamped(IdentitySlope{});
 }
 
 // What one hidden element gives: A, and what its gradient sends to gate (or x) and up.
@@ -80,21 +106,19 @@ struct HiddenSlopes {
   float grad_up;
 };
 
-// grad: at A. The clamp passes gradients on the bound itself, as torch.clamp does.
+// at_gate: of the gate (or x), clamped where the function does so; grad: at A. The clamp passes
+// gradients on the bound itself, as torch.clamp does.
 template <bool kGated, class Function>
-FM_DEVICE HiddenSlopes differentiate(const config::Activation& activation, const Function& function,
-                                     float gate, float up, float grad) {
-  if constexpr (kGated && !Function::kClamps) {
-    const ValueSlope at_gate = function(gate);
+FM_DEVICE HiddenSlopes differentiate(const config::Activation& activation, ValueSlope at_gate,
+                                     float up, float grad) {
+  if constexpr (!kGated) return {at_gate.value, grad * at_gate.slope, 0.0f};
+  if constexpr (!Function::kClamps) {
     return {at_gate.value * up, grad * up * at_gate.slope, grad * at_gate.value};
   }
   const float limit = activation.limit;
-  const ValueSlope at_gate = function(at_most(gate, limit));
-  const float slope = gate > limit ? 0.0f : at_gate.slope;
-  if constexpr (!kGated) return {at_gate.value, grad * slope, 0.0f};
   const float factor = at_least(at_most(up, limit), -limit) + activation.up_offset;
   const float to_up = fabsf(up) > limit ? 0.0f : grad * at_gate.value;
-  return {at_gate.value * factor, grad * factor * slope, to_up};
+  return {at_gate.value * factor, grad * factor * at_gate.slope, to_up};
 }
 
 }  // namespace flashmoe::cuda::tile

@@ -13,7 +13,8 @@
 
 namespace flashmoe::cuda::tile {
 
-// Where a step's operands are: M's two boxes, then N's.
+// Where a step's operands are: M's two boxes, then N's, first of the 16 rows that one CTA of the
+// pair loads, then of the other's.
 template <class Stages>
 FM_DEVICE uint8_t* grad_stage(Stages& memory, int slot) {
   return reinterpret_cast<uint8_t*>(memory) + slot * config::kGradStageBytes;
@@ -51,7 +52,8 @@ FM_DEVICE void multiply_columns(int32_t num_steps, int32_t first_box, float* sum
                                 sync::Waiter& waiter, const AfterLead& after_lead) {
   using Element = typename ElementOf<Config::value.element>::Type;
   constexpr int kSecondHalf = Config::value.max_tokens / 2;
-  constexpr int kBoxStep = config::kGradBoxBytes >> 4;
+  constexpr int kMBoxStep = config::kGradBoxBytes >> 4;
+  constexpr int kNBoxBytes = config::kGradBoxBytes / config::kClusterSize;
   const int32_t last_of_lead = min(num_steps, config::kGradLead) - 1;
   int previous = 0;
 #pragma unroll 1
@@ -61,16 +63,15 @@ FM_DEVICE void multiply_columns(int32_t num_steps, int32_t first_box, float* sum
       const uint32_t stage = ptx::shared_address(grad_stage(memory, stages.slot()));
       const uint64_t m = operand_descriptor(stage);
       const uint64_t n =
-          operand_descriptor<config::kGradBoxBytes>(stage + config::kGradWeightBytes) +
-          first_box * kBoxStep;
+          operand_descriptor<kNBoxBytes>(stage + config::kGradWeightBytes + first_box * kNBoxBytes);
       ptx::wgmma_fence();
       FM_UNROLL
       for (int i = 0; i < config::kGradDepth / 16; ++i) {
         const uint64_t a = m + i * kColumnMajorStep;
-        const uint64_t b = n + i * kColumnMajorStep;
+        const uint64_t b = n + i * (config::kGradHalfBytes >> 4);
         const int accumulate = (step | i) != 0;
         ptx::wgmma<Element, kColumns, 1, 1>(sums, a, b, accumulate);
-        ptx::wgmma<Element, kColumns, 1, 1>(sums + kSecondHalf, a + kBoxStep, b, accumulate);
+        ptx::wgmma<Element, kColumns, 1, 1>(sums + kSecondHalf, a + kMBoxStep, b, accumulate);
       }
       ptx::wgmma_commit_group();
       ptx::wgmma_wait_group<1>();

@@ -44,6 +44,7 @@ const void* kernel_address(void (*kernel)(Params)) {
 }
 
 inline int32_t thread_idx() { return static_cast<int32_t>(emulator::self().idx); }
+inline void forget(uint8_t*&) {}
 inline int32_t lane_idx() { return static_cast<int32_t>(emulator::self().lane()); }
 inline int32_t block_idx() { return static_cast<int32_t>(emulator::self().cta->idx); }
 inline int32_t num_blocks() { return static_cast<int32_t>(emulator::launch().grid); }
@@ -122,8 +123,8 @@ inline void mbarrier_arrive_at(void* barrier, uint32_t num_bytes) {
     state.arrive();
   });
 }
-inline void mbarrier_arrive(Release, CtaScope, SharedSpace, uint64_t* barrier) {
-  mbarrier_arrive_at(barrier, 0);
+inline void mbarrier_arrive(Release, CtaScope, SharedSpace, uint64_t* barrier, uint32_t count = 1) {
+  for (uint32_t i = 0; i < count; ++i) mbarrier_arrive_at(barrier, 0);
 }
 inline void mbarrier_arrive_expect_tx(Release, CtaScope, SharedSpace, uint64_t* barrier,
                                       uint32_t num_bytes) {
